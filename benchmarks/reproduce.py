@@ -1,0 +1,86 @@
+"""Train and evaluate what the README's table states, seed by seed, and write results/results.json.
+
+python benchmarks/reproduce.py --list
+python benchmarks/reproduce.py mlp-lecture --seeds 5 --data-dir data
+
+Interrupted, it goes on where it was when started again.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "results" / "results.json"
+
+ROWS = {
+    "mlp-lecture": "train_classifier.py --model mlp --recipe lecture",
+    "cnn-lecture": "train_classifier.py --model cnn --recipe lecture",
+    "mlp-best": "train_classifier.py --model mlp --recipe best",
+    "cnn-best": "train_classifier.py --model cnn --recipe best",
+    "maxout-paper": "train_classifier.py --model maxout --recipe paper",
+    "digits-best": "train_classifier.py --dataset digits --recipe best",
+}
+
+
+def run_seed(command, seed, folder, data_dir):
+    """Train and evaluate one seed in `folder`, going on from whatever is there; returns its metrics.json."""
+    metrics = folder / "evaluation" / "metrics.json"
+    script, *flags = command.split()
+    if not metrics.is_file():
+        if any(folder.glob("*.pt")):
+            call(script, "--resume", folder, "--data-dir", data_dir)
+        else:
+            call(script, *flags, "--seed", seed, "--data-dir", data_dir, "--output-dir", folder)
+        call("evaluate.py", folder, "--data-dir", data_dir)
+    return json.loads(metrics.read_text())
+
+
+def call(script, *flags):
+    subprocess.run([sys.executable, str(ROOT / script), *map(str, flags)], check=True)
+
+
+def record(name, command, seeds, config):
+    """Put the row into results.json; `seeds` is seed -> metrics.json."""
+    accuracies = [metrics["test_accuracy"] for metrics in seeds.values()]
+    rows = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    rows[name] = {
+        "command": f"python {command}",
+        "test_accuracy_mean": statistics.mean(accuracies),
+        "test_accuracy_sd": statistics.stdev(accuracies) if len(seeds) > 1 else None,
+        "seeds": {
+            str(seed): {key: metrics[key] for key in ("test_accuracy", "test_errors", "epochs")}
+            for seed, metrics in seeds.items()
+        },
+        **{key: config[key] for key in ("torch", "python", "processor", "cores", "threads", "gpu", "commit")},
+    }
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(dict(sorted(rows.items())), indent=2) + "\n")
+    return rows[name]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", metavar="NAME", nargs="*", choices=[[], *ROWS], help="rows to run")
+    parser.add_argument("--list", action="store_true", help="print the rows and their commands")
+    parser.add_argument("--seeds", type=int, default=5, help="number of seeds, from 0 (default: 5)")
+    parser.add_argument("--data-dir", default="data", help="folder of the data sets (default: data)")
+    parser.add_argument("--output-dir", default="runs/reproduce", help="folder of the runs (default: runs/reproduce)")
+    args = parser.parse_args()
+    if args.list or not args.names:
+        print("\n".join(f"{name:14} python {command}" for name, command in ROWS.items()))
+    for name in args.names:
+        seeds = {}
+        for seed in range(args.seeds):
+            folder = Path(args.output_dir) / f"{name}-{seed}"
+            seeds[seed] = run_seed(ROWS[name], seed, folder, args.data_dir)
+            row = record(name, ROWS[name], seeds, json.loads((folder / "config.json").read_text()))
+        spread = "" if row["test_accuracy_sd"] is None else f" ± {row['test_accuracy_sd']:.2%}"
+        print(f"{name}: test accuracy {row['test_accuracy_mean']:.2%}{spread} over {args.seeds} seeds")
+
+
+if __name__ == "__main__":
+    main()

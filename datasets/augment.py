@@ -1,0 +1,34 @@
+"""Random distortions of whole batches, on whatever device they are."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+
+def distort(images, degrees=10.0, scale=0.1, shear=10.0, shift=2.0, elastic=0.0):
+    """Each image [N, 1, H, W] under a random affine map and a random smooth warp of its own; same shape.
+
+    degrees, shear: largest rotation and shear, in degrees. scale: largest relative change of width and of height.
+    shift: largest translation, in pixels. elastic: standard deviation of the warp's displacements, in pixels,
+    drawn on a 5x5 grid and smoothed in between (after Simard, Steinkraus & Platt, ICDAR 2003).
+    """
+    n, _, height, width = images.shape
+
+    def uniform(limit):
+        return torch.empty(n, device=images.device).uniform_(-limit, limit)
+
+    angle = uniform(math.radians(degrees))
+    slant = uniform(math.tan(math.radians(shear)))
+    stretch_x, stretch_y = 1 + uniform(scale), 1 + uniform(scale)
+    cos, sin = angle.cos(), angle.sin()
+    # grid_sample's coordinates run from -1 to 1, so one pixel is 2 / side.
+    row_x = torch.stack([cos * stretch_x, (slant * cos - sin) * stretch_y, uniform(shift * 2 / width)], dim=1)
+    row_y = torch.stack([sin * stretch_x, (slant * sin + cos) * stretch_y, uniform(shift * 2 / height)], dim=1)
+    grid = F.affine_grid(torch.stack([row_x, row_y], dim=1), images.shape, align_corners=False)  # [N, H, W, 2]
+    if elastic:
+        knots = torch.randn(n, 2, 5, 5, device=images.device) * (elastic * 2 / width)
+        warp = F.interpolate(knots, size=(height, width), mode="bicubic", align_corners=True)
+        grid = grid + warp.permute(0, 2, 3, 1)
+    # The border repeats the background, whatever value black has.
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)

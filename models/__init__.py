@@ -1,0 +1,39 @@
+"""The networks by name: what is registered here is what the scripts' flags offer."""
+
+import inspect
+
+import torch
+import torch.nn.functional as F
+
+from models.cnn import CNN
+from models.maxout import MaxoutMLP
+from models.mlp import MLP
+
+# A new classifier is one file and one line here: images [N, 1, 28, 28] in, logits [N, 10] out.
+CLASSIFIERS = {
+    "mlp": MLP,
+    "cnn": CNN,
+    "maxout": MaxoutMLP,
+}
+
+ACTIVATIONS = {
+    "relu": F.relu,  # max(0, x)
+    "leaky-relu": F.leaky_relu,  # max(0, x) + 0.01 min(0, x)
+    "tanh": torch.tanh,  # (e^x - e^-x) / (e^x + e^-x)
+    "sigmoid": torch.sigmoid,  # 1 / (1 + e^-x)
+}
+
+
+def build_classifier(name, activation=None, batch_norm=False):
+    """The network registered as `name`, with the activation of that name (None: the network's own).
+
+    Raises ValueError where the network has no such option.
+    """
+    options = {}
+    if activation is not None:
+        options["activation"] = ACTIVATIONS[activation]
+    if batch_norm:
+        options["batch_norm"] = True
+    for option in options.keys() - inspect.signature(CLASSIFIERS[name]).parameters.keys():
+        raise ValueError(f"the model {name} has no option --{option.replace('_', '-')}")
+    return CLASSIFIERS[name](**options)

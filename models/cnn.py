@@ -1,0 +1,42 @@
+"""The lecture's convolutional network (slides "Convolutional neural network" and "Code snippet")."""
+
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+def conv_output_size(i, k, s=1, p=0):
+    """Side of a convolution's output: o = floor((i - k + 2p) / s) + 1 (slide "Convolution").
+
+    i: input side, k: kernel side, s: stride, p: padding on each side, all in pixels.
+    """
+    return (i - k + 2 * p) // s + 1
+
+
+class CNN(nn.Module):
+    """Three 3x3 convolutions with stride 2, then one linear layer; 410,634 parameters as on the slide.
+
+    Input: images [N, 1, 28, 28]. Output: logits [N, 10].
+
+    activation: a function of one tensor, applied after each convolution.
+    batch_norm: CONV-BN-ReLU as on the slide; adds `bn1` to `bn3` to the state dict.
+    """
+
+    def __init__(self, activation=F.relu, batch_norm=False):
+        super().__init__()
+        self.activation = activation
+        self.conv1 = nn.Conv2d(in_channels=1, out_channels=64, kernel_size=3, stride=2, padding=1)
+        self.conv2 = nn.Conv2d(in_channels=64, out_channels=128, kernel_size=3, stride=2, padding=1)
+        self.conv3 = nn.Conv2d(in_channels=128, out_channels=256, kernel_size=3, stride=2, padding=1)
+        self.bn1 = nn.BatchNorm2d(64) if batch_norm else nn.Identity()
+        self.bn2 = nn.BatchNorm2d(128) if batch_norm else nn.Identity()
+        self.bn3 = nn.BatchNorm2d(256) if batch_norm else nn.Identity()
+        side = 28
+        for _ in (self.conv1, self.conv2, self.conv3):
+            side = conv_output_size(side, k=3, s=2, p=1)  # 28 -> 14 -> 7 -> 4
+        self.fc = nn.Linear(in_features=side * side * 256, out_features=10)
+
+    def forward(self, x):
+        x = self.activation(self.bn1(self.conv1(x)))  # [N, 64, 14, 14]
+        x = self.activation(self.bn2(self.conv2(x)))  # [N, 128, 7, 7]
+        x = self.activation(self.bn3(self.conv3(x)))  # [N, 256, 4, 4]
+        return self.fc(x.flatten(1))

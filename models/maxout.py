@@ -1,0 +1,58 @@
+"""Maxout networks (Goodfellow et al. 2013, arXiv 1302.4389)."""
+
+import torch
+import torch.nn as nn
+
+
+class Maxout(nn.Module):
+    """The lecture's maxout layer: the largest of `k` linear pieces, h_i = max_j (x W_ij + b_ij).
+
+    Input: [N, in_features]. Output: [N, out_features].
+
+    dropout: put a `Dropout(p)` before the linear layer, as the lecture's discriminator does.
+    """
+
+    def __init__(self, in_features, out_features, k=2, dropout=True, p=0.5):
+        super().__init__()
+        self.out_features = out_features
+        self.k = k
+        layers = [nn.Dropout(p)] if dropout else []
+        self.model = nn.Sequential(*layers, nn.Linear(in_features, out_features * k))
+
+    def forward(self, x):
+        pieces = self.model(x).view(-1, self.out_features, self.k)  # [N, out, k]
+        return pieces.max(dim=-1).values
+
+
+class MaxoutMLP(nn.Module):
+    """The paper's permutation-invariant MNIST classifier (section 5.1): maxout 240 x 5, maxout 240 x 5, softmax.
+
+    Input: images [N, 1, 28, 28]. Output: logits [N, 10]. Dropout keeps .8 of the input and .5 of the hidden units;
+    weights start in U(-.005, .005), biases at 0.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.maxout1 = Maxout(28 * 28, 240, k=5, p=0.2)
+        self.maxout2 = Maxout(240, 240, k=5, p=0.5)
+        self.fc = nn.Sequential(nn.Dropout(0.5), nn.Linear(240, 10))
+        for layer in linear_layers(self):
+            nn.init.uniform_(layer.weight, -0.005, 0.005)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x):
+        return self.fc(self.maxout2(self.maxout1(x.flatten(1))))
+
+
+def linear_layers(network):
+    return [module for module in network.modules() if isinstance(module, nn.Linear)]
+
+
+@torch.no_grad()
+def limit_column_norms(network, max_norm):
+    """Shrink each unit's incoming weights in every linear layer to a Euclidean norm of at most `max_norm`, in place.
+
+    The paper's W is [in, out], so it limits columns; torch's weight is [out, in], so these are rows.
+    """
+    for layer in linear_layers(network):
+        layer.weight.renorm_(p=2, dim=0, maxnorm=max_norm)

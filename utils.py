@@ -1,0 +1,598 @@
+"""The one training loop and what it needs: flags, device, run folder, checkpoint, progress, curves.
+
+A script says what one optimisation step is; `train` decides how it is run. It knows no model, no data set, no loss.
+"""
+
+import argparse
+import copy
+import csv
+import hashlib
+import io
+import itertools
+import json
+import math
+import os
+import platform
+import signal
+import struct
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch.optim.lr_scheduler import LRScheduler
+from tqdm import tqdm
+
+
+class UserError(Exception):
+    """A failure that the user can mend; the message is one line that names the thing and the remedy."""
+
+
+class Stopped(Exception):
+    """SIGINT or SIGTERM ended the training after a whole step; the run has been saved. Arguments: signal, message."""
+
+
+def run_script(main):
+    """Call `main()`; turn what a user can meet into one line and exit status 1. Bugs keep their traceback."""
+    try:
+        main()
+    except Stopped as stopped:
+        number, message = stopped.args
+        print(message, file=sys.stderr)
+        sys.exit(128 + number)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    except (UserError, OSError) as error:
+        fail(error)
+    except (MemoryError, RuntimeError) as error:
+        text = str(error)
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in text:
+            raise
+        fail("out of memory; choose a smaller --batch-size, and go on with --resume if the run has a checkpoint")
+
+
+def fail(reason):
+    sys.exit(f"{script_name()}: error: {reason}")
+
+
+# Flags ----------------------------------------------------------------------------------------------------------------
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse with every default in the help, and usage errors on one line."""
+
+    def __init__(self, **kwargs):
+        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
+
+
+def number(kind, low, high=math.inf):
+    """An argparse type: a `kind` from `low` to `high`."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high or value == math.inf:
+            bounds = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"must be {'a whole' if kind is int else 'a'} number {bounds}, not {text}")
+        return value
+
+    return parse
+
+
+def shared_args_parser(description, recipes, datasets):
+    """The flags that every training script has, spelled the same everywhere."""
+    parser = ArgumentParser(description=description)
+    parser.add_argument("--recipe", choices=list(recipes), default="lecture", help="named set of defaults")
+    parser.add_argument("--dataset", choices=datasets, default="mnist", help="what to train on")
+    parser.add_argument("--data-dir", default="data", help="folder of the data sets; what is missing is downloaded")
+    parser.add_argument("--epochs", type=number(int, 1), default=1, help="passes over the training images")
+    parser.add_argument("--batch-size", type=number(int, 1), default=32, help="images per step")
+    parser.add_argument("--lr", type=number(float, 0), default=2e-4, help="learning rate")
+    parser.add_argument("--seed", type=number(int, 0, 2**31), default=0, help="of weights, order and noise")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to train")
+    parser.add_argument(
+        "--amp", action=argparse.BooleanOptionalAction, default=False, help="mixed precision (bfloat16)"
+    )
+    parser.add_argument(
+        "--val-size", type=number(int, 0), default=5000, help="last training images held out for validation"
+    )
+    parser.add_argument("--log-interval", type=number(int, 1), default=100, help="steps between two progress reports")
+    parser.add_argument(
+        "--save-interval", type=number(float, 0), default=60, help="seconds between checkpoints within an epoch"
+    )
+    parser.add_argument(
+        "--output-dir", metavar="RUN", help="new run folder (None: the next free runs/<model>-<dataset>)"
+    )
+    parser.add_argument("--resume", metavar="RUN", help="go on with this run, with its own options")
+    parser.add_argument("--dry-run", action="store_true", help="two steps and one evaluation, everything written")
+    return parser
+
+
+# What may differ when a run goes on; everything else would make it another run.
+FREE_ON_RESUME = {"resume", "output_dir", "data_dir", "device", "epochs", "log_interval", "save_interval"}
+
+
+def parse_args(parser, recipes, variants=None, argv=None):
+    """Parsed flags, and the checkpoint to go on from (None without --resume).
+
+    recipes: name -> defaults. variants: (recipe, model or data set) -> what the recipe sets differently for it.
+    A flag given explicitly wins over the recipe; with --resume the run's own options take the recipe's place.
+    Raises UserError where a flag contradicts the resumed run.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    without_help = [word for word in argv if word not in ("-h", "--help")]
+    checkpoint = None
+    first, _ = parser.parse_known_args(without_help)
+    if first.resume:
+        checkpoint = load_checkpoint(first.resume)
+        defaults = checkpoint["options"]
+        if checkpoint["script"] != parser.prog:
+            raise UserError(f"{first.resume} is a run of {checkpoint['script']}, not of {parser.prog}")
+        parser.set_defaults(**defaults)
+    else:
+        defaults = dict(recipes[first.recipe])
+        parser.set_defaults(**defaults)
+        first, _ = parser.parse_known_args(without_help)
+        for name in (getattr(first, "model", None), first.dataset):
+            defaults.update((variants or {}).get((first.recipe, name), {}))
+        parser.set_defaults(**defaults)
+    args = parser.parse_args(argv)
+    changed = [n for n, value in vars(args).items() if value != parser.get_default(n) and n != "recipe"]
+    if checkpoint:
+        for name in set(changed) - FREE_ON_RESUME:
+            was, flag = defaults.get(name), f"--{name.replace('_', '-')}"
+            raise UserError(f"{flag} {getattr(args, name)}: {first.resume} was trained with {was}; leave {flag} out")
+    print_options(args, changed)
+    return args, checkpoint
+
+
+def print_options(args, changed):
+    shown = [f"{name}={value}{'*' * (name in changed)}" for name, value in vars(args).items() if value is not None]
+    print(" ".join(shown) + ("  (* set by a flag)" if changed else ""))
+
+
+# Device ---------------------------------------------------------------------------------------------------------------
+
+
+def pick_device(name):
+    """The torch.device for --device; `auto` takes CUDA, then MPS, then the CPU. Raises UserError."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, there in available.items() if there)
+    if not available[name]:
+        raise UserError(f"--device {name}: this machine or this torch has no {name} device; use --device auto")
+    torch.set_flush_denormal(True)  # denormal numbers, which long trainings breed, slow a CPU down
+    return torch.device(name)
+
+
+def random_state():
+    """State of every random generator a step may draw from, as tensors."""
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    if torch.backends.mps.is_available():
+        state["mps"] = torch.mps.get_rng_state()
+    return state
+
+
+def set_random_state(state):
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    if "mps" in state and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(state["mps"])
+
+
+# Checkpoints ----------------------------------------------------------------------------------------------------------
+
+# A checkpoint is what torch.save writes, a zip archive, with the SHA-256 of the rest as the archive's comment:
+# torch.load reads it as it is, and load_checkpoint notices every changed byte.
+DIGEST_SIZE = hashlib.sha256().digest_size
+
+
+def seal(archive):
+    """The zip `archive` (bytes, no comment) with its SHA-256 as comment."""
+    body = archive[:-2] + struct.pack("<H", DIGEST_SIZE)
+    return body + hashlib.sha256(body).digest()
+
+
+def write_whole(path, content):
+    """Write the bytes to `path` wholly or not at all, and onto the disk before the name points at them."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.name == "checkpoint.pt" and path.exists():
+            os.replace(path, path.with_name("previous.pt"))
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def load_checkpoint(path):
+    """Read a run folder's checkpoint.pt (previous.pt where that is damaged), or one checkpoint file, onto the CPU.
+
+    Reads tensors and plain values only: nothing in the file is executed. Raises UserError.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return read_checkpoint(path)
+    try:
+        return read_checkpoint(path / "checkpoint.pt")
+    except UserError as error:
+        if not (path / "previous.pt").is_file():
+            raise
+        print(f"warning: {error}; using {path / 'previous.pt'}", file=sys.stderr)
+        return read_checkpoint(path / "previous.pt")
+
+
+def read_checkpoint(path):
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; name a folder that a training script has written")
+    content = path.read_bytes()
+    if content[:2] != b"PK":
+        raise UserError(f"{path} is not a checkpoint of this repository")
+    body, digest = content[:-DIGEST_SIZE], content[-DIGEST_SIZE:]
+    if hashlib.sha256(body).digest() != digest:
+        raise UserError(f"{path} is damaged, or not a checkpoint of this repository (its SHA-256 does not fit)")
+    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+
+
+# Run folder -----------------------------------------------------------------------------------------------------------
+
+
+class Run:
+    """A run folder, the position in the training, and everything that a checkpoint holds.
+
+    state: name -> object with `state_dict()` (networks, optimisers, schedules, averaged weights).
+    """
+
+    def __init__(self, args, state, checkpoint=None, name="run"):
+        self.args, self.state = args, state
+        self.epoch, self.batch = 0, 0  # done so far: whole epochs, and batches of the epoch begun
+        self.count, self.sums = 0, {}  # images of the epoch begun, and metric sums over them, on the device
+        self.reported = {"count": 0}  # count and sums at the last report
+        self.history, self.curve = [], []  # a row of means per epoch; a row per report
+        if checkpoint:
+            given = Path(args.resume)
+            self.folder = given if given.is_dir() else given.parent
+            self.restore(checkpoint)
+            self.write_metrics()
+        else:
+            self.folder = new_folder(args.output_dir, name)
+            config = {"script": script_name(), "options": self.options(), **environment()}
+            write_whole(self.folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+        print(f"run folder: {self.folder}", flush=True)
+
+    def options(self):
+        return {name: value for name, value in vars(self.args).items() if name not in ("resume", "output_dir")}
+
+    def save(self, name="checkpoint.pt"):
+        """Write the whole state. Raises UserError instead where a metric is not finite."""
+        checkpoint = {
+            "script": script_name(),
+            "options": self.options(),
+            "state": {name: item.state_dict() for name, item in self.state.items()},
+            "random": random_state(),
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "count": self.count,
+            "sums": self.read_sums(),
+            "reported": self.reported,
+            "history": self.history,
+            "curve": self.curve,
+        }
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        write_whole(self.folder / name, seal(buffer.getvalue()))
+
+    def restore(self, checkpoint):
+        try:
+            for name, item in self.state.items():
+                item.load_state_dict(checkpoint["state"][name])
+        except (KeyError, RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{self.folder} does not fit the code, which has changed since: {reason}") from error
+        set_random_state(checkpoint["random"])
+        self.epoch, self.batch, self.count = checkpoint["epoch"], checkpoint["batch"], checkpoint["count"]
+        self.sums = {name: torch.tensor(value) for name, value in checkpoint["sums"].items()}
+        self.reported = checkpoint["reported"]
+        self.history, self.curve = checkpoint["history"], checkpoint["curve"]
+
+    def add(self, metrics, count):
+        """Add a step's metrics, means over `count` images, to the epoch's sums, without reading them."""
+        for name, value in metrics.items():
+            self.sums[name] = self.sums[name].to(value.device) + value * count if name in self.sums else value * count
+        self.count += count
+
+    def read_sums(self):
+        """The epoch's sums as floats: the one place that waits for the device. Raises UserError on NaN or infinity."""
+        sums = {name: value.item() for name, value in self.sums.items()}
+        for name, value in sums.items():
+            if not math.isfinite(value):
+                raise UserError(
+                    f"{name} is not finite at or shortly before step {self.batch} of epoch {self.epoch + 1}; try a "
+                    "lower --lr, or leave out --amp (what has been saved is from before and sound)"
+                )
+        return sums
+
+    def report(self, epoch_length):
+        """Add the means since the last report to the curve, and return them."""
+        now = {"count": self.count, **self.read_sums()}
+        count = now["count"] - self.reported["count"]
+        means = {name: (now[name] - self.reported.get(name, 0)) / count for name in self.sums}
+        self.reported = now
+        self.curve.append({"epoch": self.epoch + self.batch / epoch_length, **means})
+        return means
+
+    def end_epoch(self, more):
+        """Close the epoch begun: its means and the dict `more` become a row of the history, which is returned."""
+        means = {name: value / self.count for name, value in self.read_sums().items()}
+        self.epoch, self.batch = self.epoch + 1, 0
+        self.count, self.sums, self.reported = 0, {}, {"count": 0}
+        self.history.append({"epoch": self.epoch, **means, **more})
+        return self.history[-1]
+
+    def best_epoch(self):
+        """Number of the first epoch with the highest validation accuracy."""
+        return max(self.history, key=lambda row: row["val_accuracy"])["epoch"]
+
+    def out_of_patience(self, patience):
+        return bool(patience and self.history and self.epoch - self.best_epoch() >= patience)
+
+    def write_metrics(self):
+        if self.history:
+            text = io.StringIO()
+            writer = csv.DictWriter(text, fieldnames=list(self.history[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(self.history)
+            write_whole(self.folder / "metrics.csv", text.getvalue().encode())
+
+
+def script_name():
+    return Path(sys.argv[0]).name
+
+
+def new_folder(wanted, name):
+    """Make and return the folder `wanted`, or else the next free of runs/`name`, runs/`name`-2, and so on.
+
+    Raises UserError where `wanted` already holds something.
+    """
+    if wanted:
+        folder = Path(wanted)
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            raise UserError(f"--output-dir {folder} is not empty; name a new folder, or go on with --resume {folder}")
+        return folder
+    for i in itertools.count(1):
+        folder = Path("runs") / (name if i == 1 else f"{name}-{i}")
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            pass
+
+
+def environment():
+    """Versions, hardware and git commit, so that a figure can be traced."""
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "commit": commit,
+    }
+
+
+def processor():
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(": ")[1] for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+# The loop -------------------------------------------------------------------------------------------------------------
+
+
+def train(run, train_step, batches, validate=None, after_epoch=None, patience=None):
+    """Run `train_step(images, labels) -> {name: scalar tensor}` over `batches` until the epochs are done.
+
+    batches: has a length, and `epoch(e, start)` gives epoch `e` from batch `start` on.
+    validate: () -> {"val_accuracy": ..., ...} after each epoch, floats; the best epoch is kept as best.pt.
+    after_epoch: called with the epoch's number, from 1, before its checkpoint is written.
+    patience: stop after so many epochs without a better val_accuracy.
+
+    Writes checkpoint.pt after each epoch, every --save-interval seconds in between, and on SIGINT or SIGTERM,
+    after which it raises Stopped. Raises UserError where a metric is not finite.
+    """
+    args = run.args
+    epochs = 1 if args.dry_run else args.epochs
+    if run.epoch >= epochs or run.out_of_patience(patience):
+        print(f"this run is finished, with {run.epoch} epochs; --epochs N goes on to more")
+    with caught_signals() as signals:
+        while run.epoch < epochs and not run.out_of_patience(patience):
+            started = time.monotonic()
+            train_epoch(run, train_step, batches, signals)
+            row = run.end_epoch(validate() if validate else {})
+            print_row(row, epochs, time.monotonic() - started)
+            if after_epoch:
+                after_epoch(run.epoch)
+            run.write_metrics()
+            if validate and run.best_epoch() == run.epoch:
+                run.save("best.pt")
+            run.save()
+            stop_if_asked(run, signals)
+    draw_curves(run)
+
+
+def train_epoch(run, train_step, batches, signals):
+    args = run.args
+    schedules = [item for item in run.state.values() if isinstance(item, LRScheduler)]
+    steps = min(2, len(batches)) if args.dry_run else len(batches)
+    saved = time.monotonic()
+    with tqdm(
+        total=steps, initial=run.batch, desc=f"epoch {run.epoch + 1}", leave=False, disable=not sys.stderr.isatty()
+    ) as bar:
+        for images, labels in itertools.islice(batches.epoch(run.epoch, run.batch), steps - run.batch):
+            # Without the cache: it would serve weights from before an update within the step.
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=args.amp, cache_enabled=False):
+                metrics = train_step(images, labels)
+            for schedule in schedules:
+                schedule.step()
+            run.add(metrics, len(images))
+            run.batch += 1
+            if run.batch % args.log_interval == 0 or run.batch == steps:
+                bar.set_postfix({name: f"{value:.4f}" for name, value in run.report(steps).items()}, refresh=False)
+                bar.update(run.batch - bar.n)
+            if time.monotonic() - saved >= args.save_interval or signals:
+                run.save()
+                saved = time.monotonic()
+            stop_if_asked(run, signals)
+
+
+@contextmanager
+def caught_signals():
+    """A list that SIGINT and SIGTERM append to instead of ending the process; the second one ends it at once."""
+    caught = []
+
+    def catch(number, _):
+        if caught:
+            raise KeyboardInterrupt
+        caught.append(number)
+
+    before = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def stop_if_asked(run, signals):
+    if signals:
+        draw_curves(run)
+        raise Stopped(signals[0], f"stopped and saved; go on with: python {script_name()} --resume {run.folder}")
+
+
+def print_row(row, epochs, seconds):
+    metrics = "  ".join(f"{name} {value:.4f}" for name, value in row.items() if name != "epoch")
+    print(f"epoch {row['epoch']}/{epochs}  {metrics}  {seconds:.1f} s", flush=True)
+
+
+def draw_curves(run):
+    """Write curves.png: one panel per metric, reports as a line, epochs and validation as dots."""
+    if not run.curve:
+        return
+    import matplotlib  # takes a while to import and is only needed here
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = [name for name in run.curve[0] if name != "epoch"]
+    figure, axes = pyplot.subplots(1, len(names), figsize=(5 * len(names), 4), squeeze=False, layout="constrained")
+    for axis, name in zip(axes[0], names):
+        axis.plot([row["epoch"] for row in run.curve], [row[name] for row in run.curve], label="training", lw=1)
+        if run.history and f"val_{name}" in run.history[0]:
+            epochs = [row["epoch"] for row in run.history]
+            axis.plot(epochs, [row[f"val_{name}"] for row in run.history], "o-", ms=3, label="validation")
+        axis.set(xlabel="epoch", ylabel=name)
+        axis.grid(alpha=0.3)
+        axis.legend()
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    pyplot.close(figure)
+    write_whole(run.folder / "curves.png", picture.getvalue())
+
+
+# What the scripts share -----------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def predict(model, batches):
+    """Outputs of `model` in eval mode for every image of `batches`, and their labels, in order."""
+    was_training = model.training
+    model.eval()
+    outputs, labels = zip(*[(model(images), labels) for images, labels in batches.epoch(0)])
+    model.train(was_training)
+    return torch.cat(outputs), torch.cat(labels)
+
+
+class Average:
+    """Exponential moving average of a network's weights, in `self.model`; batch norm's statistics are copied.
+
+    average = d * average + (1 - d) * weights, with d rising from .1 to `decay` as (1 + updates) / (10 + updates),
+    so that the first random weights are soon forgotten.
+    """
+
+    def __init__(self, model, decay):
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.decay = decay
+        self.updates = torch.zeros((), device=next(model.parameters()).device)
+
+    @torch.no_grad()
+    def update(self, model):
+        keep = ((1 + self.updates) / (10 + self.updates)).clamp(max=self.decay)  # stays on the device
+        self.updates += 1
+        for mine, its in zip(self.model.parameters(), model.parameters(), strict=True):
+            mine.lerp_(its, 1 - keep)
+        for mine, its in zip(self.model.buffers(), model.buffers(), strict=True):
+            mine.copy_(its)
+
+    def state_dict(self):
+        return {"model": self.model.state_dict(), "updates": self.updates}
+
+    def load_state_dict(self, state):
+        self.model.load_state_dict(state["model"])
+        self.updates.copy_(state["updates"])
+
+
+class CosineSchedule(LRScheduler):
+    """Learning rate: linear from 0 over the first `warmup` steps, then half a cosine down to 0 at step `steps`."""
+
+    def __init__(self, optimizer, steps, warmup):
+        self.steps, self.warmup = steps, warmup
+        super().__init__(optimizer)
+
+    def get_lr(self):
+        step = self.last_epoch
+        if step < self.warmup:
+            factor = (step + 1) / self.warmup
+        else:
+            factor = 0.5 + 0.5 * math.cos(math.pi * min(1, (step - self.warmup) / (self.steps - self.warmup)))
+        return [base * factor for base in self.base_lrs]
+
+
+class MaxoutSchedule(LRScheduler):
+    """What Goodfellow et al. trained with: the learning rate divided by `decay` at every step, not below 1e-6, and
+    SGD's momentum rising linearly from its value at the start to `final_momentum` over `ramp` steps.
+    """
+
+    def __init__(self, optimizer, decay, final_momentum, ramp):
+        self.decay, self.final_momentum, self.ramp = decay, final_momentum, ramp
+        self.momentum = optimizer.param_groups[0]["momentum"]
+        super().__init__(optimizer)
+
+    def get_lr(self):
+        done = min(1, self.last_epoch / self.ramp)
+        for group in self.optimizer.param_groups:
+            group["momentum"] = self.momentum + done * (self.final_momentum - self.momentum)
+        return [max(1e-6, base / self.decay**self.last_epoch) for base in self.base_lrs]
