@@ -537,7 +537,7 @@ def predict(model, batches):
 
 
 class Average:
-    """Exponential moving average of a network's weights, in `self.model`; batch norm's statistics are copied.
+    """Exponential moving average of a network's weights and of batch norm's statistics, as the network `self.model`.
 
     average = d * average + (1 - d) * weights, with d rising from .1 to `decay` as (1 + updates) / (10 + updates),
     so that the first random weights are soon forgotten.
@@ -552,10 +552,11 @@ class Average:
     def update(self, model):
         keep = ((1 + self.updates) / (10 + self.updates)).clamp(max=self.decay)  # stays on the device
         self.updates += 1
-        for mine, its in zip(self.model.parameters(), model.parameters(), strict=True):
-            mine.lerp_(its, 1 - keep)
-        for mine, its in zip(self.model.buffers(), model.buffers(), strict=True):
-            mine.copy_(its)
+        for mine, its in zip(self.model.state_dict().values(), model.state_dict().values(), strict=True):
+            if its.is_floating_point():
+                mine.lerp_(its, 1 - keep)
+            else:
+                mine.copy_(its)  # batch norm's count of batches
 
     def state_dict(self):
         return {"model": self.model.state_dict(), "updates": self.updates}
