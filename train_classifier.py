@@ -85,33 +85,21 @@ def build_schedule(args, optimizer, epoch_length):
     return None
 
 
-def main(argv=None):
-    args, checkpoint = utils.parse_args(get_args_parser(), RECIPES, VARIANTS, argv)
-    device = utils.pick_device(args.device)
-    torch.manual_seed(args.seed)
-
-    images, labels = load(args.dataset, args.data_dir, train=True)
-    if args.val_size >= len(images):
-        raise utils.UserError(f"--val-size {args.val_size} leaves nothing of the {len(images)} images to train on")
-    cut = len(images) - args.val_size
-    batches = Batches(images[:cut], labels[:cut], args.batch_size, device, seed=args.seed)
-    held_out = Batches(images[cut:], labels[cut:], 1000, device, shuffle=False)
-
+def build(args, device, epoch_length):
+    """The objects to train, by name, the step that trains them, and the network that is the result."""
     try:
         model = build_classifier(args.model, args.activation, args.batch_norm)
     except ValueError as error:
         raise utils.UserError(error) from error
-    model = model.to(device, memory_format=torch.channels_last)
+    model = model.to(device)
     optimizer = build_optimizer(args, model.parameters())
     state = {"model": model, "optimizer": optimizer}
-    if schedule := build_schedule(args, optimizer, len(batches)):
+    if schedule := build_schedule(args, optimizer, epoch_length):
         state["schedule"] = schedule
     if args.average is not None:
         state["average"] = utils.Average(model, args.average)
-    result = state["average"].model if args.average is not None else model
-
     loss_of = LOSSES[args.loss]
-    targets = torch.eye(10, device=device) * (1 - args.label_smoothing) + args.label_smoothing / 10
+    targets = target_probabilities(args, device)
 
     def train_step(images, labels):
         if args.augment:
@@ -127,10 +115,31 @@ def main(argv=None):
             state["average"].update(model)
         return {"loss": loss.detach(), "accuracy": (logits.argmax(1) == labels).float().mean()}
 
+    return state, train_step, state["average"].model if args.average is not None else model
+
+
+def target_probabilities(args, device):
+    """Row t is what the loss wants the network to say of label t: one-hot, perhaps smoothed; [10, 10]."""
+    return torch.eye(10, device=device) * (1 - args.label_smoothing) + args.label_smoothing / 10
+
+
+def main(argv=None):
+    args, checkpoint = utils.parse_args(get_args_parser(), RECIPES, VARIANTS, argv)
+    device = utils.pick_device(args.device)
+    torch.manual_seed(args.seed)
+
+    images, labels = load(args.dataset, args.data_dir, train=True)
+    if args.val_size >= len(images):
+        raise utils.UserError(f"--val-size {args.val_size} leaves nothing of the {len(images)} images to train on")
+    cut = len(images) - args.val_size
+    batches = Batches(images[:cut], labels[:cut], args.batch_size, device, seed=args.seed)
+    held_out = Batches(images[cut:], labels[cut:], 1000, device, shuffle=False)
+    state, train_step, network = build(args, device, len(batches))
+
     def validate():
-        logits, labels = utils.predict(result, held_out)
-        accuracy = (logits.argmax(1) == labels).float().mean()
-        return {"val_loss": loss_of(logits, targets[labels]).item(), "val_accuracy": accuracy.item()}
+        logits, labels = utils.predict(network, held_out)
+        loss = LOSSES[args.loss](logits, target_probabilities(args, device)[labels])
+        return {"val_loss": loss.item(), "val_accuracy": (logits.argmax(1) == labels).float().mean().item()}
 
     run = utils.Run(args, state, checkpoint, name=f"{args.model}-{args.dataset}")
     utils.train(run, train_step, batches, validate if args.val_size else None, patience=args.patience)

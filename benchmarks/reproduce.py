@@ -3,14 +3,16 @@
 python benchmarks/reproduce.py --list
 python benchmarks/reproduce.py mlp-lecture --seeds 5 --data-dir data
 
-Interrupted, it goes on where it was when started again.
+Interrupted, it goes on where it was when started again. With --jobs 2, two seeds train side by side.
 """
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,14 +22,19 @@ ROWS = {
     "mlp-lecture": "train_classifier.py --model mlp --recipe lecture",
     "cnn-lecture": "train_classifier.py --model cnn --recipe lecture",
     "mlp-best": "train_classifier.py --model mlp --recipe best",
-    "cnn-best": "train_classifier.py --model cnn --recipe best",
+    "cnn-best": "train_classifier.py --model cnn --recipe best --amp",
     "maxout-paper": "train_classifier.py --model maxout --recipe paper",
     "digits-best": "train_classifier.py --dataset digits --recipe best",
 }
 
 
-def run_seed(command, seed, folder, data_dir):
+def run_seed(command, seed, folder, data_dir, threads):
     """Train and evaluate one seed in `folder`, going on from whatever is there; returns its metrics.json."""
+
+    def call(script, *flags):
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        subprocess.run([sys.executable, str(ROOT / script), *map(str, flags)], check=True, env=environment)
+
     metrics = folder / "evaluation" / "metrics.json"
     script, *flags = command.split()
     if not metrics.is_file():
@@ -39,22 +46,30 @@ def run_seed(command, seed, folder, data_dir):
     return json.loads(metrics.read_text())
 
 
-def call(script, *flags):
-    subprocess.run([sys.executable, str(ROOT / script), *map(str, flags)], check=True)
+def run_row(name, args):
+    """Train and evaluate every seed of a row, and put the row into results.json."""
+    folders = [Path(args.output_dir) / f"{name}-{seed}" for seed in range(args.seeds)]
+    threads = max(1, os.cpu_count() // args.jobs)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        jobs = [
+            pool.submit(run_seed, ROWS[name], seed, folder, args.data_dir, threads)
+            for seed, folder in enumerate(folders)
+        ]
+        metrics = [job.result() for job in jobs]
+    row = record(name, metrics, json.loads((folders[0] / "config.json").read_text()))
+    print(f"{name}: test accuracy {row['test_accuracy_mean']:.2%} ± {row['test_accuracy_sd']:.2%}, {args.seeds} seeds")
 
 
-def record(name, command, seeds, config):
-    """Put the row into results.json; `seeds` is seed -> metrics.json."""
-    accuracies = [metrics["test_accuracy"] for metrics in seeds.values()]
+def record(name, metrics, config):
+    """Put the row into results.json; metrics: the metrics.json of each seed, from 0."""
+    accuracies = [seed["test_accuracy"] for seed in metrics]
     rows = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     rows[name] = {
-        "command": f"python {command}",
+        "command": f"python {ROWS[name]}",
         "test_accuracy_mean": statistics.mean(accuracies),
-        "test_accuracy_sd": statistics.stdev(accuracies) if len(seeds) > 1 else None,
-        "seeds": {
-            str(seed): {key: metrics[key] for key in ("test_accuracy", "test_errors", "epochs")}
-            for seed, metrics in seeds.items()
-        },
+        "test_accuracy_sd": statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0,
+        "test_errors": [seed["test_errors"] for seed in metrics],
+        "epochs": [seed["epochs"] for seed in metrics],
         **{key: config[key] for key in ("torch", "python", "processor", "cores", "threads", "gpu", "commit")},
     }
     RESULTS.parent.mkdir(exist_ok=True)
@@ -67,19 +82,14 @@ def main():
     parser.add_argument("names", metavar="NAME", nargs="*", choices=[[], *ROWS], help="rows to run")
     parser.add_argument("--list", action="store_true", help="print the rows and their commands")
     parser.add_argument("--seeds", type=int, default=5, help="number of seeds, from 0 (default: 5)")
+    parser.add_argument("--jobs", type=int, default=1, help="seeds side by side (default: 1)")
     parser.add_argument("--data-dir", default="data", help="folder of the data sets (default: data)")
     parser.add_argument("--output-dir", default="runs/reproduce", help="folder of the runs (default: runs/reproduce)")
     args = parser.parse_args()
     if args.list or not args.names:
         print("\n".join(f"{name:14} python {command}" for name, command in ROWS.items()))
     for name in args.names:
-        seeds = {}
-        for seed in range(args.seeds):
-            folder = Path(args.output_dir) / f"{name}-{seed}"
-            seeds[seed] = run_seed(ROWS[name], seed, folder, args.data_dir)
-            row = record(name, ROWS[name], seeds, json.loads((folder / "config.json").read_text()))
-        spread = "" if row["test_accuracy_sd"] is None else f" ± {row['test_accuracy_sd']:.2%}"
-        print(f"{name}: test accuracy {row['test_accuracy_mean']:.2%}{spread} over {args.seeds} seeds")
+        run_row(name, args)
 
 
 if __name__ == "__main__":
