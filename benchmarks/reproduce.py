@@ -23,7 +23,7 @@ ROWS = {
     "cnn-lecture": "train_classifier.py --model cnn --recipe lecture",
     "mlp-best": "train_classifier.py --model mlp --recipe best",
     "cnn-best": "train_classifier.py --model cnn --recipe best --amp",
-    "maxout-paper": "train_classifier.py --model maxout --recipe paper",
+    "maxout-paper": "train_classifier.py --model maxout --recipe paper --epochs 100",
     "digits-best": "train_classifier.py --dataset digits --recipe best",
 }
 
