@@ -17,7 +17,7 @@ from models import build_classifier
 
 
 def get_args_parser():
-    parser = utils.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = utils.ArgumentParser(prog="evaluate.py", description=__doc__.splitlines()[0])
     parser.add_argument("run", metavar="RUN", help="run folder, or one checkpoint file")
     parser.add_argument("--data-dir", help="folder of the data sets (None: the one the run was trained from)")
     parser.add_argument("--batch-size", type=utils.number(int, 1), default=1000, help="images at a time")
@@ -103,7 +103,7 @@ def draw_mistakes(images, logits, labels, folder, most=30):
     figure.suptitle(f"the {len(worst)} surest of {len(wrong)} mistakes: predicted (probability), true")
     for place, index in enumerate(worst):
         axis = figure.add_subplot(3, 10, place + 1)
-        axis.imshow(images[index, 0], cmap="gray", vmin=0, vmax=255)
+        axis.imshow(images[index, 0].numpy(), cmap="gray", vmin=0, vmax=255)
         axis.set_title(f"{guesses[index]} ({probabilities[index]:.0%})\ntrue {labels[index]}", fontsize=9)
         axis.axis("off")
     save_figure(figure, folder / "mistakes.png")
@@ -119,8 +119,8 @@ def draw_filters(model, folder, most=64):
     figure.suptitle(f"first layer: {len(filters)} units, blue negative, red positive weights")
     for place, kernel in enumerate(filters):
         axis = figure.add_subplot(8, 8, place + 1)
-        limit = kernel.abs().max()
-        axis.imshow(kernel, cmap="bwr", vmin=-limit, vmax=limit)
+        limit = kernel.abs().max().item()
+        axis.imshow(kernel.numpy(), cmap="bwr", vmin=-limit, vmax=limit)
         axis.axis("off")
     save_figure(figure, folder / "filters.png")
 

@@ -50,7 +50,7 @@ LOSSES = {
 
 def get_args_parser():
     number = utils.number
-    parser = utils.shared_args_parser(__doc__.splitlines()[0], RECIPES, DATASETS)
+    parser = utils.shared_args_parser("train_classifier.py", __doc__.splitlines()[0], RECIPES, DATASETS)
     add = parser.add_argument
     add("--model", choices=list(CLASSIFIERS), default="cnn", help="network")
     add("--activation", choices=list(ACTIVATIONS), help="of the hidden layers (None: the network's own, ReLU)")
@@ -132,6 +132,8 @@ def main(argv=None):
     if args.val_size >= len(images):
         raise utils.UserError(f"--val-size {args.val_size} leaves nothing of the {len(images)} images to train on")
     cut = len(images) - args.val_size
+    if args.batch_norm and cut % args.batch_size == 1:
+        raise utils.UserError(f"--batch-norm: the last of {cut} images would be a batch alone; change --batch-size")
     batches = Batches(images[:cut], labels[:cut], args.batch_size, device, seed=args.seed)
     held_out = Batches(images[cut:], labels[cut:], 1000, device, shuffle=False)
     state, train_step, network = build(args, device, len(batches))

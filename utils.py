@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import platform
 import signal
 import struct
@@ -54,7 +55,7 @@ def run_script(main):
 
 
 def fail(reason):
-    sys.exit(f"{script_name()}: error: {reason}")
+    sys.exit(f"{Path(sys.argv[0]).name}: error: {reason}")
 
 
 # Flags ----------------------------------------------------------------------------------------------------------------
@@ -64,7 +65,8 @@ class ArgumentParser(argparse.ArgumentParser):
     """argparse with every default in the help, and usage errors on one line."""
 
     def __init__(self, **kwargs):
-        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
+        formatter = argparse.ArgumentDefaultsHelpFormatter
+        super().__init__(formatter_class=formatter, allow_abbrev=False, **kwargs)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
@@ -86,9 +88,10 @@ def number(kind, low, high=math.inf):
     return parse
 
 
-def shared_args_parser(description, recipes, datasets):
-    """The flags that every training script has, spelled the same everywhere."""
-    parser = ArgumentParser(description=description)
+def shared_args_parser(script, description, recipes, datasets):
+    """The flags that every training script has, spelled the same everywhere. script: its file name."""
+    parser = ArgumentParser(prog=script, description=description)
+    parser.set_defaults(script=script)
     parser.add_argument("--recipe", choices=list(recipes), default="lecture", help="named set of defaults")
     parser.add_argument("--dataset", choices=datasets, default="mnist", help="what to train on")
     parser.add_argument("--data-dir", default="data", help="folder of the data sets; what is missing is downloaded")
@@ -133,8 +136,8 @@ def parse_args(parser, recipes, variants=None, argv=None):
     if first.resume:
         checkpoint = load_checkpoint(first.resume)
         defaults = checkpoint["options"]
-        if checkpoint["script"] != parser.prog:
-            raise UserError(f"{first.resume} is a run of {checkpoint['script']}, not of {parser.prog}")
+        if defaults["script"] != parser.prog:
+            raise UserError(f"{first.resume} is a run of {defaults['script']}, not of {parser.prog}")
         parser.set_defaults(**defaults)
     else:
         defaults = dict(recipes[first.recipe])
@@ -240,12 +243,13 @@ def read_checkpoint(path):
     if not path.is_file():
         raise UserError(f"{path} does not exist; name a folder that a training script has written")
     content = path.read_bytes()
-    if content[:2] != b"PK":
-        raise UserError(f"{path} is not a checkpoint of this repository")
     body, digest = content[:-DIGEST_SIZE], content[-DIGEST_SIZE:]
     if hashlib.sha256(body).digest() != digest:
-        raise UserError(f"{path} is damaged, or not a checkpoint of this repository (its SHA-256 does not fit)")
-    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        raise UserError(f"{path} is damaged or no checkpoint of this repository (its SHA-256 does not fit)")
+    try:
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError) as error:
+        raise UserError(f"{path} is no checkpoint of this repository: it holds more than tensors and values") from error
 
 
 # Run folder -----------------------------------------------------------------------------------------------------------
@@ -270,7 +274,7 @@ class Run:
             self.write_metrics()
         else:
             self.folder = new_folder(args.output_dir, name)
-            config = {"script": script_name(), "options": self.options(), **environment()}
+            config = {"options": self.options(), **environment()}
             write_whole(self.folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
         print(f"run folder: {self.folder}", flush=True)
 
@@ -280,7 +284,6 @@ class Run:
     def save(self, name="checkpoint.pt"):
         """Write the whole state. Raises UserError instead where a metric is not finite."""
         checkpoint = {
-            "script": script_name(),
             "options": self.options(),
             "state": {name: item.state_dict() for name, item in self.state.items()},
             "random": random_state(),
@@ -357,10 +360,6 @@ class Run:
             writer.writeheader()
             writer.writerows(self.history)
             write_whole(self.folder / "metrics.csv", text.getvalue().encode())
-
-
-def script_name():
-    return Path(sys.argv[0]).name
 
 
 def new_folder(wanted, name):
@@ -490,7 +489,7 @@ def caught_signals():
 def stop_if_asked(run, signals):
     if signals:
         draw_curves(run)
-        raise Stopped(signals[0], f"stopped and saved; go on with: python {script_name()} --resume {run.folder}")
+        raise Stopped(signals[0], f"stopped and saved; go on with: python {run.args.script} --resume {run.folder}")
 
 
 def print_row(row, epochs, seconds):

@@ -5,6 +5,7 @@ import hashlib
 import os
 import tempfile
 import zlib
+from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +44,7 @@ def part_stems(folder, part):
 
 def find_idx(path):
     """The raw file `path`, else `path`.gz, else None."""
-    return next((p for p in (path, path.with_name(path.name + ".gz")) if p.is_file()), None)
+    return next((p for p in (path, path.with_name(path.name + ".gz")) if os.path.isfile(p)), None)
 
 
 def read_part(root, folder, part):
@@ -102,10 +103,12 @@ def download(folder, root):
             for file in (Path(temporary) / folder / "raw").glob("*-ubyte"):
                 if not find_idx(raw / file.name):
                     os.replace(file, raw / file.name)
-    except (OSError, RuntimeError) as error:  # RuntimeError: torchvision found no mirror, or a wrong MD5
-        reason = " ".join(str(error).split())
+    except (OSError, RuntimeError, HTTPException) as error:  # RuntimeError: torchvision found no mirror or a wrong MD5
+        reason = " ".join(str(error).split()) or type(error).__name__
+        stems = part_stems(folder, "train") + part_stems(folder, "t10k")
+        missing = next((root / stem for stem in stems if not find_idx(root / stem)), raw)
         raise DataError(
-            f"{folder} is not in {raw} and could not be downloaded ({reason}); go online, put its four files there, "
+            f"{missing} is missing and could not be downloaded ({reason}); go online, put {folder}'s four files there, "
             "point --data-dir at a copy, or use --dataset digits, which needs no network"
         ) from error
 

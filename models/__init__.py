@@ -34,6 +34,6 @@ def build_classifier(name, activation=None, batch_norm=False):
         options["activation"] = ACTIVATIONS[activation]
     if batch_norm:
         options["batch_norm"] = True
-    for option in options.keys() - inspect.signature(CLASSIFIERS[name]).parameters.keys():
+    for option in sorted(options.keys() - inspect.signature(CLASSIFIERS[name]).parameters.keys()):
         raise ValueError(f"the model {name} has no option --{option.replace('_', '-')}")
     return CLASSIFIERS[name](**options)

@@ -1,0 +1,24 @@
+"""What several test files share."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def data_dir():
+    """The folder that holds MNIST/raw: $DATA_DIR, else ../shared/data beside the repository."""
+    folder = Path(os.environ.get("DATA_DIR") or ROOT.parent / "shared" / "data")
+    if not list(folder.glob("MNIST/raw/*-ubyte*")):
+        pytest.skip(f"no MNIST in {folder}; set DATA_DIR to a folder that holds MNIST/raw")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    """Each test draws the same random numbers, whichever tests ran before it."""
+    torch.manual_seed(0)

@@ -1,0 +1,576 @@
+"""datasets/: from files (whole, damaged, downloaded) to batches and distorted images."""
+
+import gzip
+import hashlib
+import http.server
+import shutil
+import threading
+import tracemalloc
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torchvision import datasets as tv
+from torchvision import transforms
+
+from datasets import DATASETS, Batches, DataError, distort, load
+
+TRAIN_IMAGES, TRAIN_LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
+TEST_IMAGES, TEST_LABELS = "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"
+FILES = [TRAIN_IMAGES, TRAIN_LABELS, TEST_IMAGES, TEST_LABELS]
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    """Nothing leaves the machine: torchvision's mirrors are a closed local port."""
+    monkeypatch.setenv("no_proxy", "*")
+    for dataset in (tv.MNIST, tv.FashionMNIST, tv.KMNIST):
+        monkeypatch.setattr(dataset, "mirrors", ["http://127.0.0.1:1/"])
+
+
+def idx(array):
+    """The IDX file of a uint8 array."""
+    return bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes() + array.tobytes()
+
+
+def write_fake(folder, gz=False, train=5, test=3):
+    """Write a tiny data set of random images and labels to `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(0)
+    for part, n in (("train", train), ("t10k", test)):
+        images, labels = random.integers(0, 256, (n, 28, 28), np.uint8), random.integers(0, 10, n, np.uint8)
+        for name, array in ((f"{part}-images-idx3-ubyte", images), (f"{part}-labels-idx1-ubyte", labels)):
+            if gz:
+                (folder / f"{name}.gz").write_bytes(gzip.compress(idx(array)))
+            else:
+                (folder / name).write_bytes(idx(array))
+
+
+@pytest.fixture
+def fake(tmp_path):
+    """A tiny Fashion-MNIST, raw: the folder of its four files. `tmp_path` is its --data-dir."""
+    write_fake(tmp_path / "FashionMNIST" / "raw")
+    return tmp_path / "FashionMNIST" / "raw"
+
+
+def error_of(name, data_dir, train=True):
+    """The message of the DataError that loading raises: one line."""
+    with pytest.raises(DataError) as caught:
+        load(name, data_dir, train)
+    assert len(str(caught.value).splitlines()) == 1
+    return str(caught.value)
+
+
+def files_below(folder):
+    return sorted(path.name for path in folder.rglob("*") if path.is_file() or path.name.startswith("."))
+
+
+# Digits ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("train", "count"), [(True, 1437), (False, 360)])
+def test_digits_look_like_mnist(train, count):
+    images, labels = load("digits", "unused", train)
+    assert images.shape == (count, 1, 28, 28)
+    assert images.dtype == torch.uint8
+    assert labels.shape == (count,)
+    assert labels.dtype == torch.int64
+    assert sorted(labels.unique().tolist()) == list(range(10))
+    assert (images.min(), images.max()) == (0, 255)
+    assert not F.pad(images[:, :, 4:-4, 4:-4], (4, 4, 4, 4)).ne(images).any()  # the border of 4 pixels is empty
+
+
+def test_digits_are_scikit_learns_in_its_order():
+    from sklearn.datasets import load_digits
+
+    originals = load_digits()
+    images, labels = (torch.cat(pair) for pair in zip(load("digits", "", True), load("digits", "", False), strict=True))
+    assert labels.tolist() == originals.target.tolist()
+    small = F.adaptive_avg_pool2d(images[:, :, 4:-4, 4:-4].float(), 8).flatten()
+    assert np.corrcoef(small, originals.images.flatten())[0, 1] > 0.95  # upside down: 0.6
+
+
+def nearest_mean_accuracy(name, data_dir):
+    (images, labels), (test_images, test_labels) = load(name, data_dir, True), load(name, data_dir, False)
+    means = torch.stack([images[labels == digit].float().mean(0).flatten() for digit in range(10)])
+    guesses = torch.cdist(test_images.float().flatten(1), means).argmin(1)
+    return (guesses == test_labels).float().mean()
+
+
+def test_labels_of_digits_belong_to_the_images():
+    assert nearest_mean_accuracy("digits", "") > 0.8
+
+
+# MNIST ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def raw_mnist(data_dir, tmp_path_factory):
+    """The same MNIST as in data_dir, unpacked: another --data-dir."""
+    root = tmp_path_factory.mktemp("raw")
+    (root / "MNIST" / "raw").mkdir(parents=True)
+    for name in FILES:
+        (root / "MNIST" / "raw" / name).write_bytes(gzip.decompress((data_dir / f"MNIST/raw/{name}.gz").read_bytes()))
+    return root
+
+
+@pytest.mark.parametrize(("train", "count", "zeros", "ones"), [(True, 60_000, 5923, 6742), (False, 10_000, 980, 1135)])
+def test_mnist_is_whole_gzipped_and_raw(data_dir, raw_mnist, train, count, zeros, ones):
+    images, labels = load("mnist", data_dir, train)
+    assert images.shape == (count, 1, 28, 28)
+    assert images.dtype == torch.uint8
+    assert labels.shape == (count,)
+    assert labels.dtype == torch.int64
+    assert (labels == 0).sum() == zeros
+    assert (labels == 1).sum() == ones
+    if train:  # the mean and deviation that everyone normalises with
+        assert images.float().mean() / 255 == pytest.approx(0.1307, abs=5e-5)
+        assert images.float().std() / 255 == pytest.approx(0.3081, abs=5e-5)
+    raw_images, raw_labels = load("mnist", raw_mnist, train)
+    assert torch.equal(raw_images, images)
+    assert torch.equal(raw_labels, labels)
+
+
+def test_mnist_is_what_torchvision_reads(raw_mnist):
+    images, labels = load("mnist", raw_mnist, train=False)
+    reference = tv.MNIST(raw_mnist, train=False)
+    assert torch.equal(images.squeeze(1), reference.data)
+    assert torch.equal(labels, reference.targets)
+
+
+def test_labels_of_mnist_belong_to_the_images(data_dir):
+    assert nearest_mean_accuracy("mnist", data_dir) > 0.8
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"), [("mnist", "MNIST"), ("fashion-mnist", "FashionMNIST"), ("kmnist", "KMNIST")]
+)
+def test_each_set_has_a_folder_of_its_own(tmp_path, name, folder):
+    assert name in DATASETS
+    assert str(tmp_path / folder / "raw") in error_of(name, tmp_path)
+
+
+@pytest.mark.parametrize("gz", [False, True])
+def test_one_part_is_enough_to_read_that_part(tmp_path, gz):
+    write_fake(tmp_path / "KMNIST" / "raw", gz)
+    for path in (tmp_path / "KMNIST" / "raw").glob("train*"):
+        path.unlink()
+    assert len(load("kmnist", tmp_path, train=False)[0]) == 3
+
+
+def test_raw_file_comes_before_a_gzipped_one(fake, tmp_path):
+    (fake / f"{TRAIN_IMAGES}.gz").write_bytes(b"damaged")
+    assert len(load("fashion-mnist", tmp_path)[0]) == 5
+
+
+def test_reading_changes_nothing_in_a_read_only_folder(fake, tmp_path):
+    folders = [fake, fake.parent, tmp_path]
+    for folder in folders:
+        folder.chmod(0o555)
+    before = [(folder.stat().st_mtime_ns, sorted(folder.iterdir())) for folder in folders]
+    assert len(load("fashion-mnist", tmp_path)[0]) == 5
+    assert [(folder.stat().st_mtime_ns, sorted(folder.iterdir())) for folder in folders] == before
+
+
+# Damaged files --------------------------------------------------------------------------------------------------------
+
+
+def with_bytes(start, new):
+    return lambda content: content[:start] + new + content[start + len(new) :]
+
+
+DAMAGE = {
+    "cut short": (TRAIN_IMAGES, lambda content: content[:-1]),
+    "cut in the header": (TRAIN_IMAGES, lambda content: content[:9]),
+    "empty": (TRAIN_LABELS, lambda content: b""),
+    "too long": (TRAIN_LABELS, lambda content: content + b"\0"),
+    "wrong magic": (TRAIN_IMAGES, with_bytes(2, b"\x0d")),
+    "labels magic": (TRAIN_IMAGES, with_bytes(3, b"\x01")),
+    "promises 4 billion": (TRAIN_IMAGES, with_bytes(4, b"\xff\xff\xff\xff")),
+    "promises nothing": (TRAIN_LABELS, lambda content: content[:4] + bytes(4)),
+    "27 rows": (TRAIN_IMAGES, with_bytes(11, b"\x1b")),
+    "label above 9": (TRAIN_LABELS, with_bytes(10, b"\x0a")),
+}
+
+
+@pytest.mark.parametrize("gz", [False, True])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_file_is_named_with_a_remedy(fake, tmp_path, damage, gz):
+    name, spoil = DAMAGE[damage]
+    path, content = fake / name, spoil((fake / name).read_bytes())
+    path.unlink()
+    path = path.with_name(name + ".gz") if gz else path
+    path.write_bytes(gzip.compress(content) if gz else content)
+    message = error_of("fashion-mnist", tmp_path)
+    assert str(path) in message
+    assert "delete it" in message
+
+
+GZ_DAMAGE = {
+    "cut short": lambda content: content[:-12],
+    "empty": lambda content: b"",
+    "no gzip": lambda content: b"<html>" + content,
+    "no deflate": with_bytes(10, b"\x07"),
+    "altered": lambda content: with_bytes(len(content) // 2, bytes([content[len(content) // 2] ^ 1]))(content),
+    "wrong CRC": lambda content: with_bytes(len(content) - 8, b"\0\0\0\0")(content),
+    "more after its end": lambda content: content + b"more",
+}
+
+
+@pytest.mark.parametrize("damage", GZ_DAMAGE)
+def test_damaged_gzip_is_named_with_a_remedy(tmp_path, damage):
+    write_fake(tmp_path / "FashionMNIST" / "raw", gz=True)
+    path = tmp_path / "FashionMNIST" / "raw" / f"{TRAIN_IMAGES}.gz"
+    path.write_bytes(GZ_DAMAGE[damage](path.read_bytes()))
+    message = error_of("fashion-mnist", tmp_path)
+    assert str(path) in message
+    assert "delete it" in message
+
+
+def test_images_and_labels_of_different_number_are_both_named(fake, tmp_path):
+    (fake / TRAIN_LABELS).write_bytes(idx(np.zeros(4, np.uint8)))
+    message = error_of("fashion-mnist", tmp_path)
+    assert str(fake / TRAIN_IMAGES) in message
+    assert TRAIN_LABELS in message
+    assert "delete both" in message
+
+
+@pytest.mark.parametrize("gz", [False, True])
+@pytest.mark.parametrize("name", [TEST_IMAGES, TEST_LABELS])
+def test_one_altered_byte_in_mnist_is_noticed(raw_mnist, tmp_path, name, gz):
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for test_file in (TEST_IMAGES, TEST_LABELS):
+        shutil.copy(raw_mnist / "MNIST" / "raw" / test_file, raw)
+    content = bytearray((raw / name).read_bytes())
+    content[5000] ^= 1  # still a pixel, still a label
+    (raw / name).unlink()
+    path = raw / (f"{name}.gz" if gz else name)
+    path.write_bytes(gzip.compress(content, 1) if gz else content)
+    message = error_of("mnist", tmp_path, train=False)
+    assert str(path) in message
+    assert "delete it" in message
+    assert "SHA-256" in message
+
+
+@pytest.mark.parametrize("gz", [False, True])
+def test_never_unpacks_more_than_the_header_promises(fake, tmp_path, gz):
+    path, bomb = fake / TRAIN_IMAGES, (fake / TRAIN_IMAGES).read_bytes() + bytes(100_000_000)
+    path.unlink()
+    path = path.with_name(f"{TRAIN_IMAGES}.gz") if gz else path
+    path.write_bytes(gzip.compress(bomb, 1) if gz else bomb)
+    del bomb
+    tracemalloc.start()
+    message = error_of("fashion-mnist", tmp_path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert str(path) in message
+    assert peak < 10_000_000
+
+
+@pytest.mark.parametrize("online", [False, True])
+def test_folder_in_a_files_place_is_named(fake, tmp_path, serve, online):
+    (fake / TRAIN_LABELS).unlink()
+    (fake / TRAIN_LABELS).mkdir()
+    if online:
+        write_fake(tmp_path / "server", gz=True)
+        serve(tmp_path / "server", tv.FashionMNIST)
+    message = error_of("fashion-mnist", tmp_path)
+    assert str(fake / TRAIN_LABELS) in message
+    assert "--data-dir" in message
+
+
+# Download -------------------------------------------------------------------------------------------------------------
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+
+class BreakingHandler(QuietHandler):
+    """Breaks off in the middle of each file, as a server that fails on the way does."""
+
+    def do_GET(self):
+        self.send_response(200)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        self.wfile.write(b"FF\r\nonly the beginning")
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    """serve(folder, dataset): torchvision gets `dataset` from `folder`, and expects the MD5 that its files have now."""
+    servers = []
+
+    def start(folder, dataset, handler=QuietHandler):
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=folder))
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        names = [f"{name}.gz" for name in FILES]
+        sums = [hashlib.md5((folder / name).read_bytes()).hexdigest() for name in names]
+        monkeypatch.setattr(dataset, "mirrors", [f"http://127.0.0.1:{server.server_port}/"])
+        monkeypatch.setattr(dataset, "resources", list(zip(names, sums, strict=True)))
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def test_missing_mnist_is_downloaded_into_four_raw_files(data_dir, raw_mnist, tmp_path, serve):
+    serve(data_dir / "MNIST" / "raw", tv.MNIST)
+    images, labels = load("mnist", tmp_path / "new" / "data", train=False)
+    assert len(images) == len(labels) == 10_000
+    assert files_below(tmp_path) == sorted(FILES)
+    for name in FILES:
+        downloaded = tmp_path / "new" / "data" / "MNIST" / "raw" / name
+        assert downloaded.read_bytes() == (raw_mnist / "MNIST" / "raw" / name).read_bytes()
+
+
+@pytest.mark.parametrize(("name", "dataset"), [("fashion-mnist", tv.FashionMNIST), ("kmnist", tv.KMNIST)])
+def test_relatives_are_downloaded_too(tmp_path, serve, name, dataset):
+    write_fake(tmp_path / "server", gz=True)
+    serve(tmp_path / "server", dataset)
+    assert len(load(name, tmp_path / "data")[0]) == 5
+    assert files_below(tmp_path / "data") == sorted(FILES)
+
+
+def test_what_is_there_already_is_not_replaced_by_a_download(fake, tmp_path, serve):
+    write_fake(tmp_path / "server", gz=True)
+    serve(tmp_path / "server", tv.FashionMNIST)
+    (fake / TRAIN_LABELS).unlink()
+    (fake / TRAIN_IMAGES).write_bytes(idx(np.full((5, 28, 28), 7, np.uint8)))
+    assert load("fashion-mnist", tmp_path)[0].eq(7).all()
+
+
+def test_download_that_is_not_the_published_mnist_leaves_nothing_behind(data_dir, tmp_path, serve):
+    shutil.copytree(data_dir / "MNIST" / "raw", tmp_path / "server")
+    labels = bytearray(gzip.decompress((tmp_path / "server" / f"{TEST_LABELS}.gz").read_bytes()))
+    labels[5000] ^= 1
+    (tmp_path / "server" / f"{TEST_LABELS}.gz").write_bytes(gzip.compress(labels))
+    serve(tmp_path / "server", tv.MNIST)  # with an MD5 that fits the altered file
+    message = error_of("mnist", tmp_path / "data")
+    assert TEST_LABELS in message
+    assert "SHA-256" in message
+    assert files_below(tmp_path / "data") == []
+
+
+def test_download_with_another_md5_leaves_nothing_behind(tmp_path, serve):
+    write_fake(tmp_path / "server", gz=True)
+    serve(tmp_path / "server", tv.FashionMNIST)
+    write_fake(tmp_path / "server", gz=True, test=4)
+    assert "could not be downloaded" in error_of("fashion-mnist", tmp_path / "data")
+    assert files_below(tmp_path / "data") == []
+
+
+def test_download_that_breaks_off_leaves_nothing_behind(tmp_path, serve):
+    write_fake(tmp_path / "server", gz=True)
+    serve(tmp_path / "server", tv.FashionMNIST, BreakingHandler)
+    assert "could not be downloaded" in error_of("fashion-mnist", tmp_path / "data")
+    assert files_below(tmp_path / "data") == []
+
+
+def test_no_data_and_no_network_names_the_folder_the_reason_and_the_remedies(tmp_path):
+    message = error_of("mnist", tmp_path / "nowhere")
+    assert str(tmp_path / "nowhere" / "MNIST" / "raw") in message
+    assert "refused" in message
+    assert "--data-dir" in message
+    assert "--dataset digits" in message
+    assert files_below(tmp_path) == []
+
+
+def test_data_dir_that_is_a_file_is_named(tmp_path):
+    (tmp_path / "data").write_text("a file")
+    assert str(tmp_path / "data") in error_of("mnist", tmp_path / "data")
+
+
+def test_data_dir_that_the_system_refuses_is_named(tmp_path):
+    assert "x" * 300 in error_of("mnist", tmp_path / ("x" * 300))  # as one without permission would be
+
+
+# Batches --------------------------------------------------------------------------------------------------------------
+
+
+def numbered(n, **options):
+    """Batches of `n` images, the i-th of them filled with i and labelled i."""
+    images = torch.arange(n, dtype=torch.uint8).view(n, 1, 1, 1).expand(n, 1, 28, 28)
+    return Batches(images, torch.arange(n), **{"batch_size": 8, "device": "cpu", **options})
+
+
+def order(batches, epoch, start=0):
+    return [label for _, labels in batches.epoch(epoch, start) for label in labels.tolist()]
+
+
+def test_order_depends_on_seed_and_epoch_alone():
+    first = order(numbered(100, seed=3), epoch=5)
+    used = numbered(100, seed=3, batch_size=32)
+    for epoch in (4, 5, 6):
+        torch.rand(epoch)
+        order(used, epoch)
+    assert order(used, 5) == first
+    orders = [order(numbered(100, seed=seed), epoch) for seed in range(4) for epoch in range(4)]
+    assert len({tuple(each) for each in orders}) == 16
+
+
+def test_order_leaves_the_global_random_state_alone():
+    before = torch.get_rng_state()
+    order(numbered(100), 0)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_epoch_from_a_start_is_the_tail_of_the_epoch(shuffle):
+    batches = numbered(50, shuffle=shuffle)
+    whole = list(batches.epoch(2))
+    for start in range(len(batches) + 1):
+        tail = list(batches.epoch(2, start))
+        assert len(tail) == len(batches) - start
+        for (images, labels), (whole_images, whole_labels) in zip(tail, whole[start:], strict=True):
+            assert torch.equal(images, whole_images)
+            assert torch.equal(labels, whole_labels)
+
+
+@pytest.mark.parametrize(("n", "sizes"), [(20, [8, 8, 4]), (16, [8, 8]), (7, [7]), (17, [8, 8, 1])])
+def test_every_image_comes_once_with_its_label_and_the_last_batch_is_short(n, sizes):
+    batches = numbered(n, low=0, high=255)
+    epoch = list(batches.epoch(0))
+    assert [len(labels) for _, labels in epoch] == sizes
+    assert len(batches) == len(sizes)
+    assert sorted(torch.cat([labels for _, labels in epoch]).tolist()) == list(range(n))
+    for images, labels in epoch:
+        assert images.shape == (len(labels), 1, 28, 28)
+        assert images.dtype == torch.float32
+        torch.testing.assert_close(images, labels.float().view(-1, 1, 1, 1).expand_as(images))
+
+
+def test_without_shuffle_the_order_is_kept_and_with_it_not():
+    assert order(numbered(100, shuffle=False), 3) == list(range(100))
+    assert order(numbered(100), 3) != list(range(100))
+
+
+@pytest.mark.parametrize(("low", "high"), [(-1.0, 1.0), (0.0, 1.0), (-0.5, 2.0)])
+def test_black_becomes_low_and_white_high(low, high):
+    ((images, _),) = numbered(256, batch_size=256, shuffle=False, low=low, high=high).epoch(0)
+    torch.testing.assert_close(images[:, 0, 0, 0], torch.linspace(low, high, 256), rtol=0, atol=1e-6)
+
+
+def test_default_range_is_totensor_and_normalize(tmp_path):
+    images = torch.randint(0, 256, (4, 1, 28, 28), dtype=torch.uint8)
+    reference = transforms.Compose([transforms.ToTensor(), transforms.Normalize(0.5, 0.5)])
+    expected = torch.stack([reference(image.squeeze(0).numpy()) for image in images])
+    ((ours, _),) = Batches(images, torch.zeros(4), 4, "cpu", shuffle=False).epoch(0)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6)
+
+
+def test_batches_leave_the_data_unchanged():
+    batches = numbered(20)
+    before = batches.images.clone()
+    for images, labels in batches.epoch(0):
+        images.zero_()
+        labels.zero_()
+    assert torch.equal(batches.images, before)
+    assert order(batches, 0) == order(numbered(20), 0)
+
+
+# Distortions ----------------------------------------------------------------------------------------------------------
+
+STILL = {"degrees": 0, "scale": 0, "shear": 0, "shift": 0, "elastic": 0}
+
+
+def origins(**limits):
+    """Where the pixels of 2,000 images come from when distorted: x and y [N, 28, 28] in pixels."""
+    ramp = torch.arange(28.0).expand(2000, 1, 28, 28)
+    found = []
+    for coordinate in (ramp, ramp.transpose(2, 3)):
+        torch.manual_seed(0)
+        found.append(distort(coordinate, **{**STILL, **limits}).squeeze(1))
+    return found
+
+
+def assert_fills(values, limit):
+    """The values lie within ±limit and use that range, evenly to both sides."""
+    assert values.abs().max() <= limit * 1.001 + 1e-4
+    assert values.max() > 0.98 * limit
+    assert values.min() < -0.98 * limit
+    assert values.abs().mean() == pytest.approx(limit / 2, rel=0.1)
+
+
+def test_distort_without_limits_changes_nothing():
+    images = torch.rand(5, 1, 28, 28)
+    torch.testing.assert_close(distort(images, **STILL), images, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 28, 28), (1, 1, 28, 28), (2, 3, 20, 24)])
+def test_distort_keeps_shape_and_type_and_leaves_the_input_alone(shape):
+    images = torch.rand(shape)
+    before = images.clone()
+    distorted = distort(images, elastic=1)
+    assert distorted.shape == shape
+    assert distorted.dtype == images.dtype
+    assert torch.equal(images, before)
+
+
+def test_shift_moves_the_whole_image_by_up_to_that_many_pixels():
+    x, y = origins(shift=3)
+    for moved in (x[:, 6:-6, 6:-6] - torch.arange(6.0, 22), y[:, 6:-6, 6:-6] - torch.arange(6.0, 22).view(-1, 1)):
+        assert (moved - moved[:, :1, :1]).abs().max() < 1e-3
+        assert_fills(moved[:, 0, 0], 3)
+    assert np.corrcoef(x[:, 13, 13], y[:, 13, 13])[0, 1] == pytest.approx(0, abs=0.1)
+
+
+def test_degrees_turn_the_image_by_up_to_that_angle():
+    x, y = origins(degrees=20)
+    along, across = (x[:, 13, 18] - x[:, 13, 9]) / 9, (y[:, 13, 18] - y[:, 13, 9]) / 9
+    torch.testing.assert_close(along**2 + across**2, torch.ones(2000), rtol=0, atol=1e-3)
+    assert_fills(torch.atan2(across, along).rad2deg(), 20)
+
+
+def test_scale_stretches_width_and_height_apart_by_up_to_that_share():
+    x, y = origins(scale=0.2)
+    width, height = (x[:, 13, 18] - x[:, 13, 9]) / 9 - 1, (y[:, 18, 13] - y[:, 9, 13]) / 9 - 1
+    assert_fills(width, 0.2)
+    assert_fills(height, 0.2)
+    assert np.corrcoef(width, height)[0, 1] == pytest.approx(0, abs=0.1)
+
+
+def test_shear_slants_by_up_to_that_angle():
+    x, y = origins(shear=15)
+    assert_fills((x[:, 18, 13] - x[:, 9, 13]) / 9, np.tan(np.radians(15)))
+    torch.testing.assert_close(y[:, :, 13], torch.arange(28.0).expand(2000, 28), rtol=0, atol=1e-3)
+
+
+def test_elastic_is_the_deviation_of_the_displacements_in_pixels():
+    x, y = origins(elastic=1.5)
+    for moved in (x[:, 13, 13] - 13, y[:, 13, 13] - 13):
+        assert moved.mean() == pytest.approx(0, abs=0.15)
+        assert moved.std() == pytest.approx(1.5, rel=0.1)
+    far = x[:, 13, 7] - 7  # a knot away: nearly independent, where an affine map would tie the two
+    assert np.corrcoef(x[:, 13, 13], far)[0, 1] == pytest.approx(0, abs=0.2)
+
+
+@pytest.mark.parametrize("low", [-1.0, 0.0, 0.3])
+def test_background_stays_at_the_value_of_black(low):
+    images = torch.full((100, 1, 28, 28), low)
+    images[:, :, 10:18, 10:18] = 1.0
+    distorted = distort(images, elastic=0.5)
+    torch.testing.assert_close(distorted[:, :, :3], torch.full((100, 1, 3, 28), low))
+    torch.testing.assert_close(distorted.amax((1, 2, 3)), torch.ones(100), rtol=0, atol=0.05)
+    assert distorted.min() >= low - 1e-5
+
+
+def test_each_image_is_distorted_in_its_own_way():
+    distorted = distort(load("digits", "")[0][:1].float().expand(8, 1, 28, 28))
+    distances = torch.cdist(distorted.flatten(1), distorted.flatten(1))
+    assert (distances + 1e9 * torch.eye(8)).min() > 100
+
+
+def test_distortions_follow_torchs_seed():
+    images, results = torch.rand(4, 1, 28, 28), []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        results.append(distort(images, elastic=1))
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])

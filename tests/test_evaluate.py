@@ -1,0 +1,212 @@
+"""evaluate.py as its user runs it: numbers, pictures, and pictures of the user's own."""
+
+import gzip
+import json
+import os
+import pickle
+
+import numpy
+import pytest
+import torch
+from helpers import DIGITS, assert_one_line, load, run, save_sealed, train
+from PIL import Image
+
+import evaluate
+from datasets import load as load_data
+from datasets import read_photo
+
+
+@pytest.fixture(scope="module")
+def best_run(tmp_path_factory):
+    """The README's first command."""
+    folder = tmp_path_factory.mktemp("best")
+    train(*DIGITS, "--recipe", "best", "--output-dir", folder / "run")
+    return folder / "run"
+
+
+@pytest.fixture
+def small_run(tmp_path):
+    train(*DIGITS, "--model", "mlp", "--dry-run", "--output-dir", tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_the_first_command_reaches_96_percent_and_the_report_says_so(best_run, tmp_path):
+    output, errors = run("evaluate.py", best_run, cwd=tmp_path)
+    metrics = json.loads((best_run / "evaluation" / "metrics.json").read_text())
+    assert metrics["dataset"] == "digits"
+    assert metrics["model"] == "cnn"
+    assert metrics["test_accuracy"] >= 0.96
+    assert f"{metrics['test_accuracy']:.2%}" in output
+    assert errors == ""
+    pictures = {"confusion_matrix.png", "mistakes.png", "filters.png"}
+    assert {path.name for path in (best_run / "evaluation").iterdir()} == {"metrics.json"} | pictures
+    for name in pictures:
+        Image.open(best_run / "evaluation" / name).verify()
+
+
+def test_metrics_agree_with_one_another_and_with_a_count_by_hand():
+    logits = torch.randn(500, 10)
+    labels = torch.randint(10, (500,))
+    metrics = evaluate.measure(logits, labels)
+    matrix = torch.tensor(metrics["confusion_matrix"])
+    guesses = logits.argmax(1)
+    for true in range(10):
+        for guess in range(10):
+            assert matrix[true, guess] == ((labels == true) & (guesses == guess)).sum()
+    assert metrics["test_errors"] == 500 - matrix.diag().sum()
+    assert metrics["test_accuracy"] == pytest.approx(1 - metrics["test_errors"] / 500)
+    seven = metrics["per_class"]["7"]
+    assert seven["recall"] == pytest.approx((matrix[7, 7] / matrix[7].sum()).item())
+    assert seven["precision"] == pytest.approx((matrix[7, 7] / matrix[:, 7].sum()).item())
+    probabilities = logits.double().exp() / logits.double().exp().sum(1, keepdim=True)
+    by_hand = -probabilities[torch.arange(500), labels].log().mean().item()  # L = -log Z_i
+    assert metrics["test_loss"] == pytest.approx(by_hand)
+
+
+@pytest.mark.parametrize("recipe", ["lecture", "best"])
+@pytest.mark.parametrize("model", ["mlp", "cnn", "maxout"])
+def test_every_model_can_be_evaluated(tmp_path, model, recipe):
+    train(*DIGITS, "--recipe", recipe, "--model", model, "--dry-run", "--output-dir", tmp_path / "run")
+    evaluate.main([str(tmp_path / "run")])
+    assert (tmp_path / "run" / "evaluation" / "metrics.json").is_file()
+
+
+def test_averaged_weights_are_what_is_evaluated(tmp_path):
+    train(*DIGITS, "--recipe", "best", "--model", "mlp", "--epochs", 1, "--output-dir", tmp_path / "run")
+    network, checkpoint = evaluate.load_classifier(tmp_path / "run", "cpu")
+    average = checkpoint["state"]["average"]["model"]["linear1.weight"]
+    assert torch.equal(network.linear1.weight, average)
+    assert not torch.equal(average, checkpoint["state"]["model"]["linear1.weight"])
+
+
+# Files that are not what they should be -------------------------------------------------------------------------------
+
+
+def test_a_run_without_a_checkpoint_gets_one_line(tmp_path):
+    (tmp_path / "empty").mkdir()
+    _, errors = run("evaluate.py", "empty", cwd=tmp_path, code=1)
+    assert_one_line(errors, "empty", "does not exist")
+
+
+def test_every_changed_or_missing_byte_of_a_checkpoint_is_noticed(small_run, tmp_path):
+    whole = (small_run / "checkpoint.pt").read_bytes()
+    copy = tmp_path / "copy.pt"
+    places = torch.randint(len(whole), (200,)).tolist()
+    for place in [*range(30), *range(len(whole) - 60, len(whole)), *places]:
+        copy.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(evaluate.utils.UserError, match=r"copy\.pt"):
+            evaluate.utils.load_checkpoint(copy)
+    for length in [0, 1, 22, len(whole) // 2, len(whole) - 1]:
+        copy.write_bytes(whole[:length])
+        with pytest.raises(evaluate.utils.UserError, match=r"copy\.pt"):
+            evaluate.utils.load_checkpoint(copy)
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(small_run, tmp_path):
+    (small_run / "previous.pt").write_bytes((small_run / "checkpoint.pt").read_bytes())
+    (small_run / "checkpoint.pt").write_bytes(b"PK damaged")
+    _, errors = run("evaluate.py", "run", cwd=tmp_path)
+    assert_one_line(errors, "checkpoint.pt", "previous.pt", "damaged")
+
+
+class Canary:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (os.mkdir, (str(self.path),))
+
+
+def test_nothing_in_a_foreign_file_is_executed(tmp_path):
+    path = tmp_path / "run" / "checkpoint.pt"
+    save_sealed({"options": Canary(tmp_path / "executed")}, path)
+    _, errors = run("evaluate.py", "run", cwd=tmp_path, code=1)
+    assert_one_line(errors, "checkpoint.pt")
+    path.write_bytes(pickle.dumps(Canary(tmp_path / "executed")))
+    _, errors = run("evaluate.py", "run", cwd=tmp_path, code=1)
+    assert_one_line(errors, "checkpoint.pt")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_checkpoint_of_another_network_gets_one_line(small_run, tmp_path):
+    checkpoint = load(small_run / "checkpoint.pt")
+    checkpoint["options"]["model"] = "cnn"
+    save_sealed(checkpoint, tmp_path / "run" / "checkpoint.pt")
+    _, errors = run("evaluate.py", "run", cwd=tmp_path, code=1)
+    assert_one_line(errors, "run", "models/")
+
+
+# Pictures of the user's own -------------------------------------------------------------------------------------------
+
+
+def as_drawn(image):
+    """A 28x28 digit as somebody might draw it: large, off centre, black on white."""
+    large = Image.fromarray(255 - image.numpy()).resize((200, 200), Image.Resampling.BICUBIC)
+    paper = Image.new("L", (500, 320), 255)
+    paper.paste(large, (230, 10))
+    return paper
+
+
+def variants(drawn):
+    yield drawn
+    yield drawn.convert("RGB")
+    yield drawn.point(lambda value: 255 - value)  # light on dark
+    yield drawn.point(lambda value: 90 + value // 3)  # faint pencil on grey paper
+    yield drawn.convert("P")
+    yield Image.fromarray(numpy.asarray(drawn).astype(numpy.uint16) * 257)
+    ink = Image.new("RGBA", drawn.size, (0, 0, 160, 0))
+    ink.putalpha(drawn.point(lambda value: 255 - value))  # blue ink on nothing
+    yield ink
+
+
+def test_own_pictures_are_read_right_in_every_mode(best_run, tmp_path):
+    network, _ = evaluate.load_classifier(best_run, "cpu")
+    images, labels = load_data("digits", None, train=False)
+    right, count = 0, 0
+    for image, label in zip(images[:20, 0], labels[:20]):
+        for variant in variants(as_drawn(image)):
+            variant.save(tmp_path / "digit.png")
+            photo = read_photo(tmp_path / "digit.png")
+            assert photo.shape == (1, 1, 28, 28)
+            assert photo.dtype == torch.uint8
+            right += (network(photo / 127.5 - 1).argmax() == label).item()
+            count += 1
+    assert right >= 0.9 * count
+
+
+def test_photo_is_fitted_into_20_pixels_and_centred_by_mass(tmp_path):
+    paper = Image.new("L", (300, 100), 255)
+    paper.paste(0, (10, 20, 20, 80))  # a stroke 10 wide and 60 high
+    paper.save(tmp_path / "one.png")
+    ink = read_photo(tmp_path / "one.png")[0, 0] > 127
+    rows, columns = ink.any(1).nonzero().flatten(), ink.any(0).nonzero().flatten()
+    assert (rows.min(), rows.max()) == (4, 23)
+    assert (columns.min(), columns.max()) in ((12, 14), (13, 15))
+
+
+def test_image_prints_all_ten_probabilities(best_run, tmp_path):
+    image, label = (part[3] for part in load_data("digits", None, train=False))
+    as_drawn(image[0]).save(tmp_path / "mine.png")
+    output, _ = run("evaluate.py", best_run, "--image", "mine.png", cwd=tmp_path)
+    first, second = output.splitlines()
+    assert first == f"mine.png: {label}"
+    shares = [float(part.rstrip("%")) for part in second.split()[1::2]]
+    assert len(shares) == 10
+    assert sum(shares) == pytest.approx(100, abs=1)
+
+
+def test_pictures_that_cannot_be_read_get_one_line_each(small_run, tmp_path):
+    (tmp_path / "text.png").write_text("not a picture")
+    Image.new("L", (50, 50), 255).save(tmp_path / "blank.png")
+    as_drawn(torch.zeros(28, 28, dtype=torch.uint8).fill_diagonal_(255)).save(tmp_path / "good.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "good.png").read_bytes()[:-100])
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "squeezed.png").write_bytes(gzip.compress((tmp_path / "good.png").read_bytes()))
+    bad = ["text.png", "blank.png", "cut.png", "folder.png", "squeezed.png", "missing.png"]
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "fifo.png")
+        bad.append("fifo.png")
+    output, errors = run("evaluate.py", "run", "--image", *bad, "good.png", cwd=tmp_path, code=1)
+    assert output.startswith("good.png: ")
+    for name, line in zip(bad, errors.splitlines(), strict=True):
+        assert name in line

@@ -1,0 +1,299 @@
+"""train_classifier.py as its user runs it: real files, and real processes wherever a process dies, speaks or exits."""
+
+import copy
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from helpers import DIGITS, ROOT, assert_one_line, load, run, save_sealed, train
+
+import train_classifier
+from models import ACTIVATIONS
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="kills processes with POSIX signals")
+
+EVERYTHING = [*DIGITS, "--recipe", "best", "--model", "mlp", "--epochs", "3", "--val-size", "137"]
+
+# Runs train_classifier.py and kills the process the hard way when it asks for the batch EPOCH, BATCH.
+KILLED_AT = """
+import os, runpy, signal, sys
+sys.path.insert(0, {root!r})
+from datasets import Batches
+whole = Batches.epoch
+def epoch(self, number, start=0):
+    for i, batch in enumerate(whole(self, number, start), start):
+        if self.shuffle and (number, i) == {at}:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield batch
+Batches.epoch = epoch
+sys.argv[0] = {script!r}
+runpy.run_path({script!r}, run_name="__main__")
+"""
+
+
+@pytest.fixture(autouse=True)
+def in_tmp_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def assert_same_run(a, b):
+    """Weights, optimiser, schedule, averages, random state, position, history; and the table, byte for byte."""
+    for name in ("checkpoint.pt", "best.pt"):
+        first, second = (load(folder / name) for folder in (a, b))
+        for key in first.keys() - {"options"}:  # save_interval may differ
+            assert same(first[key], second[key]), key
+    assert (a / "metrics.csv").read_bytes() == (b / "metrics.csv").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    run("train_classifier.py", *EVERYTHING, "--output-dir", "run", cwd=folder)
+    return folder / "run"
+
+
+def kill_at(at, save_interval, folder):
+    code = KILLED_AT.format(root=str(ROOT), script=str(ROOT / "train_classifier.py"), at=at)
+    flags = [*EVERYTHING, "--output-dir", "run", "--save-interval", str(save_interval)]
+    killed = subprocess.run([sys.executable, "-c", code, *flags], cwd=folder, capture_output=True, timeout=300)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+
+
+@pytest.mark.parametrize(("at", "save_interval"), [((0, 1), 0), ((1, 4), 0), ((2, 10), 0), ((1, 4), 1000)])
+def test_killed_at_a_step_and_resumed_gives_the_same_run(undisturbed, tmp_path, at, save_interval):
+    kill_at(at, save_interval, tmp_path)
+    epoch, batch = at
+    checkpoint = load(tmp_path / "run" / "checkpoint.pt")
+    assert (checkpoint["epoch"], checkpoint["batch"]) == ((epoch, batch) if save_interval == 0 else (epoch, 0))
+    run("train_classifier.py", "--resume", "run", cwd=tmp_path)
+    assert_same_run(undisturbed, tmp_path / "run")
+
+
+def zero_tensors(state):
+    return {key: zero_tensors(value) if isinstance(value, dict) else value * 0 for key, value in state.items()}
+
+
+SPOILS = {
+    "model": lambda c: c["state"].update(model=zero_tensors(c["state"]["model"])),
+    "optimizer": lambda c: c["state"]["optimizer"].update(state={}),
+    "schedule": lambda c: c["state"]["schedule"].update(last_epoch=0),
+    "average": lambda c: c["state"].update(average=zero_tensors(c["state"]["average"])),
+    "random": lambda c: c["random"].update(cpu=torch.Generator().manual_seed(9).get_state()),
+    "epoch": lambda c: c.update(epoch=0),
+    "batch": lambda c: c.update(batch=c["batch"] - 1),
+    "sums": lambda c: c.update(sums=zero_tensors(c["sums"])),
+    "count": lambda c: c.update(count=c["count"] - 1),
+}
+
+
+@pytest.fixture(scope="module")
+def halfway(tmp_path_factory):
+    """A checkpoint from the middle of the second epoch."""
+    folder = tmp_path_factory.mktemp("halfway")
+    kill_at((1, 4), 0, folder)
+    return load(folder / "run" / "checkpoint.pt")
+
+
+@pytest.mark.parametrize("part", SPOILS)
+def test_resume_needs_every_saved_part(undisturbed, halfway, tmp_path, part):
+    """The control of the tests above: they notice when any one part is not restored."""
+    checkpoint = copy.deepcopy(halfway)
+    SPOILS[part](checkpoint)
+    save_sealed(checkpoint, tmp_path / "run" / "checkpoint.pt")
+    train("--resume", tmp_path / "run")
+    with pytest.raises(AssertionError):
+        assert_same_run(undisturbed, tmp_path / "run")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_saves_says_how_to_go_on_and_loses_nothing(undisturbed, tmp_path, number):
+    flags = [*EVERYTHING, "--output-dir", "run", "--save-interval", "0"]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train_classifier.py"), *flags], cwd=tmp_path, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "checkpoint.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 128 + number
+    assert_one_line(errors, "train_classifier.py --resume run")
+    assert load(tmp_path / "run" / "checkpoint.pt")["epoch"] < 3
+    run("train_classifier.py", "--resume", "run", cwd=tmp_path)
+    assert_same_run(undisturbed, tmp_path / "run")
+
+
+def test_run_folder_holds_what_is_promised(undisturbed):
+    names = {"config.json", "metrics.csv", "checkpoint.pt", "previous.pt", "best.pt", "curves.png"}
+    assert {path.name for path in undisturbed.iterdir()} == names
+    config = json.loads((undisturbed / "config.json").read_text())
+    assert config["options"]["epochs"] == 3
+    assert config["torch"] == torch.__version__
+    with open(undisturbed / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"]
+    assert set(rows[0]) == {"epoch", "loss", "accuracy", "val_loss", "val_accuracy"}
+
+
+def test_best_pt_is_the_first_of_the_most_accurate_epochs(undisturbed):
+    best = load(undisturbed / "best.pt")
+    history = load(undisturbed / "checkpoint.pt")["history"]
+    accuracies = [row["val_accuracy"] for row in history]
+    assert best["epoch"] == 1 + accuracies.index(max(accuracies))
+
+
+def test_dry_run_takes_two_steps_and_writes_everything(tmp_path, capsys):
+    train(*EVERYTHING, "--dry-run")
+    folder = tmp_path / "runs" / "mlp-digits"
+    checkpoint = load(folder / "checkpoint.pt")
+    assert checkpoint["state"]["schedule"]["last_epoch"] == 2
+    assert "python evaluate.py" in capsys.readouterr().out
+    for name in ("best.pt", "metrics.csv", "curves.png", "config.json"):
+        assert (folder / name).stat().st_size > 0
+
+
+def test_new_runs_take_the_next_free_folder(tmp_path):
+    for _ in range(2):
+        train(*DIGITS, "--dry-run")
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["cnn-digits", "cnn-digits-2"]
+
+
+def test_more_epochs_go_on_from_a_finished_run(tmp_path, capsys):
+    flags = [*DIGITS, "--model", "mlp"]
+    train(*flags, "--epochs", 1, "--output-dir", "a")
+    train("--resume", "a")
+    assert "finished" in capsys.readouterr().out
+    train("--resume", "a", "--epochs", 2)
+    train(*flags, "--epochs", 2, "--output-dir", "b")
+    assert (tmp_path / "a" / "metrics.csv").read_bytes() == (tmp_path / "b" / "metrics.csv").read_bytes()
+
+
+def test_without_a_terminal_each_epoch_is_one_line(tmp_path):
+    output, errors = run("train_classifier.py", *DIGITS, "--model", "mlp", "--epochs", 2, cwd=tmp_path)
+    assert [line.split()[1] for line in output.splitlines() if line.startswith("epoch")] == ["1/2", "2/2"]
+    assert errors == ""
+
+
+def test_a_flag_beats_the_recipe_and_is_marked(capsys):
+    train(*DIGITS, "--recipe", "best", "--lr", "0.5", "--dry-run")
+    options = capsys.readouterr().out.splitlines()[0].split()
+    assert "lr=0.5*" in options
+    assert "weight_decay=0.05" in options
+
+
+@pytest.mark.parametrize("model", ["mlp", "cnn", "maxout"])
+@pytest.mark.parametrize("recipe", ["lecture", "best", "paper"])
+def test_every_recipe_runs_on_every_model(model, recipe):
+    train(*DIGITS, "--recipe", recipe, "--model", model, "--dry-run")
+
+
+@pytest.mark.parametrize(
+    ("loss", "activation"),
+    [(loss, "relu") for loss in train_classifier.LOSSES] + [("cross-entropy", name) for name in ACTIVATIONS],
+)
+def test_every_loss_and_activation_learns(tmp_path, loss, activation):
+    flags = [*DIGITS, "--model", "mlp", "--loss", loss, "--activation", activation, "--lr", "0.003", "--batch-norm"]
+    train(*flags, "--epochs", 5, "--output-dir", "run")
+    history = load(tmp_path / "run" / "checkpoint.pt")["history"]
+    assert history[-1]["loss"] < 0.8 * history[0]["loss"]
+    assert history[-1]["accuracy"] > 0.7
+
+
+def test_amp_trains(tmp_path):
+    train(*DIGITS, "--amp", "--epochs", 6, "--output-dir", "run")
+    assert load(tmp_path / "run" / "checkpoint.pt")["history"][-1]["accuracy"] > 0.85
+
+
+# What a user can do wrong ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "parts"),
+    [
+        (["--model", "resnet"], 2, ["--model", "resnet", "cnn"]),
+        (["--batch-size", "0"], 2, ["--batch-size", "at least 1"]),
+        (["--lr", "nan"], 2, ["--lr"]),
+        (["--no-such-flag"], 2, ["--no-such-flag"]),
+        (["--resume", "nowhere"], 1, ["nowhere", "does not exist"]),
+        (["--dataset", "digits", "--val-size", "5000"], 1, ["--val-size", "1437"]),
+        ([*DIGITS, "--model", "maxout", "--batch-norm"], 1, ["maxout", "--batch-norm"]),
+        ([*DIGITS, "--model", "mlp", "--batch-norm", "--batch-size", "4"], 1, ["--batch-norm", "--batch-size"]),
+        pytest.param(
+            ["--device", "cuda"],
+            1,
+            ["--device cuda", "--device auto"],
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device"),
+        ),
+    ],
+)
+def test_bad_flags_get_one_line_and_leave_nothing(tmp_path, flags, code, parts):
+    _, errors = run("train_classifier.py", *flags, cwd=tmp_path, code=code)
+    assert_one_line(errors, *parts)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_holds_something_is_not_touched(undisturbed, tmp_path):
+    before = {path.name: path.read_bytes() for path in undisturbed.iterdir()}
+    _, errors = run("train_classifier.py", *DIGITS, "--output-dir", undisturbed, cwd=tmp_path, code=1)
+    assert_one_line(errors, undisturbed, "--resume")
+    assert {path.name: path.read_bytes() for path in undisturbed.iterdir()} == before
+
+
+def test_resume_with_another_model_is_refused(undisturbed, tmp_path):
+    _, errors = run("train_classifier.py", "--resume", undisturbed, "--model", "cnn", cwd=tmp_path, code=1)
+    assert_one_line(errors, "--model cnn", "mlp")
+
+
+def test_resume_after_the_network_was_edited_is_refused(undisturbed, tmp_path):
+    checkpoint = load(undisturbed / "checkpoint.pt")
+    checkpoint["state"]["model"].pop("linear4.bias")
+    save_sealed(checkpoint, tmp_path / "run" / "checkpoint.pt")
+    _, errors = run("train_classifier.py", "--resume", "run", cwd=tmp_path, code=1)
+    assert_one_line(errors, "run", "linear4.bias")
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_checkpoint(tmp_path):
+    flags = [*DIGITS, "--model", "mlp", "--optimizer", "sgd", "--lr", "1e30", "--save-interval", "0"]
+    _, errors = run("train_classifier.py", *flags, "--output-dir", "run", cwd=tmp_path, code=1)
+    assert_one_line(errors, "loss", "--lr", "step")
+    for path in (tmp_path / "run").glob("*.pt"):
+        sums = load(path)["sums"]
+        assert all(torch.isfinite(torch.tensor(value)) for value in sums.values())
+
+
+# On real MNIST --------------------------------------------------------------------------------------------------------
+
+
+def test_the_lecture_on_mnist_learns_within_memory(tmp_path, data_dir):
+    flags = ["--model", "mlp", "--data-dir", str(data_dir), "--device", "cpu"]
+    code = f"""
+import resource, runpy, sys
+sys.path.insert(0, {str(ROOT)!r})
+sys.argv[0] = {str(ROOT / "train_classifier.py")!r}
+runpy.run_path(sys.argv[0], run_name="__main__")
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print("peak", peak if sys.platform == "darwin" else peak * 1024)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *flags], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert float(done.stdout.split("peak")[1]) < 1.5e9
+    run("evaluate.py", "runs/mlp-mnist", cwd=tmp_path)
+    metrics = json.loads((tmp_path / "runs" / "mlp-mnist" / "evaluation" / "metrics.json").read_text())
+    assert metrics["test_accuracy"] > 0.90
