@@ -4,7 +4,6 @@ A script says what one optimisation step is; `train` decides how it is run. It k
 """
 
 import argparse
-import copy
 import csv
 import hashlib
 import io
@@ -92,34 +91,27 @@ def shared_args_parser(script, description, recipes, datasets):
     """The flags that every training script has, spelled the same everywhere. script: its file name."""
     parser = ArgumentParser(prog=script, description=description)
     parser.set_defaults(script=script)
-    parser.add_argument("--recipe", choices=list(recipes), default="lecture", help="named set of defaults")
-    parser.add_argument("--dataset", choices=datasets, default="mnist", help="what to train on")
-    parser.add_argument("--data-dir", default="data", help="folder of the data sets; what is missing is downloaded")
-    parser.add_argument("--epochs", type=number(int, 1), default=1, help="passes over the training images")
-    parser.add_argument("--batch-size", type=number(int, 1), default=32, help="images per step")
-    parser.add_argument("--lr", type=number(float, 0), default=2e-4, help="learning rate")
-    parser.add_argument("--seed", type=number(int, 0, 2**31), default=0, help="of weights, order and noise")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to train")
-    parser.add_argument(
-        "--amp", action=argparse.BooleanOptionalAction, default=False, help="mixed precision (bfloat16)"
-    )
-    parser.add_argument(
-        "--val-size", type=number(int, 0), default=5000, help="last training images held out for validation"
-    )
-    parser.add_argument("--log-interval", type=number(int, 1), default=100, help="steps between two progress reports")
-    parser.add_argument(
-        "--save-interval", type=number(float, 0), default=60, help="seconds between checkpoints within an epoch"
-    )
-    parser.add_argument(
-        "--output-dir", metavar="RUN", help="new run folder (None: the next free runs/<model>-<dataset>)"
-    )
-    parser.add_argument("--resume", metavar="RUN", help="go on with this run, with its own options")
-    parser.add_argument("--dry-run", action="store_true", help="two steps and one evaluation, everything written")
+    add = parser.add_argument
+    add("--recipe", choices=list(recipes), default="lecture", help="named set of defaults")
+    add("--dataset", choices=datasets, default="mnist", help="what to train on")
+    add("--data-dir", default="data", help="folder of the data sets; what is missing is downloaded")
+    add("--epochs", type=number(int, 1), default=1, help="passes over the training images")
+    add("--batch-size", type=number(int, 1), default=32, help="images per step")
+    add("--lr", type=number(float, 0), default=2e-4, help="learning rate")
+    add("--seed", type=number(int, 0, 2**31), default=0, help="of weights, order and noise")
+    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to train")
+    add("--amp", action=argparse.BooleanOptionalAction, default=False, help="mixed precision (bfloat16)")
+    add("--val-size", type=number(int, 0), default=5000, help="last training images held out for validation")
+    add("--log-interval", type=number(int, 1), default=100, help="steps between two progress reports")
+    add("--save-interval", type=number(float, 0), default=60, help="seconds between checkpoints within an epoch")
+    add("--output-dir", metavar="RUN", help="new run folder (None: the next free runs/<model>-<dataset>)")
+    add("--resume", metavar="RUN", help="go on with this run, with its own options")
+    add("--dry-run", action="store_true", help="two steps and one evaluation, everything written")
     return parser
 
 
 # What may differ when a run goes on; everything else would make it another run.
-FREE_ON_RESUME = {"resume", "output_dir", "data_dir", "device", "epochs", "log_interval", "save_interval"}
+FREE_ON_RESUME = {"resume", "data_dir", "device", "epochs", "log_interval", "save_interval"}
 
 
 def parse_args(parser, recipes, variants=None, argv=None):
@@ -522,9 +514,6 @@ def draw_curves(run):
     write_whole(run.folder / "curves.png", picture.getvalue())
 
 
-# What the scripts share -----------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def predict(model, batches):
     """Outputs of `model` in eval mode for every image of `batches`, and their labels, in order."""
@@ -533,66 +522,3 @@ def predict(model, batches):
     outputs, labels = zip(*[(model(images), labels) for images, labels in batches.epoch(0)])
     model.train(was_training)
     return torch.cat(outputs), torch.cat(labels)
-
-
-class Average:
-    """Exponential moving average of a network's weights and of batch norm's statistics, as the network `self.model`.
-
-    average = d * average + (1 - d) * weights, with d rising from .1 to `decay` as (1 + updates) / (10 + updates),
-    so that the first random weights are soon forgotten.
-    """
-
-    def __init__(self, model, decay):
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        self.decay = decay
-        self.updates = torch.zeros((), device=next(model.parameters()).device)
-
-    @torch.no_grad()
-    def update(self, model):
-        keep = ((1 + self.updates) / (10 + self.updates)).clamp(max=self.decay)  # stays on the device
-        self.updates += 1
-        for mine, its in zip(self.model.state_dict().values(), model.state_dict().values(), strict=True):
-            if its.is_floating_point():
-                mine.lerp_(its, 1 - keep)
-            else:
-                mine.copy_(its)  # batch norm's count of batches
-
-    def state_dict(self):
-        return {"model": self.model.state_dict(), "updates": self.updates}
-
-    def load_state_dict(self, state):
-        self.model.load_state_dict(state["model"])
-        self.updates.copy_(state["updates"])
-
-
-class CosineSchedule(LRScheduler):
-    """Learning rate: linear from 0 over the first `warmup` steps, then half a cosine down to 0 at step `steps`."""
-
-    def __init__(self, optimizer, steps, warmup):
-        self.steps, self.warmup = steps, warmup
-        super().__init__(optimizer)
-
-    def get_lr(self):
-        step = self.last_epoch
-        if step < self.warmup:
-            factor = (step + 1) / self.warmup
-        else:
-            factor = 0.5 + 0.5 * math.cos(math.pi * min(1, (step - self.warmup) / (self.steps - self.warmup)))
-        return [base * factor for base in self.base_lrs]
-
-
-class MaxoutSchedule(LRScheduler):
-    """What Goodfellow et al. trained with: the learning rate divided by `decay` at every step, not below 1e-6, and
-    SGD's momentum rising linearly from its value at the start to `final_momentum` over `ramp` steps.
-    """
-
-    def __init__(self, optimizer, decay, final_momentum, ramp):
-        self.decay, self.final_momentum, self.ramp = decay, final_momentum, ramp
-        self.momentum = optimizer.param_groups[0]["momentum"]
-        super().__init__(optimizer)
-
-    def get_lr(self):
-        done = min(1, self.last_epoch / self.ramp)
-        for group in self.optimizer.param_groups:
-            group["momentum"] = self.momentum + done * (self.final_momentum - self.momentum)
-        return [max(1e-6, base / self.decay**self.last_epoch) for base in self.base_lrs]

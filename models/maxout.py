@@ -1,7 +1,8 @@
-"""Maxout networks (Goodfellow et al. 2013, arXiv 1302.4389)."""
+"""Maxout networks (Goodfellow et al. 2013, arXiv 1302.4389), their norm limit and their schedule."""
 
 import torch
 import torch.nn as nn
+from torch.optim.lr_scheduler import LRScheduler
 
 
 class Maxout(nn.Module):
@@ -56,3 +57,20 @@ def limit_column_norms(network, max_norm):
     """
     for layer in linear_layers(network):
         layer.weight.renorm_(p=2, dim=0, maxnorm=max_norm)
+
+
+class MaxoutSchedule(LRScheduler):
+    """What Goodfellow et al. trained with: the learning rate divided by `decay` at every step, not below 1e-6, and
+    SGD's momentum rising linearly from its value at the start to `final_momentum` over `ramp` steps.
+    """
+
+    def __init__(self, optimizer, decay, final_momentum, ramp):
+        self.decay, self.final_momentum, self.ramp = decay, final_momentum, ramp
+        self.momentum = optimizer.param_groups[0]["momentum"]
+        super().__init__(optimizer)
+
+    def get_lr(self):
+        done = min(1, self.last_epoch / self.ramp)
+        for group in self.optimizer.param_groups:
+            group["momentum"] = self.momentum + done * (self.final_momentum - self.momentum)
+        return [max(1e-6, base / self.decay**self.last_epoch) for base in self.base_lrs]
