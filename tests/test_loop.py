@@ -1,0 +1,186 @@
+"""The loop and its helpers, apart from any script."""
+
+import argparse
+import math
+
+import pytest
+import torch
+from helpers import load
+
+import train_classifier
+import utils
+from datasets import Batches
+from models.average import Average
+from models.maxout import MaxoutSchedule
+
+
+class Position(torch.nn.Module):
+    """A state that counts its steps."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+
+def start(folder, state, **options):
+    defaults = {
+        "epochs": 2,
+        "amp": False,
+        "log_interval": 3,
+        "save_interval": 1000.0,
+        "dry_run": False,
+        "script": "x.py",
+    }
+    args = argparse.Namespace(**{**defaults, **options}, output_dir=str(folder), resume=None)
+    return utils.Run(args, state)
+
+
+def ten_images(batch_size):
+    return Batches(torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1), torch.arange(10), batch_size, "cpu")
+
+
+def test_means_count_every_image_once_whatever_the_last_batch(tmp_path):
+    run = start(tmp_path / "run", {"position": Position()})
+    utils.train(run, lambda images, labels: {"label": labels.float().mean()}, ten_images(batch_size=4))
+    assert [row["label"] for row in run.history] == pytest.approx([4.5, 4.5])
+
+
+def test_reports_cover_the_epoch_without_gap_or_overlap(tmp_path):
+    run = start(tmp_path / "run", {"position": Position()})
+    utils.train(run, lambda images, labels: {"label": labels.float().mean()}, ten_images(batch_size=2))
+    assert [row["epoch"] for row in run.curve] == pytest.approx([0.6, 1.0, 1.6, 2.0])
+    assert run.curve[0]["label"] * 6 + run.curve[1]["label"] * 4 == pytest.approx(45)
+
+
+def test_best_pt_is_the_best_epoch_and_patience_ends_the_run(tmp_path):
+    accuracies = iter([0.5, 0.9, 0.9, 0.7, 0.8, 0.95])
+    position = Position()
+    run = start(tmp_path / "run", {"position": position}, epochs=6)
+
+    def train_step(images, labels):
+        position.steps += 1
+        return {"loss": torch.zeros(())}
+
+    utils.train(run, train_step, ten_images(10), lambda: {"val_accuracy": next(accuracies)}, patience=2)
+    assert load(tmp_path / "run" / "best.pt")["state"]["position"]["steps"] == 2
+    assert load(tmp_path / "run" / "checkpoint.pt")["state"]["position"]["steps"] == 4
+
+
+def test_every_schedule_in_the_state_advances_once_a_step(tmp_path):
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1000)
+    run = start(tmp_path / "run", {"schedule": schedule})
+    optimizer.step()
+    utils.train(run, lambda images, labels: {"loss": torch.zeros(())}, ten_images(batch_size=4))
+    assert schedule.last_epoch == 6
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_metric_that_is_not_finite_is_named_and_never_saved(tmp_path, value):
+    run = start(tmp_path / "run", {"position": Position()}, save_interval=0.0)
+    values = iter([0.0, 0.0, value])
+    with pytest.raises(utils.UserError, match="loss_d is not finite at or shortly before step 3 of epoch 1"):
+        utils.train(run, lambda images, labels: {"loss_d": torch.tensor(next(values))}, ten_images(batch_size=2))
+    assert load(tmp_path / "run" / "checkpoint.pt")["batch"] == 2
+
+
+def test_amp_runs_the_step_in_bfloat16(tmp_path):
+    seen = []
+    layer = torch.nn.Linear(1, 1)
+
+    def train_step(images, labels):
+        seen.append(layer(images.flatten(1)).dtype)
+        return {"loss": torch.zeros(())}
+
+    utils.train(start(tmp_path / "a", {}, epochs=1, amp=True), train_step, ten_images(10))
+    utils.train(start(tmp_path / "b", {}, epochs=1), train_step, ten_images(10))
+    assert seen == [torch.bfloat16, torch.float32]
+
+
+def test_amp_sees_weights_updated_within_the_step(tmp_path):
+    layer = torch.nn.Linear(1, 1, bias=False)
+    images_of_one = Batches(torch.full((1, 1, 1, 1), 255, dtype=torch.uint8), torch.zeros(1), 1, "cpu")
+    seen = []
+
+    def train_step(images, labels):
+        for weight in (1.0, 2.0):
+            with torch.no_grad():
+                layer.weight.fill_(weight)
+            seen.append(layer(images.flatten(1)).item())
+        return {"loss": torch.zeros(())}
+
+    utils.train(start(tmp_path / "run", {}, epochs=1, amp=True), train_step, images_of_one)
+    assert seen == [1.0, 2.0]
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+    utils.write_whole(tmp_path / "file", b"old")
+    monkeypatch.setattr(utils.os, "fsync", lambda number: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space"):
+        utils.write_whole(tmp_path / "file", b"new")
+    assert (tmp_path / "file").read_bytes() == b"old"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_average_follows_its_formula():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+    average = Average(model, decay=0.5)
+    expected = {name: value.clone() for name, value in model.state_dict().items()}
+    for update in range(12):
+        for value in [*model.parameters(), model[1].running_mean]:
+            torch.nn.init.normal_(value)
+        average.update(model)
+        decay = min(0.5, (1 + update) / (10 + update))
+        for name, value in model.state_dict().items():
+            if value.is_floating_point():
+                expected[name] = decay * expected[name] + (1 - decay) * value
+    torch.testing.assert_close(dict(average.model.state_dict()), expected)
+    assert not average.model.training
+
+
+def test_maxout_schedule_is_the_papers():
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1, momentum=0.5)
+    schedule = MaxoutSchedule(optimizer, decay=1.000004, final_momentum=0.7, ramp=1000)
+    optimizer.step()
+    for step in range(1, 1500):
+        schedule.step()
+        group = optimizer.param_groups[0]
+        assert group["lr"] == pytest.approx(0.1 / 1.000004**step)
+        assert group["momentum"] == pytest.approx(0.5 + 0.2 * min(1, step / 1000))
+
+
+def test_cosine_schedule_rises_for_a_tenth_and_ends_at_zero():
+    args = argparse.Namespace(epochs=10, schedule="cosine")
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
+    schedule = train_classifier.build_schedule(args, optimizer, epoch_length=10)
+    rates = []
+    for _ in range(100):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates[:10] == pytest.approx([0.2 * step for step in range(1, 11)])
+    assert max(rates) == 2.0
+    assert rates[55] == pytest.approx(1.0)
+    assert rates == sorted(rates[:11]) + sorted(rates[11:], reverse=True)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_losses_are_the_slides(smoothing):
+    logits, labels = torch.randn(6, 10), torch.randint(10, (6,))
+    args = argparse.Namespace(label_smoothing=smoothing)
+    t = train_classifier.target_probabilities(args, "cpu")[labels]
+    z = logits.exp() / logits.exp().sum(1, keepdim=True)
+    p = 1 / (1 + (-logits).exp())
+    by_hand = {
+        "cross-entropy": -(t * z.log()).sum(1).mean(),
+        "bce": -(t * p.log() + (1 - t) * (1 - p).log()).sum(1).mean(),
+        "mse": ((t - z) ** 2).mean(),
+        "mae": (t - z).abs().mean(),
+    }
+    for name, loss in train_classifier.LOSSES.items():
+        torch.testing.assert_close(loss(logits, t), by_hand[name])
+    torch.testing.assert_close(
+        train_classifier.LOSSES["cross-entropy"](logits, t),
+        torch.nn.functional.cross_entropy(logits, labels, label_smoothing=smoothing),
+    )
