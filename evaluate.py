@@ -32,11 +32,11 @@ def load_classifier(run, device):
     best = path / "best.pt"
     checkpoint = utils.load_checkpoint(best if best.is_file() else path)
     options, state = checkpoint["options"], checkpoint["state"]
-    model = build_classifier(options["model"], options["activation"], options["batch_norm"])
     weights = state["average"]["model"] if "average" in state else state["model"]
     try:
+        model = build_classifier(options["model"], options["activation"], options["batch_norm"])
         model.load_state_dict(weights)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise utils.UserError(
             f"{run} does not fit models/, which has changed since: {' '.join(str(error).split())}"
         ) from error
@@ -110,13 +110,21 @@ def draw_mistakes(images, logits, labels, folder, most=30):
 
 
 def draw_filters(model, folder, most=64):
-    """Incoming weights of the first layer's units: 3x3 kernels of a CNN, 28x28 images of what an MLP looks for."""
+    """Weights into the first layer's units: 3x3 kernels of a CNN, 28x28 images of what an MLP looks for.
+
+    Draws nothing for a network whose first layer has no such picture.
+    """
     from matplotlib.figure import Figure
 
     weight = next(p for p in model.parameters() if p.dim() > 1).detach().cpu()[:most]
-    filters = weight[:, 0] if weight.dim() == 4 else weight.view(-1, 28, 28)
+    if weight.dim() == 4:
+        filters = weight[:, 0]
+    elif weight.shape[1:] == (28 * 28,):
+        filters = weight.view(-1, 28, 28)
+    else:
+        return
     figure = Figure(figsize=(8, 8.4), layout="constrained")
-    figure.suptitle(f"first layer: {len(filters)} units, blue negative, red positive weights")
+    figure.suptitle(f"first layer: weights of {len(filters)} linear units, blue negative, red positive")
     for place, kernel in enumerate(filters):
         axis = figure.add_subplot(8, 8, place + 1)
         limit = kernel.abs().max().item()
@@ -125,7 +133,7 @@ def draw_filters(model, folder, most=64):
     save_figure(figure, folder / "filters.png")
 
 
-def classify_photos(model, paths, device):
+def classify_photos(model, paths, device, black):
     """Print the probability of each digit for pictures of the user's own; returns how many could not be read."""
     unread = 0
     for path in paths:
@@ -135,7 +143,7 @@ def classify_photos(model, paths, device):
             print(f"evaluate.py: error: {error}", file=sys.stderr)
             unread += 1
             continue
-        images, _ = next(Batches(image, torch.zeros(1), 1, device, shuffle=False).epoch(0))
+        images, _ = next(Batches(image, torch.zeros(1), 1, device, low=black, shuffle=False).epoch(0))
         with torch.no_grad():
             probabilities = model(images).softmax(1)[0]
         print(f"{path}: {probabilities.argmax()}")
@@ -149,10 +157,11 @@ def main(argv=None):
     model, checkpoint = load_classifier(args.run, device)
     options = checkpoint["options"]
     if args.image:
-        sys.exit(1 if classify_photos(model, args.image, device) else 0)
+        sys.exit(1 if classify_photos(model, args.image, device, options["black"]) else 0)
 
     images, labels = load(options["dataset"], args.data_dir or options["data_dir"], train=False)
-    logits, _ = utils.predict(model, Batches(images, labels, args.batch_size, device, shuffle=False))
+    batches = Batches(images, labels, args.batch_size, device, low=options["black"], shuffle=False)
+    logits, _ = utils.predict(model, batches)
     logits = logits.cpu()
     metrics = {
         "dataset": options["dataset"],
@@ -164,11 +173,11 @@ def main(argv=None):
     run = Path(args.run)
     folder = (run if run.is_dir() else run.parent) / "evaluation"
     folder.mkdir(exist_ok=True)
+    utils.write_whole(folder / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
+    print(f"wrote {folder / 'metrics.json'}")
     draw_confusion(metrics["confusion_matrix"], folder)
     draw_mistakes(images, logits, labels, folder)
     draw_filters(model, folder)
-    utils.write_whole(folder / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
-    print(f"wrote {folder / 'metrics.json'}")
 
 
 if __name__ == "__main__":

@@ -29,14 +29,14 @@ RECIPES = {
     # Goodfellow et al. 2013, section 5.1, the first of its two stages.
     "paper": dict(
         model="maxout", epochs=500, patience=100, batch_size=100, optimizer="sgd", lr=0.1, momentum=0.5,
-        schedule="maxout", max_norm=1.9365, val_size=10_000,
+        schedule="maxout", max_norm=1.9365, black=0.0, val_size=10_000,
     ),
 }  # fmt: skip
 VARIANTS = {
     ("lecture", "digits"): dict(epochs=42),  # as many steps as one epoch of MNIST
     ("best", "digits"): dict(epochs=60, batch_size=64, val_size=0),
     ("best", "mlp"): dict(epochs=60),
-    ("best", "maxout"): dict(batch_norm=False),
+    ("best", "maxout"): dict(batch_norm=False, black=0.0),
     ("paper", "digits"): dict(val_size=137),
 }
 
@@ -57,25 +57,15 @@ def get_args_parser():
     add("--model", choices=list(CLASSIFIERS), default="cnn", help="network")
     add("--activation", choices=list(ACTIVATIONS), help="of the hidden layers (None: the network's own, ReLU)")
     add("--batch-norm", action=argparse.BooleanOptionalAction, default=False, help="CONV-BN-ReLU")
+    add("--black", type=number(float, -1, 0), default=-1.0, help="value of a black pixel; a white one is 1")
     add("--loss", choices=list(LOSSES), default="cross-entropy", help="what to minimise")
     add("--label-smoothing", type=number(float, 0, 1), default=0.0, help="share of the target spread over all classes")
-    add("--optimizer", choices=["sgd", "adam", "adamw"], default="adam", help="update rule")
-    add("--betas", type=number(float, 0, 1), nargs=2, default=[0.9, 0.999], help="Adam's decay rates")
-    add("--momentum", type=number(float, 0, 1), default=0.0, help="SGD's momentum")
-    add("--weight-decay", type=number(float, 0), default=0.0, help="pull of the weights towards 0")
     add("--max-norm", type=number(float, 0), help="largest norm of a linear unit's incoming weights (None: no limit)")
     add("--schedule", choices=["constant", "cosine", "maxout"], default="constant", help="learning rate over time")
     add("--augment", action=argparse.BooleanOptionalAction, default=False, help="distort each training image anew")
     add("--average", type=number(float, 0, 1), help="decay per step of averaged weights, which are then the result")
     add("--patience", type=number(int, 1), help="stop after so many epochs without a better validation accuracy")
     return parser
-
-
-def build_optimizer(args, parameters):
-    if args.optimizer == "sgd":
-        return torch.optim.SGD(parameters, args.lr, momentum=args.momentum, weight_decay=args.weight_decay, fused=True)
-    kind = torch.optim.Adam if args.optimizer == "adam" else torch.optim.AdamW
-    return kind(parameters, args.lr, betas=args.betas, eps=1e-8, weight_decay=args.weight_decay, fused=True)
 
 
 def build_schedule(args, optimizer, epoch_length):
@@ -101,7 +91,7 @@ def build(args, device, epoch_length):
     except ValueError as error:
         raise utils.UserError(error) from error
     model = model.to(device)
-    optimizer = build_optimizer(args, model.parameters())
+    optimizer = utils.build_optimizer(args, model.parameters())
     state = {"model": model, "optimizer": optimizer}
     if schedule := build_schedule(args, optimizer, epoch_length):
         state["schedule"] = schedule
@@ -118,7 +108,7 @@ def build(args, device, epoch_length):
         optimizer.zero_grad()
         loss.backward()  # backward path: dL/dW
         optimizer.step()  # W = W - lr * dL/dW
-        if args.max_norm:
+        if args.max_norm is not None:
             limit_column_norms(model, args.max_norm)
         if args.average is not None:
             state["average"].update(model)
@@ -134,17 +124,19 @@ def target_probabilities(args, device):
 
 def main(argv=None):
     args, checkpoint = utils.parse_args(get_args_parser(), RECIPES, VARIANTS, argv)
+    if args.schedule == "maxout" and args.optimizer != "sgd":
+        raise utils.UserError("--schedule maxout needs --optimizer sgd, whose momentum it sets")
+    if checkpoint and args.schedule == "cosine" and args.epochs != checkpoint["options"]["epochs"]:
+        raise utils.UserError(f"--epochs {args.epochs}: the learning rate of this run has its end fixed; leave it out")
     device = utils.pick_device(args.device)
     torch.manual_seed(args.seed)
 
     images, labels = load(args.dataset, args.data_dir, train=True)
-    if args.val_size >= len(images):
-        raise utils.UserError(f"--val-size {args.val_size} leaves nothing of the {len(images)} images to train on")
-    cut = len(images) - args.val_size
-    if args.batch_norm and cut % args.batch_size == 1:
+    cut = utils.training_rows(images, args)
+    if args.batch_norm and (cut % args.batch_size or args.batch_size) == 1:
         raise utils.UserError(f"--batch-norm: the last of {cut} images would be a batch alone; change --batch-size")
-    batches = Batches(images[:cut], labels[:cut], args.batch_size, device, seed=args.seed)
-    held_out = Batches(images[cut:], labels[cut:], 1000, device, shuffle=False)
+    batches = Batches(images[:cut], labels[:cut], args.batch_size, device, low=args.black, seed=args.seed)
+    held_out = Batches(images[cut:], labels[cut:], 1000, device, low=args.black, shuffle=False)
     state, train_step, network = build(args, device, len(batches))
 
     def validate():
@@ -153,7 +145,9 @@ def main(argv=None):
         return {"val_loss": loss.item(), "val_accuracy": (logits.argmax(1) == labels).float().mean().item()}
 
     run = utils.Run(args, state, checkpoint, name=f"{args.model}-{args.dataset}")
-    utils.train(run, train_step, batches, validate if args.val_size else None, patience=args.patience)
+    utils.train(
+        run, train_step, batches, validate if args.val_size else None, patience=args.patience if args.val_size else None
+    )
     print(f"now measure it: python evaluate.py {run.folder}")
 
 

@@ -5,6 +5,7 @@ A script says what one optimisation step is; `train` decides how it is run. It k
 
 import argparse
 import csv
+import ctypes
 import hashlib
 import io
 import itertools
@@ -47,10 +48,11 @@ def run_script(main):
     except (UserError, OSError) as error:
         fail(error)
     except (MemoryError, RuntimeError) as error:
-        text = str(error)
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in text:
+        # CUDA and MPS, the CPU on Windows, the CPU elsewhere
+        signs = ("out of memory", "not enough memory", "can't allocate memory")
+        if not isinstance(error, MemoryError) and not any(sign in str(error) for sign in signs):
             raise
-        fail("out of memory; choose a smaller --batch-size, and go on with --resume if the run has a checkpoint")
+        fail("out of memory; start a new run with a smaller --batch-size")
 
 
 def fail(reason):
@@ -96,8 +98,12 @@ def shared_args_parser(script, description, recipes, datasets):
     add("--dataset", choices=datasets, default="mnist", help="what to train on")
     add("--data-dir", default="data", help="folder of the data sets; what is missing is downloaded")
     add("--epochs", type=number(int, 1), default=1, help="passes over the training images")
-    add("--batch-size", type=number(int, 1), default=32, help="images per step")
+    add("--batch-size", type=number(int, 1, 2**31), default=32, help="images per step")
     add("--lr", type=number(float, 0), default=2e-4, help="learning rate")
+    add("--optimizer", choices=["sgd", "adam", "adamw"], default="adam", help="update rule")
+    add("--betas", type=number(float, 0, 0.999999), nargs=2, default=[0.9, 0.999], help="Adam's decay rates")
+    add("--momentum", type=number(float, 0, 1), default=0.0, help="SGD's momentum")
+    add("--weight-decay", type=number(float, 0), default=0.0, help="pull of the weights towards 0")
     add("--seed", type=number(int, 0, 2**31), default=0, help="of weights, order and noise")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to train")
     add("--amp", action=argparse.BooleanOptionalAction, default=False, help="mixed precision (bfloat16)")
@@ -126,6 +132,8 @@ def parse_args(parser, recipes, variants=None, argv=None):
     checkpoint = None
     first, _ = parser.parse_known_args(without_help)
     if first.resume:
+        if not Path(first.resume).is_dir():
+            raise UserError(f"--resume {first.resume}: there is no such run folder")
         checkpoint = load_checkpoint(first.resume)
         defaults = checkpoint["options"]
         if defaults["script"] != parser.prog:
@@ -139,7 +147,7 @@ def parse_args(parser, recipes, variants=None, argv=None):
             defaults.update((variants or {}).get((first.recipe, name), {}))
         parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
-    changed = [n for n, value in vars(args).items() if value != parser.get_default(n) and n != "recipe"]
+    changed = [name for name, value in vars(args).items() if value != parser.get_default(name)]
     if checkpoint:
         for name in set(changed) - FREE_ON_RESUME:
             was, flag = defaults.get(name), f"--{name.replace('_', '-')}"
@@ -149,8 +157,16 @@ def parse_args(parser, recipes, variants=None, argv=None):
 
 
 def print_options(args, changed):
-    shown = [f"{name}={value}{'*' * (name in changed)}" for name, value in vars(args).items() if value is not None]
-    print(" ".join(shown) + ("  (* set by a flag)" if changed else ""))
+    marked = set(changed) - {"recipe", "resume", "output_dir"}  # these say where it comes from and goes to
+    shown = [f"{name}={value}{'*' * (name in marked)}" for name, value in vars(args).items() if value is not None]
+    print(" ".join(shown) + ("  (* set by a flag)" if marked else ""))
+
+
+def training_rows(images, args):
+    """How many of the training images are left after --val-size. Raises UserError where none are."""
+    if args.val_size >= len(images):
+        raise UserError(f"--val-size {args.val_size} leaves nothing of the {len(images)} images to train on")
+    return len(images) - args.val_size
 
 
 # Device ---------------------------------------------------------------------------------------------------------------
@@ -164,7 +180,20 @@ def pick_device(name):
     if not available[name]:
         raise UserError(f"--device {name}: this machine or this torch has no {name} device; use --device auto")
     torch.set_flush_denormal(True)  # denormal numbers, which long trainings breed, slow a CPU down
+    if sys.platform == "linux":
+        keep_freed_memory()
     return torch.device(name)
+
+
+def keep_freed_memory():
+    """Stop the C library from handing memory back after each step only to fault it in again at the next."""
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except AttributeError:  # a C library other than glibc
+        return
+    mallopt(M_MMAP_THRESHOLD, 32 << 20)
+    mallopt(M_TRIM_THRESHOLD, 512 << 20)
 
 
 def random_state():
@@ -185,6 +214,14 @@ def set_random_state(state):
         torch.mps.set_rng_state(state["mps"])
 
 
+def build_optimizer(args, parameters):
+    """The optimiser that --optimizer names, in its fused form: one pass over the weights instead of many."""
+    if args.optimizer == "sgd":
+        return torch.optim.SGD(parameters, args.lr, momentum=args.momentum, weight_decay=args.weight_decay, fused=True)
+    kind = torch.optim.Adam if args.optimizer == "adam" else torch.optim.AdamW
+    return kind(parameters, args.lr, betas=args.betas, eps=1e-8, weight_decay=args.weight_decay, fused=True)
+
+
 # Checkpoints ----------------------------------------------------------------------------------------------------------
 
 # A checkpoint is what torch.save writes, a zip archive, with the SHA-256 of the rest as the archive's comment:
@@ -198,15 +235,22 @@ def seal(archive):
     return body + hashlib.sha256(body).digest()
 
 
+def is_sealed(content):
+    return hashlib.sha256(content[:-DIGEST_SIZE]).digest() == content[-DIGEST_SIZE:]
+
+
 def write_whole(path, content):
-    """Write the bytes to `path` wholly or not at all, and onto the disk before the name points at them."""
+    """Write the bytes to `path` wholly or not at all, and onto the disk before the name points at them.
+
+    A sound checkpoint.pt becomes previous.pt first.
+    """
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        if path.name == "checkpoint.pt" and path.exists():
+        if path.name == "checkpoint.pt" and path.exists() and is_sealed(path.read_bytes()):
             os.replace(path, path.with_name("previous.pt"))
         os.replace(temporary, path)
     except BaseException:
@@ -235,8 +279,7 @@ def read_checkpoint(path):
     if not path.is_file():
         raise UserError(f"{path} does not exist; name a folder that a training script has written")
     content = path.read_bytes()
-    body, digest = content[:-DIGEST_SIZE], content[-DIGEST_SIZE:]
-    if hashlib.sha256(body).digest() != digest:
+    if not is_sealed(content):
         raise UserError(f"{path} is damaged or no checkpoint of this repository (its SHA-256 does not fit)")
     try:
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
@@ -260,8 +303,7 @@ class Run:
         self.reported = {"count": 0}  # count and sums at the last report
         self.history, self.curve = [], []  # a row of means per epoch; a row per report
         if checkpoint:
-            given = Path(args.resume)
-            self.folder = given if given.is_dir() else given.parent
+            self.folder = Path(args.resume)
             self.restore(checkpoint)
             self.write_metrics()
         else:
@@ -274,15 +316,20 @@ class Run:
         return {name: value for name, value in vars(self.args).items() if name not in ("resume", "output_dir")}
 
     def save(self, name="checkpoint.pt"):
-        """Write the whole state. Raises UserError instead where a metric is not finite."""
+        """Write the whole state. Raises UserError instead where a metric or a weight is not finite."""
+        sums = self.read_sums()
+        state = {key: item.state_dict() for key, item in self.state.items()}
+        for key, value in state.items():
+            if not all(tensor.isfinite().all() for tensor in tensors(value)):
+                raise self.not_finite(key)
         checkpoint = {
             "options": self.options(),
-            "state": {name: item.state_dict() for name, item in self.state.items()},
+            "state": state,
             "random": random_state(),
             "epoch": self.epoch,
             "batch": self.batch,
             "count": self.count,
-            "sums": self.read_sums(),
+            "sums": sums,
             "reported": self.reported,
             "history": self.history,
             "curve": self.curve,
@@ -315,11 +362,14 @@ class Run:
         sums = {name: value.item() for name, value in self.sums.items()}
         for name, value in sums.items():
             if not math.isfinite(value):
-                raise UserError(
-                    f"{name} is not finite at or shortly before step {self.batch} of epoch {self.epoch + 1}; try a "
-                    "lower --lr, or leave out --amp (what has been saved is from before and sound)"
-                )
+                raise self.not_finite(name)
         return sums
+
+    def not_finite(self, name):
+        return UserError(
+            f"{name} is not finite at or shortly before step {self.batch} of epoch {self.epoch + 1}; "
+            "start a new run with a lower --lr, or without --amp"
+        )
 
     def report(self, epoch_length):
         """Add the means since the last report to the curve, and return them."""
@@ -333,6 +383,9 @@ class Run:
     def end_epoch(self, more):
         """Close the epoch begun: its means and the dict `more` become a row of the history, which is returned."""
         means = {name: value / self.count for name, value in self.read_sums().items()}
+        for name, value in more.items():
+            if not math.isfinite(value):
+                raise self.not_finite(name)
         self.epoch, self.batch = self.epoch + 1, 0
         self.count, self.sums, self.reported = 0, {}, {"count": 0}
         self.history.append({"epoch": self.epoch, **means, **more})
@@ -354,6 +407,15 @@ class Run:
             write_whole(self.folder / "metrics.csv", text.getvalue().encode())
 
 
+def tensors(value):
+    """Every tensor in nested dicts and lists."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from tensors(item)
+
+
 def new_folder(wanted, name):
     """Make and return the folder `wanted`, or else the next free of runs/`name`, runs/`name`-2, and so on.
 
@@ -361,6 +423,8 @@ def new_folder(wanted, name):
     """
     if wanted:
         folder = Path(wanted)
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"--output-dir {folder} is a file; name a new folder")
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
             raise UserError(f"--output-dir {folder} is not empty; name a new folder, or go on with --resume {folder}")
@@ -376,7 +440,7 @@ def new_folder(wanted, name):
 
 def environment():
     """Versions, hardware and git commit, so that a figure can be traced."""
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -430,8 +494,10 @@ def train(run, train_step, batches, validate=None, after_epoch=None, patience=No
             run.write_metrics()
             if validate and run.best_epoch() == run.epoch:
                 run.save("best.pt")
+            asked = bool(signals)
             run.save()
-            stop_if_asked(run, signals)
+            if asked and run.epoch < epochs:
+                stop(run, signals[0])
     draw_curves(run)
 
 
@@ -454,10 +520,12 @@ def train_epoch(run, train_step, batches, signals):
             if run.batch % args.log_interval == 0 or run.batch == steps:
                 bar.set_postfix({name: f"{value:.4f}" for name, value in run.report(steps).items()}, refresh=False)
                 bar.update(run.batch - bar.n)
-            if time.monotonic() - saved >= args.save_interval or signals:
+            asked = bool(signals)
+            if asked or time.monotonic() - saved >= args.save_interval:
                 run.save()
                 saved = time.monotonic()
-            stop_if_asked(run, signals)
+            if asked:
+                stop(run, signals[0])
 
 
 @contextmanager
@@ -478,10 +546,9 @@ def caught_signals():
             signal.signal(number, handler)
 
 
-def stop_if_asked(run, signals):
-    if signals:
-        draw_curves(run)
-        raise Stopped(signals[0], f"stopped and saved; go on with: python {run.args.script} --resume {run.folder}")
+def stop(run, number):
+    draw_curves(run)
+    raise Stopped(number, f"stopped and saved; go on with: python {run.args.script} --resume {run.folder}")
 
 
 def print_row(row, epochs, seconds):
@@ -514,11 +581,20 @@ def draw_curves(run):
     write_whole(run.folder / "curves.png", picture.getvalue())
 
 
-@torch.no_grad()
-def predict(model, batches):
-    """Outputs of `model` in eval mode for every image of `batches`, and their labels, in order."""
+@contextmanager
+def evaluating(model):
+    """`model` in eval mode and without gradients; its mode is put back afterwards."""
     was_training = model.training
     model.eval()
-    outputs, labels = zip(*[(model(images), labels) for images, labels in batches.epoch(0)])
-    model.train(was_training)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def predict(model, batches):
+    """Outputs of `model` in eval mode for every image of `batches`, and their labels, in order."""
+    with evaluating(model):
+        outputs, labels = zip(*[(model(images), labels) for images, labels in batches.epoch(0)])
     return torch.cat(outputs), torch.cat(labels)

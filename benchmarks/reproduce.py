@@ -25,7 +25,7 @@ ROWS = {
     "mlp-best": ("train_classifier.py --model mlp --recipe best", ""),
     "cnn-best": ("train_classifier.py --model cnn --recipe best --amp", ""),
     "maxout-paper": (
-        "train_classifier.py --model maxout --recipe paper --epochs 100",
+        "train_classifier.py --model maxout --recipe paper --epochs 60",
         "99.06 % (both stages, Goodfellow et al. 2013)",
     ),
     "digits-best": ("train_classifier.py --dataset digits --recipe best", ""),
@@ -45,6 +45,7 @@ def run_seed(command, seed, folder, data_dir, threads):
         if any(folder.glob("*.pt")):
             call(script, "--resume", folder, "--data-dir", data_dir)
         else:
+            (folder / "config.json").unlink(missing_ok=True)  # of a run that never reached a checkpoint
             call(script, *flags, "--seed", seed, "--data-dir", data_dir, "--output-dir", folder)
         call("evaluate.py", folder, "--data-dir", data_dir)
     return json.loads(metrics.read_text())

@@ -2,13 +2,15 @@
 
 python benchmarks/speed.py --data-dir data
 
-Same networks, batch size and data; the two take turns in one process, so that a noisy machine slows both alike, and the
-ratio of each turn counts. Writes results/speed.json.
+Same networks, batch size and data. Each loop runs in a process of its own; the two take turns, so that a noisy machine
+slows both alike, and the ratio of each turn counts. Writes results/speed.json.
 """
 
 import argparse
+import contextlib
 import gzip
 import json
+import multiprocessing
 import statistics
 import sys
 import tempfile
@@ -60,38 +62,68 @@ def ordinary_epoch(model, optimizer, loader):
         accuracies.append((logits.argmax(1) == labels).float().mean().item())
 
 
-def our_epoch(run, train_step, batches):
-    utils.train_epoch(run, train_step, batches, signals=[])
-    run.end_epoch({})
-
-
-def seconds(function, *arguments):
-    started = time.perf_counter()
-    function(*arguments)
-    return time.perf_counter() - started
-
-
-def compare(flags, data_dir, folder, steps, turns):
-    """Milliseconds a step of the ordinary loop and of ours, a pair for each turn."""
-    arguments = [*flags, "--device", "cpu", "--output-dir", tempfile.mkdtemp(dir=folder)]
-    args, _ = utils.parse_args(train_classifier.get_args_parser(), train_classifier.RECIPES, argv=arguments)
-    device = utils.pick_device(args.device)
-    images, labels = load("mnist", data_dir)
-    count = args.batch_size * steps
-    batches = Batches(images[:count], labels[:count], args.batch_size, device)
-    state, train_step, _ = train_classifier.build(args, device, len(batches))
-    run = utils.Run(args, state)
-
+def ordinary(flags, data_dir, folder, steps):
+    """A function that runs the steps in the ordinary loop."""
+    args = parse(flags, folder)
     torch.manual_seed(0)
     model = CLASSIFIERS[args.model]()
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=args.betas)
     loader = ordinary_loader(data_dir, folder, args.batch_size, steps)
+    return lambda: ordinary_epoch(model, optimizer, loader)
 
+
+def ours(flags, data_dir, folder, steps):
+    """A function that runs the steps in this repository's loop."""
+    args = parse(flags, folder)
+    device = utils.pick_device("cpu")
+    images, labels = load("mnist", data_dir)
+    count = args.batch_size * steps
+    batches = Batches(images[:count], labels[:count], args.batch_size, device, low=args.black)
+    state, train_step, _ = train_classifier.build(args, device, len(batches))
+    run = utils.Run(args, state)
+
+    def epoch():
+        utils.train_epoch(run, train_step, batches, signals=[])
+        run.end_epoch({})
+
+    return epoch
+
+
+def parse(flags, folder):
+    with contextlib.redirect_stdout(None):
+        flags = [*flags, "--device", "cpu", "--output-dir", str(Path(folder) / "run")]
+        return utils.parse_args(train_classifier.get_args_parser(), train_classifier.RECIPES, argv=flags)[0]
+
+
+def work(prepare, arguments, pipe):
+    """In a process of its own: time one turn whenever the pipe asks for it."""
+    with contextlib.redirect_stdout(None):
+        epoch = prepare(*arguments)
+        while pipe.recv():
+            started = time.perf_counter()
+            epoch()
+            pipe.send(time.perf_counter() - started)
+
+
+def compare(flags, data_dir, folder, steps, turns):
+    """Milliseconds a step of the ordinary loop and of ours, a pair for each turn."""
+    context = multiprocessing.get_context("spawn")
+    pipes = []
+    for prepare in (ordinary, ours):
+        here, there = context.Pipe()
+        arguments = (flags, data_dir, tempfile.mkdtemp(dir=folder), steps)
+        context.Process(target=work, args=(prepare, arguments, there), daemon=True).start()
+        pipes.append(here)
     pairs = []
     for turn in range(turns + 1):
-        pair = (seconds(ordinary_epoch, model, optimizer, loader), seconds(our_epoch, run, train_step, batches))
+        pair = []
+        for pipe in pipes:
+            pipe.send(True)
+            pair.append(1000 * pipe.recv() / steps)
         if turn:  # the first one warms up
-            pairs.append([1000 * value / steps for value in pair])
+            pairs.append(pair)
+    for pipe in pipes:
+        pipe.send(False)
     return pairs
 
 
@@ -105,7 +137,7 @@ def main():
     for name, flags in CASES.items():
         with tempfile.TemporaryDirectory() as folder:
             pairs = compare(flags, args.data_dir, folder, args.steps, args.turns)
-        ratios = sorted(ordinary / ours for ordinary, ours in pairs)
+        ratios = sorted(first / second for first, second in pairs)
         rows[name] = {
             "ordinary_ms": statistics.median(pair[0] for pair in pairs),
             "ours_ms": statistics.median(pair[1] for pair in pairs),

@@ -13,6 +13,17 @@ def distort(images, degrees=10.0, scale=0.1, shear=10.0, shift=2.0, elastic=0.0)
     shift: largest translation, in pixels. elastic: standard deviation of the warp's displacements, in pixels,
     drawn on a 5x5 grid and smoothed in between (after Simard, Steinkraus & Platt, ICDAR 2003).
     """
+    with torch.autocast(images.device.type, enabled=False):  # bfloat16 is too coarse for coordinates
+        grid = random_grid(images, degrees, scale, shear, shift, elastic)
+        # Within the centres of the border pixels, so that the border, the background, repeats: padding_mode="border",
+        # which not every device has.
+        height, width = images.shape[2:]
+        limit = 1 - 1 / torch.tensor([width, height], dtype=grid.dtype, device=grid.device)
+        return F.grid_sample(images, grid.clamp(-limit, limit), align_corners=False)
+
+
+def random_grid(images, degrees, scale, shear, shift, elastic):
+    """Where each pixel of the result is taken from: x and y in [-1, 1], [N, H, W, 2]."""
     n, _, height, width = images.shape
 
     def uniform(limit):
@@ -30,5 +41,4 @@ def distort(images, degrees=10.0, scale=0.1, shear=10.0, shift=2.0, elastic=0.0)
         knots = torch.randn(n, 2, 5, 5, device=images.device) * (elastic * 2 / width)
         warp = F.interpolate(knots, size=(height, width), mode="bicubic", align_corners=True)
         grid = grid + warp.permute(0, 2, 3, 1)
-    # The border repeats the background, whatever value black has.
-    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    return grid

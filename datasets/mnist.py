@@ -103,6 +103,9 @@ def download(folder, root):
             for file in (Path(temporary) / folder / "raw").glob("*-ubyte"):
                 if not find_idx(raw / file.name):
                     os.replace(file, raw / file.name)
+    except DataError as error:
+        reason = str(error).split(";")[0]
+        raise DataError(f"what was downloaded is thrown away: {reason}; try again later") from error
     except (OSError, RuntimeError, HTTPException) as error:  # RuntimeError: torchvision found no mirror or a wrong MD5
         reason = " ".join(str(error).split()) or type(error).__name__
         stems = part_stems(folder, "train") + part_stems(folder, "t10k")

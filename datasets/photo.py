@@ -23,7 +23,8 @@ def read_photo(path):
 
 
 def read_grey(path):
-    """Brightness of each pixel, float32 [H, W], 0 (black) to 255; transparent parts count as white paper."""
+    """Brightness of each pixel, float32 [H, W], 0 (black) to 255; transparent parts count as paper,
+    black where what is drawn on it is light."""
     from PIL import Image, ImageOps
 
     if not Path(path).is_file():
@@ -40,7 +41,9 @@ def read_grey(path):
                 return (deep - deep.min()) / max(np.ptp(deep), 1) * 255
             if image.has_transparency_data:
                 image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+                drawn = np.asarray(image.convert("L"))[np.asarray(image.getchannel("A")) > 127]
+                paper = "black" if drawn.size and drawn.mean() > 127 else "white"
+                image = Image.alpha_composite(Image.new("RGBA", image.size, paper), image)
             return np.asarray(image.convert("L"), dtype=np.float32)
     except DataError:
         raise

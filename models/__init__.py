@@ -27,8 +27,10 @@ ACTIVATIONS = {
 def build_classifier(name, activation=None, batch_norm=False):
     """The network registered as `name`, with the activation of that name (None: the network's own).
 
-    Raises ValueError where the network has no such option.
+    Raises ValueError where there is no such network, or it has no such option.
     """
+    if name not in CLASSIFIERS:
+        raise ValueError(f"there is no model {name} in models/__init__.py; it has {', '.join(CLASSIFIERS)}")
     options = {}
     if activation is not None:
         options["activation"] = ACTIVATIONS[activation]

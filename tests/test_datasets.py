@@ -16,6 +16,7 @@ from torchvision import datasets as tv
 from torchvision import transforms
 
 from datasets import DATASETS, Batches, DataError, distort, load
+from datasets.mnist import find_idx
 
 TRAIN_IMAGES, TRAIN_LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
 TEST_IMAGES, TEST_LABELS = "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"
@@ -112,8 +113,19 @@ def raw_mnist(data_dir, tmp_path_factory):
     root = tmp_path_factory.mktemp("raw")
     (root / "MNIST" / "raw").mkdir(parents=True)
     for name in FILES:
-        (root / "MNIST" / "raw" / name).write_bytes(gzip.decompress((data_dir / f"MNIST/raw/{name}.gz").read_bytes()))
+        source = find_idx(data_dir / "MNIST" / "raw" / name)
+        content = source.read_bytes()
+        (root / "MNIST" / "raw" / name).write_bytes(gzip.decompress(content) if source.suffix == ".gz" else content)
     return root
+
+
+@pytest.fixture(scope="module")
+def gzipped_mnist(raw_mnist, tmp_path_factory):
+    """A folder with MNIST's four files as a server has them."""
+    folder = tmp_path_factory.mktemp("gzipped")
+    for name in FILES:
+        (folder / f"{name}.gz").write_bytes(gzip.compress((raw_mnist / "MNIST" / "raw" / name).read_bytes(), 1))
+    return folder
 
 
 @pytest.mark.parametrize(("train", "count", "zeros", "ones"), [(True, 60_000, 5923, 6742), (False, 10_000, 980, 1135)])
@@ -320,8 +332,8 @@ def serve(monkeypatch):
         server.server_close()
 
 
-def test_missing_mnist_is_downloaded_into_four_raw_files(data_dir, raw_mnist, tmp_path, serve):
-    serve(data_dir / "MNIST" / "raw", tv.MNIST)
+def test_missing_mnist_is_downloaded_into_four_raw_files(gzipped_mnist, raw_mnist, tmp_path, serve):
+    serve(gzipped_mnist, tv.MNIST)
     images, labels = load("mnist", tmp_path / "new" / "data", train=False)
     assert len(images) == len(labels) == 10_000
     assert files_below(tmp_path) == sorted(FILES)
@@ -346,8 +358,8 @@ def test_what_is_there_already_is_not_replaced_by_a_download(fake, tmp_path, ser
     assert load("fashion-mnist", tmp_path)[0].eq(7).all()
 
 
-def test_download_that_is_not_the_published_mnist_leaves_nothing_behind(data_dir, tmp_path, serve):
-    shutil.copytree(data_dir / "MNIST" / "raw", tmp_path / "server")
+def test_download_that_is_not_the_published_mnist_leaves_nothing_behind(gzipped_mnist, tmp_path, serve):
+    shutil.copytree(gzipped_mnist, tmp_path / "server")
     labels = bytearray(gzip.decompress((tmp_path / "server" / f"{TEST_LABELS}.gz").read_bytes()))
     labels[5000] ^= 1
     (tmp_path / "server" / f"{TEST_LABELS}.gz").write_bytes(gzip.compress(labels))
