@@ -196,22 +196,14 @@ def keep_freed_memory():
     mallopt(M_TRIM_THRESHOLD, 512 << 20)
 
 
-def random_state():
-    """State of every random generator a step may draw from, as tensors."""
-    state = {"cpu": torch.get_rng_state()}
+def random_generators():
+    """The modules whose random generator a step may draw from, by name."""
+    modules = {"cpu": torch}
     if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
+        modules["cuda"] = torch.cuda
     if torch.backends.mps.is_available():
-        state["mps"] = torch.mps.get_rng_state()
-    return state
-
-
-def set_random_state(state):
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-    if "mps" in state and torch.backends.mps.is_available():
-        torch.mps.set_rng_state(state["mps"])
+        modules["mps"] = torch.mps
+    return modules
 
 
 def build_optimizer(args, parameters):
@@ -296,6 +288,8 @@ class Run:
     state: name -> object with `state_dict()` (networks, optimisers, schedules, averaged weights).
     """
 
+    POSITION = ("epoch", "batch", "count", "reported", "history", "curve")
+
     def __init__(self, args, state, checkpoint=None, name="run"):
         self.args, self.state = args, state
         self.epoch, self.batch = 0, 0  # done so far: whole epochs, and batches of the epoch begun
@@ -325,14 +319,9 @@ class Run:
         checkpoint = {
             "options": self.options(),
             "state": state,
-            "random": random_state(),
-            "epoch": self.epoch,
-            "batch": self.batch,
-            "count": self.count,
+            "random": {name: module.get_rng_state() for name, module in random_generators().items()},
             "sums": sums,
-            "reported": self.reported,
-            "history": self.history,
-            "curve": self.curve,
+            **{name: getattr(self, name) for name in self.POSITION},
         }
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
@@ -345,11 +334,12 @@ class Run:
         except (KeyError, RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"{self.folder} does not fit the code, which has changed since: {reason}") from error
-        set_random_state(checkpoint["random"])
-        self.epoch, self.batch, self.count = checkpoint["epoch"], checkpoint["batch"], checkpoint["count"]
+        for name, module in random_generators().items():
+            if name in checkpoint["random"]:
+                module.set_rng_state(checkpoint["random"][name])
         self.sums = {name: torch.tensor(value) for name, value in checkpoint["sums"].items()}
-        self.reported = checkpoint["reported"]
-        self.history, self.curve = checkpoint["history"], checkpoint["curve"]
+        for name in self.POSITION:
+            setattr(self, name, checkpoint[name])
 
     def add(self, metrics, count):
         """Add a step's metrics, means over `count` images, to the epoch's sums, without reading them."""

@@ -184,3 +184,17 @@ def test_losses_are_the_slides(smoothing):
         train_classifier.LOSSES["cross-entropy"](logits, t),
         torch.nn.functional.cross_entropy(logits, labels, label_smoothing=smoothing),
     )
+
+
+def test_a_weight_that_is_not_finite_is_never_saved_though_the_loss_is_fine(tmp_path):
+    network = torch.nn.Linear(2, 2)
+    run = start(tmp_path / "run", {"network": network}, save_interval=0.0)
+
+    def train_step(images, labels):
+        if run.batch == 2:
+            network.weight.data[1, 1] = math.nan
+        return {"loss": torch.zeros(())}
+
+    with pytest.raises(utils.UserError, match="network is not finite at or shortly before step 3"):
+        utils.train(run, train_step, ten_images(batch_size=2))
+    assert load(tmp_path / "run" / "checkpoint.pt")["batch"] == 2
