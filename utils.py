@@ -550,13 +550,11 @@ def draw_curves(run):
     """Write curves.png: one panel per metric, reports as a line, epochs and validation as dots."""
     if not run.curve:
         return
-    import matplotlib  # takes a while to import and is only needed here
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure  # takes a while to import and is only needed here
 
     names = [name for name in run.curve[0] if name != "epoch"]
-    figure, axes = pyplot.subplots(1, len(names), figsize=(5 * len(names), 4), squeeze=False, layout="constrained")
+    figure = Figure(figsize=(5 * len(names), 4), layout="constrained")
+    axes = figure.subplots(1, len(names), squeeze=False)
     for axis, name in zip(axes[0], names):
         axis.plot([row["epoch"] for row in run.curve], [row[name] for row in run.curve], label="training", lw=1)
         if run.history and f"val_{name}" in run.history[0]:
@@ -567,7 +565,6 @@ def draw_curves(run):
         axis.legend()
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=120)
-    pyplot.close(figure)
     write_whole(run.folder / "curves.png", picture.getvalue())
 
 
