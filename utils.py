@@ -302,8 +302,8 @@ class Run:
             self.write_metrics()
         else:
             self.folder = new_folder(args.output_dir, name)
-            config = {"options": self.options(), **environment()}
-            write_whole(self.folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+        config = {"options": self.options(), **environment()}
+        write_whole(self.folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
         print(f"run folder: {self.folder}", flush=True)
 
     def options(self):

@@ -25,7 +25,7 @@ ROWS = {
     "mlp-best": ("train_classifier.py --model mlp --recipe best", ""),
     "cnn-best": ("train_classifier.py --model cnn --recipe best --amp", ""),
     "maxout-paper": (
-        "train_classifier.py --model maxout --recipe paper --epochs 40",
+        "train_classifier.py --model maxout --recipe paper --epochs 60",
         "99.06 % (both stages, Goodfellow et al. 2013)",
     ),
     "digits-best": ("train_classifier.py --dataset digits --recipe best", ""),

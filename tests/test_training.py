@@ -201,6 +201,7 @@ def test_more_epochs_go_on_from_a_finished_run(tmp_path, capsys):
     train("--resume", "a", "--epochs", 2)
     train(*flags, "--epochs", 2, "--output-dir", "b")
     assert (tmp_path / "a" / "metrics.csv").read_bytes() == (tmp_path / "b" / "metrics.csv").read_bytes()
+    assert json.loads((tmp_path / "a" / "config.json").read_text())["options"]["epochs"] == 2
 
 
 def test_without_a_terminal_each_epoch_is_one_line(tmp_path):
