@@ -19,6 +19,7 @@ import struct
 import subprocess
 import sys
 import time
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -180,6 +181,7 @@ def pick_device(name):
     if not available[name]:
         raise UserError(f"--device {name}: this machine or this torch has no {name} device; use --device auto")
     torch.set_flush_denormal(True)  # denormal numbers, which long trainings breed, slow a CPU down
+    warnings.filterwarnings("ignore", message="The value of the smallest subnormal")  # older numpy remarks on it
     if sys.platform == "linux":
         keep_freed_memory()
     return torch.device(name)
