@@ -132,7 +132,9 @@ def main(argv=None):
     torch.manual_seed(args.seed)
 
     images, labels = load(args.dataset, args.data_dir, train=True)
-    cut = utils.training_rows(images, args)
+    if args.val_size >= len(images):
+        raise utils.UserError(f"--val-size {args.val_size} leaves nothing of the {len(images)} images to train on")
+    cut = len(images) - args.val_size
     if args.batch_norm and (cut % args.batch_size or args.batch_size) == 1:
         raise utils.UserError(f"--batch-norm: the last of {cut} images would be a batch alone; change --batch-size")
     batches = Batches(images[:cut], labels[:cut], args.batch_size, device, low=args.black, seed=args.seed)

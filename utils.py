@@ -163,13 +163,6 @@ def print_options(args, changed):
     print(" ".join(shown) + ("  (* set by a flag)" if marked else ""))
 
 
-def training_rows(images, args):
-    """How many of the training images are left after --val-size. Raises UserError where none are."""
-    if args.val_size >= len(images):
-        raise UserError(f"--val-size {args.val_size} leaves nothing of the {len(images)} images to train on")
-    return len(images) - args.val_size
-
-
 # Device ---------------------------------------------------------------------------------------------------------------
 
 
@@ -570,20 +563,11 @@ def draw_curves(run):
     write_whole(run.folder / "curves.png", picture.getvalue())
 
 
-@contextmanager
-def evaluating(model):
-    """`model` in eval mode and without gradients; its mode is put back afterwards."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
-
-
+@torch.no_grad()
 def predict(model, batches):
     """Outputs of `model` in eval mode for every image of `batches`, and their labels, in order."""
-    with evaluating(model):
-        outputs, labels = zip(*[(model(images), labels) for images, labels in batches.epoch(0)])
+    was_training = model.training
+    model.eval()
+    outputs, labels = zip(*[(model(images), labels) for images, labels in batches.epoch(0)])
+    model.train(was_training)
     return torch.cat(outputs), torch.cat(labels)
