@@ -99,10 +99,11 @@ def draw_mistakes(images, logits, labels, folder, most=30):
     probabilities, guesses = logits.softmax(1).max(1)
     wrong = (guesses != labels).nonzero().flatten()
     worst = wrong[probabilities[wrong].argsort(descending=True)][:most].tolist()
-    figure = Figure(figsize=(10, 4.8), layout="constrained")
+    rows = max(1, -(-len(worst) // 10))
+    figure = Figure(figsize=(10, 0.3 + 1.5 * rows), layout="constrained")
     figure.suptitle(f"the {len(worst)} surest of {len(wrong)} mistakes: predicted (probability), true")
     for place, index in enumerate(worst):
-        axis = figure.add_subplot(3, 10, place + 1)
+        axis = figure.add_subplot(rows, 10, place + 1)
         axis.imshow(images[index, 0].numpy(), cmap="gray", vmin=0, vmax=255)
         axis.set_title(f"{guesses[index]} ({probabilities[index]:.0%})\ntrue {labels[index]}", fontsize=9)
         axis.axis("off")
