@@ -2,45 +2,66 @@
 
 python evaluate.py runs/cnn-mnist                              # numbers and pictures in runs/cnn-mnist/evaluation
 python evaluate.py runs/cnn-mnist --image mine.jpg other.png   # read digits of your own
+python evaluate.py runs/gan-mnist                              # a generator: FID, Parzen log-likelihood, coverage, ...
+python evaluate.py runs/cgan-mnist --samples 100 --digit 7     # draw from it
 """
 
 import json
+import math
 import sys
+import warnings
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 import utils
-from datasets import Batches, load, read_photo
-from models import build_classifier
+from datasets import SHOW_DIGITS, Batches, load, read_photo
+from models import CGANS, GANS, build_classifier
+from models.judge import load_judge
+from models.parzen import SIGMAS, parzen_log_likelihood
 
 
 def get_args_parser():
+    number = utils.number
     parser = utils.ArgumentParser(prog="evaluate.py", description=__doc__.splitlines()[0])
-    parser.add_argument("run", metavar="RUN", help="run folder, or one checkpoint file")
-    parser.add_argument("--data-dir", help="folder of the data sets (None: the one the run was trained from)")
-    parser.add_argument("--batch-size", type=utils.number(int, 1), default=1000, help="images at a time")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to compute")
-    parser.add_argument("--image", metavar="FILE", nargs="+", help="classify these pictures instead of the test set")
+    add = parser.add_argument
+    add("run", metavar="RUN", help="run folder, or one checkpoint file")
+    add("--data-dir", help="folder of the data sets (None: the one the run was trained from)")
+    add("--batch-size", type=number(int, 1), default=1000, help="images at a time")
+    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to compute")
+    add("--image", metavar="FILE", nargs="+", help="classify these pictures instead of the test set")
+    add("--samples", metavar="N", type=number(int, 1, 100_000), help="only draw N samples, as a picture and as .npz")
+    add("--digit", type=number(int, 0, 9), help="draw this digit alone (conditional generators)")
+    add("--seed", type=number(int, 0, 2**31), default=0, help="of the noise that samples are drawn from")
     return parser
 
 
-def load_classifier(run, device):
+NETWORKS = {  # script -> the network that its runs stand for, and its name among the saved
+    "train_classifier.py": (lambda o: build_classifier(o["model"], o["activation"], o["batch_norm"]), "model"),
+    "train_gan.py": (lambda o: GANS[o["networks"]][0](), "generator"),
+    "train_cgan.py": (lambda o: CGANS[o["networks"]][0](), "generator"),
+}
+
+
+def load_network(run, device):
     """The network that the run stands for (best.pt, averaged weights, where there are such) and its checkpoint."""
     path = Path(run)
     best = path / "best.pt"
     checkpoint = utils.load_checkpoint(best if best.is_file() else path)
     options, state = checkpoint["options"], checkpoint["state"]
-    weights = state["average"]["model"] if "average" in state else state["model"]
+    build, name = NETWORKS[options["script"]]
     try:
-        model = build_classifier(options["model"], options["activation"], options["batch_norm"])
-        model.load_state_dict(weights)
-    except (RuntimeError, ValueError) as error:
+        network = build(options)
+        network.load_state_dict(state["average"]["model"] if "average" in state else state[name])
+    except (KeyError, RuntimeError, ValueError) as error:
         raise utils.UserError(
             f"{run} does not fit models/, which has changed since: {' '.join(str(error).split())}"
         ) from error
-    return model.eval().to(device), checkpoint
+    return network.eval().to(device), checkpoint
+
+
+# Classifiers ----------------------------------------------------------------------------------------------------------
 
 
 def measure(logits, labels):
@@ -152,33 +173,231 @@ def classify_photos(model, paths, device, black):
     return unread
 
 
-def main(argv=None):
-    args = get_args_parser().parse_args(argv)
-    device = utils.pick_device(args.device)
-    model, checkpoint = load_classifier(args.run, device)
-    options = checkpoint["options"]
-    if args.image:
-        sys.exit(1 if classify_photos(model, args.image, device, options["black"]) else 0)
-
+def evaluate_classifier(model, options, args, device, folder):
     images, labels = load(options["dataset"], args.data_dir or options["data_dir"], train=False)
     batches = Batches(images, labels, args.batch_size, device, low=options["black"], shuffle=False)
     logits, _ = utils.predict(model, batches)
     logits = logits.cpu()
-    metrics = {
-        "dataset": options["dataset"],
-        "model": options["model"],
-        "epochs": checkpoint["epoch"],
-        **measure(logits, labels),
-    }
+    metrics = measure(logits, labels)
     print_report(metrics)
-    run = Path(args.run)
-    folder = (run if run.is_dir() else run.parent) / "evaluation"
-    folder.mkdir(exist_ok=True)
-    utils.write_whole(folder / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
-    print(f"wrote {folder / 'metrics.json'}")
     draw_confusion(metrics["confusion_matrix"], folder)
     draw_mistakes(images, logits, labels, folder)
     draw_filters(model, folder)
+    return {"model": options["model"], **metrics}
+
+
+# Generators -----------------------------------------------------------------------------------------------------------
+
+
+def draw(generator, z, labels):
+    """Images [N, 1, 28, 28] from noise z [N, 100] and, unless None, labels [N]; all on the CPU."""
+    device = next(generator.parameters()).device
+    parts = zip(z.split(1000), labels.split(1000)) if labels is not None else zip(z.split(1000))
+    with torch.no_grad():
+        return torch.cat([generator(*(tensor.to(device) for tensor in part)).cpu() for part in parts])
+
+
+def save_grid(images, path, columns):
+    utils.save_grid(images, path, columns)
+    print(f"wrote {path}")
+
+
+def write_samples(generator, conditional, args, folder):
+    """--samples: a grid of them, and their raw values, noise and labels as .npz."""
+    import numpy as np
+
+    n = args.samples
+    z = generator.noise(n, "cpu", torch.Generator().manual_seed(args.seed))
+    labels = None
+    if conditional:
+        labels = torch.arange(n) * 10 // n if args.digit is None else torch.full((n,), args.digit)
+    images = draw(generator, z, labels)
+    path = folder / f"samples{'' if args.digit is None else f'-digit{args.digit}'}-seed{args.seed}.png"
+    shown = images[:: -(-n // 2500)]
+    save_grid(shown, path, columns=math.ceil(len(shown) ** 0.5))
+    arrays = {"images": images[:, 0].numpy(), "z": z.numpy()}
+    if conditional:
+        arrays["labels"] = labels.numpy()
+    np.savez_compressed(path.with_suffix(".npz"), **arrays)
+    print(f"wrote {path.with_suffix('.npz')}: images {list(arrays['images'].shape)}, pixels from 0 to 1")
+
+
+def draw_walks(generator, conditional, args, folder):
+    """Images along straight lines through the noise and, of a conditional generator, one noise under all ten labels."""
+    random = torch.Generator().manual_seed(args.seed)
+    starts, ends = generator.noise(20, "cpu", random).chunk(2)
+    steps = torch.linspace(0, 1, 10).view(1, 10, 1)
+    z = starts[:, None].lerp(ends[:, None], steps).flatten(0, 1)  # ten lines of ten places each
+    digits = torch.arange(10)
+    rows = digits.repeat_interleave(10) if args.digit is None else torch.full((100,), args.digit)
+    save_grid(draw(generator, z, rows if conditional else None), folder / "interpolation.png", columns=10)
+    if conditional:
+        images = draw(generator, starts.repeat_interleave(10, dim=0), digits.repeat(10))
+        save_grid(images, folder / "same_noise.png", columns=10)
+
+
+def draw_neighbours(samples, train_images, folder):
+    """Twenty samples above the training images nearest to them, so that memorising is seen."""
+    from sklearn.neighbors import NearestNeighbors
+
+    nearest = NearestNeighbors(n_neighbors=1, algorithm="brute").fit(train_images.flatten(1).numpy() / 255)
+    rows = nearest.kneighbors(samples.flatten(1).numpy(), return_distance=False)[:, 0]
+    save_grid(torch.cat([samples, train_images[rows] / 255]), folder / "nearest_training_images.png", len(samples))
+
+
+def parzen_measures(samples, validation_images, test_images):
+    """The protocol of Goodfellow et al. 2014: sigma is chosen on validation images, the test images are scored."""
+    samples = samples.double()
+    best = parzen_log_likelihood(samples, validation_images.double(), SIGMAS).mean(1).argmax()
+    scores = parzen_log_likelihood(samples, test_images.double(), SIGMAS[best : best + 1])[0]
+    return {
+        "parzen_log_likelihood": scores.mean().item(),
+        "parzen_standard_error": (scores.std() / len(scores) ** 0.5).item(),
+        "parzen_sigma": SIGMAS[best],
+    }
+
+
+def feature_distances(features, real_features):
+    """FID and KID between features [N, d] and [M, d]."""
+    from torchmetrics.image.fid import FrechetInceptionDistance
+    from torchmetrics.image.kid import KernelInceptionDistance
+
+    warnings.filterwarnings("ignore", message="Metric `Kernel Inception Distance` will save all")
+    identity = torch.nn.Identity()
+    identity.num_features = features.shape[1]
+    fid = FrechetInceptionDistance(feature=identity)
+    kid = KernelInceptionDistance(feature=identity, subset_size=min(1000, len(features), len(real_features)))
+    torch.manual_seed(0)  # of KID's subsets
+    for metric in (fid, kid):
+        metric.update(real_features.double(), real=True)
+        metric.update(features.double(), real=False)
+    return {"fid": fid.compute().item(), "kid": kid.compute()[0].item()}
+
+
+def neighbour_measures(features, real_features, k=5):
+    """Do the samples lie among the real images (precision, density), and do they reach all of them (recall, coverage)?
+
+    Kynkäänniemi et al. 2019 (arXiv 1904.06991), Naeem et al. 2020 (arXiv 2002.09797): an image's ball reaches to its
+    k-th nearest neighbour in its own set.
+    """
+    from sklearn.metrics import pairwise_distances_chunked
+    from sklearn.neighbors import NearestNeighbors
+
+    fake, real = features.numpy(), real_features.numpy()
+    fake_radius, real_radius = (
+        NearestNeighbors(n_neighbors=k, algorithm="brute").fit(points).kneighbors()[0][:, -1] for points in (fake, real)
+    )
+    around = torch.zeros(len(fake))  # in how many real balls each sample lies
+    covered, recalled = [], []
+    for distances in pairwise_distances_chunked(real, fake, working_memory=200):  # blocks of rows of [M, N], in order
+        radius = real_radius[len(covered) : len(covered) + len(distances), None]
+        around += torch.from_numpy((distances < radius).sum(0))
+        covered.extend((distances < radius).any(1))
+        recalled.extend((distances < fake_radius).any(1))
+    return {
+        "precision": (around > 0).float().mean().item(),
+        "recall": sum(recalled) / len(recalled),
+        "density": (around.mean() / k).item(),
+        "coverage": sum(covered) / len(covered),
+    }
+
+
+def class_measures(digits):
+    """How often the judge reads each digit, and the Kullback-Leibler divergence of that from equal shares, in nats."""
+    shares = digits.bincount(minlength=10) / len(digits)
+    return {"class_histogram": shares.tolist(), "class_kl": (math.log(10) + shares.xlogy(shares).sum()).item()}
+
+
+def measure_images(images, labels, judge, reference):
+    """What metrics.json holds of generated or real `images` with pixels in [0, 1], [N, 1, 28, 28].
+
+    labels: the digits they should show, or None. reference: validation images, test images, and test labels.
+    """
+    validation_images, test_images, test_labels = reference
+    features, digits = judge.look(images)
+    test_features, _ = judge.look(test_images)
+    measures = {
+        "images": len(images),
+        **parzen_measures(images, validation_images, test_images),
+        **feature_distances(features, test_features),
+        **neighbour_measures(features, test_features),
+        **class_measures(digits),
+    }
+    if labels is not None:
+        measures["conditional_accuracy"] = (digits == labels).double().mean().item()
+        measures["class_coverage"] = [
+            neighbour_measures(features[labels == digit], test_features[test_labels == digit])["coverage"]
+            for digit in range(10)
+        ]
+    return measures
+
+
+def print_measures(ours, real):
+    print(f"{'':24}{'samples':>10}{'real':>10}   ({ours['images']} samples, {real['images']} real training images)")
+    for name, value in ours.items():
+        if isinstance(value, float):
+            print(f"{name:24}{value:10.4g}{real[name]:10.4g}")
+        elif isinstance(value, list):
+            for digit in range(10):
+                print(f"{f'{name} of {digit}':24}{value[digit]:10.4g}{real[name][digit]:10.4g}")
+
+
+def evaluate_generator(generator, options, args, device, folder):
+    dataset, conditional = options["dataset"], options["script"] == "train_cgan.py"
+    train_images, train_labels = load(dataset, args.data_dir or options["data_dir"], train=True)
+    test_images, test_labels = load(dataset, args.data_dir or options["data_dir"], train=False)
+    z = generator.noise(10_000, "cpu", torch.Generator().manual_seed(args.seed))
+    labels = torch.arange(10_000) % 10 if conditional else None
+    samples = draw(generator, z, labels)
+    draw_walks(generator, conditional, args, folder)
+    draw_neighbours(samples[:20], train_images, folder)
+
+    cut = len(train_images) * 5 // 6  # the paper's validation images are the last 10,000 of MNIST's 60,000
+    reference = train_images[cut:][:1000] / 255, test_images / 255, test_labels
+    judge = load_judge(device)
+    real_images, real_labels = train_images[:cut][:10_000] / 255, train_labels[:cut][:10_000]
+    metrics = {
+        **measure_images(samples, labels, judge, reference),
+        "real": measure_images(real_images, real_labels if conditional else None, judge, reference),
+    }
+    print_measures(metrics, metrics["real"])
+    if dataset not in SHOW_DIGITS:
+        print(f"warning: the judge has learnt MNIST's digits; what it says of {dataset} has little meaning")
+    return metrics
+
+
+def main(argv=None):
+    parser = get_args_parser()
+    args = parser.parse_args(argv)
+    if args.digit is not None and args.samples is None:
+        parser.error("--digit needs --samples N")
+    device = utils.pick_device(args.device)
+    network, checkpoint = load_network(args.run, device)
+    options = checkpoint["options"]
+    script = options["script"]
+    if args.samples is not None and script == "train_classifier.py":
+        raise utils.UserError(f"{args.run} is a classifier, which draws nothing; --samples needs a run of a generator")
+    if args.digit is not None and script != "train_cgan.py":
+        raise utils.UserError(f"{args.run} was not told digits; --digit needs a run of train_cgan.py")
+    if args.image and script != "train_classifier.py":
+        raise utils.UserError(f"{args.run} is a generator; --image needs a run of train_classifier.py")
+    if args.image:
+        sys.exit(1 if classify_photos(network, args.image, device, options["black"]) else 0)
+
+    run = Path(args.run)
+    folder = (run if run.is_dir() else run.parent) / "evaluation"
+    folder.mkdir(exist_ok=True)
+    if args.samples is not None:
+        write_samples(network, script == "train_cgan.py", args, folder)
+        return
+    evaluate = evaluate_classifier if script == "train_classifier.py" else evaluate_generator
+    metrics = {
+        "dataset": options["dataset"],
+        "epochs": checkpoint["epoch"],
+        **evaluate(network, options, args, device, folder),
+    }
+    utils.write_whole(folder / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
+    print(f"wrote {folder / 'metrics.json'}")
 
 
 if __name__ == "__main__":

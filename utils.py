@@ -117,6 +117,17 @@ def shared_args_parser(script, description, recipes, datasets):
     return parser
 
 
+def adversarial_args_parser(*args):
+    """The flags that the training scripts of generators share; the arguments of `shared_args_parser`."""
+    parser = shared_args_parser(*args)
+    add = parser.add_argument
+    add("--generator-loss", choices=["non-saturating", "saturating"], default="non-saturating", help="what G minimises")
+    add("--simultaneous", action="store_true", help="update G from D as it was before its own update")
+    add("--schedule", choices=["constant", "maxout"], default="constant", help="learning rate over time")
+    add("--average", type=number(float, 0, 1), help="decay per step of G's averaged weights, which draw the samples")
+    return parser
+
+
 # What may differ when a run goes on; everything else would make it another run.
 FREE_ON_RESUME = {"resume", "data_dir", "device", "epochs", "log_interval", "save_interval"}
 
@@ -291,6 +302,7 @@ class Run:
         self.count, self.sums = 0, {}  # images of the epoch begun, and metric sums over them, on the device
         self.reported = {"count": 0}  # count and sums at the last report
         self.history, self.curve = [], []  # a row of means per epoch; a row per report
+        self.random = {}  # state of the random generators that the training goes on with
         if checkpoint:
             self.folder = Path(args.resume)
             self.restore(checkpoint)
@@ -329,17 +341,21 @@ class Run:
         except (KeyError, RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"{self.folder} does not fit the code, which has changed since: {reason}") from error
-        for name, module in random_generators().items():
-            if name in checkpoint["random"]:
-                module.set_rng_state(checkpoint["random"][name])
+        self.random = checkpoint["random"]
         self.sums = {name: torch.tensor(value) for name, value in checkpoint["sums"].items()}
         for name in self.POSITION:
             setattr(self, name, checkpoint[name])
 
+    def restore_random(self):
+        for name, module in random_generators().items():
+            if name in self.random:
+                module.set_rng_state(self.random[name])
+
     def add(self, metrics, count):
         """Add a step's metrics, means over `count` images, to the epoch's sums, without reading them."""
         for name, value in metrics.items():
-            self.sums[name] = self.sums[name].to(value.device) + value * count if name in self.sums else value * count
+            value = value.float() * count  # a sum in bfloat16 would stop growing
+            self.sums[name] = self.sums[name].to(value.device) + value if name in self.sums else value
         self.count += count
 
     def read_sums(self):
@@ -376,12 +392,12 @@ class Run:
         self.history.append({"epoch": self.epoch, **means, **more})
         return self.history[-1]
 
-    def best_epoch(self):
-        """Number of the first epoch with the highest validation accuracy."""
-        return max(self.history, key=lambda row: row["val_accuracy"])["epoch"]
+    def best_epoch(self, score):
+        """Number of the first epoch with the highest `score`."""
+        return max(self.history, key=lambda row: row[score])["epoch"]
 
-    def out_of_patience(self, patience):
-        return bool(patience and self.history and self.epoch - self.best_epoch() >= patience)
+    def out_of_patience(self, score, patience):
+        return bool(patience and self.history and self.epoch - self.best_epoch(score) >= patience)
 
     def write_metrics(self):
         if self.history:
@@ -453,31 +469,32 @@ def processor():
 # The loop -------------------------------------------------------------------------------------------------------------
 
 
-def train(run, train_step, batches, validate=None, after_epoch=None, patience=None):
+def train(run, train_step, batches, validate=None, score="val_accuracy", after_epoch=None, patience=None):
     """Run `train_step(images, labels) -> {name: scalar tensor}` over `batches` until the epochs are done.
 
     batches: has a length, and `epoch(e, start)` gives epoch `e` from batch `start` on.
-    validate: () -> {"val_accuracy": ..., ...} after each epoch, floats; the best epoch is kept as best.pt.
-    after_epoch: called with the epoch's number, from 1, before its checkpoint is written.
-    patience: stop after so many epochs without a better val_accuracy.
+    validate: () -> {name: float} after each epoch; the epoch with the highest `score` among them is kept as best.pt.
+    after_epoch: called with the epoch's row of metrics before its checkpoint is written.
+    patience: stop after so many epochs without a better score.
 
     Writes checkpoint.pt after each epoch, every --save-interval seconds in between, and on SIGINT or SIGTERM,
     after which it raises Stopped. Raises UserError where a metric is not finite.
     """
     args = run.args
     epochs = 1 if args.dry_run else args.epochs
-    if run.epoch >= epochs or run.out_of_patience(patience):
+    run.restore_random()  # as late as this: what the script did since may have drawn random numbers
+    if run.epoch >= epochs or run.out_of_patience(score, patience):
         print(f"this run is finished, with {run.epoch} epochs; --epochs N goes on to more")
     with caught_signals() as signals:
-        while run.epoch < epochs and not run.out_of_patience(patience):
+        while run.epoch < epochs and not run.out_of_patience(score, patience):
             started = time.monotonic()
             train_epoch(run, train_step, batches, signals)
             row = run.end_epoch(validate() if validate else {})
             print_row(row, epochs, time.monotonic() - started)
             if after_epoch:
-                after_epoch(run.epoch)
+                after_epoch(row)
             run.write_metrics()
-            if validate and run.best_epoch() == run.epoch:
+            if validate and run.best_epoch(score) == run.epoch:
                 run.save("best.pt")
             asked = bool(signals)
             run.save()
@@ -563,11 +580,47 @@ def draw_curves(run):
     write_whole(run.folder / "curves.png", picture.getvalue())
 
 
-@torch.no_grad()
-def predict(model, batches):
-    """Outputs of `model` in eval mode for every image of `batches`, and their labels, in order."""
+@contextmanager
+def evaluating(model):
+    """`model` in eval mode and without gradients; its mode is put back afterwards."""
     was_training = model.training
     model.eval()
-    outputs, labels = zip(*[(model(images), labels) for images, labels in batches.epoch(0)])
-    model.train(was_training)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def predict(model, batches):
+    """Outputs of `model` in eval mode for every image of `batches`, and their labels, in order."""
+    with evaluating(model):
+        outputs, labels = zip(*[(model(images), labels) for images, labels in batches.epoch(0)])
     return torch.cat(outputs), torch.cat(labels)
+
+
+def save_grid(images, path, columns):
+    """Write images [N, 1, H, W], pixels in [0, 1] shown as they are, row by row in `columns`, as one PNG."""
+    from PIL import Image
+
+    n, _, height, width = images.shape
+    rows = -(-n // columns)
+    grid = torch.zeros(rows * columns, height, width)
+    grid[:n] = images[:, 0].float().cpu()
+    grid = grid.view(rows, columns, height, width).transpose(1, 2).reshape(rows * height, columns * width)
+    picture = Image.fromarray((grid * 255).round().to(torch.uint8).numpy())
+    content = io.BytesIO()
+    picture.resize((2 * picture.width, 2 * picture.height), Image.Resampling.NEAREST).save(content, format="png")
+    path.parent.mkdir(exist_ok=True)
+    write_whole(path, content.getvalue())
+
+
+def save_gif(folder, most=100):
+    """Write samples.gif from up to `most` of the pictures in samples/, evenly spread and with the last one."""
+    from PIL import Image
+
+    paths = sorted((folder / "samples").glob("epoch-*.png"))
+    frames = [Image.open(path) for path in paths[:: -1 * -(-len(paths) // most)][::-1]]
+    content = io.BytesIO()
+    frames[0].save(content, format="gif", save_all=True, append_images=frames[1:], duration=200, loop=0)
+    write_whole(folder / "samples.gif", content.getvalue())

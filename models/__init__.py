@@ -5,7 +5,9 @@ import inspect
 import torch
 import torch.nn.functional as F
 
+from models.cgan import ConditionalDiscriminator, ConditionalGenerator
 from models.cnn import CNN
+from models.gan import Discriminator, Generator, PaperDiscriminator, PaperGenerator
 from models.maxout import MaxoutMLP
 from models.mlp import MLP
 
@@ -14,6 +16,17 @@ CLASSIFIERS = {
     "mlp": MLP,
     "cnn": CNN,
     "maxout": MaxoutMLP,
+}
+
+# Generators and their discriminators: noise in, images [N, 1, 28, 28] out; images in, logits [N, 1] out.
+GANS = {
+    "lecture": (Generator, Discriminator),
+    "paper": (PaperGenerator, PaperDiscriminator),
+}
+
+# The same, told which digits: they take labels [N] as well.
+CGANS = {
+    "paper": (ConditionalGenerator, ConditionalDiscriminator),
 }
 
 ACTIVATIONS = {

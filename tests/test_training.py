@@ -1,4 +1,4 @@
-"""train_classifier.py as its user runs it: real files, and real processes wherever a process dies, speaks or exits."""
+"""The training scripts as their user runs them: real files, and real processes wherever a process dies, speaks or exits."""
 
 import copy
 import csv
@@ -9,12 +9,15 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from helpers import DIGITS, ROOT, assert_one_line, load, run, save_sealed, train
 
+import train_cgan
 import train_classifier
+import train_gan
 import utils
 from models import ACTIVATIONS
 
@@ -22,7 +25,7 @@ pytestmark = pytest.mark.skipif(os.name == "nt", reason="kills processes with PO
 
 EVERYTHING = [*DIGITS, "--recipe", "best", "--model", "mlp", "--epochs", "3", "--val-size", "137"]
 
-# Runs train_classifier.py and kills the process the hard way when it asks for the batch EPOCH, BATCH.
+# Runs a script and kills the process the hard way when it asks for the batch EPOCH, BATCH.
 KILLED_AT = """
 import os, runpy, signal, sys
 sys.path.insert(0, {root!r})
@@ -70,8 +73,8 @@ def undisturbed(tmp_path_factory):
     return folder / "run"
 
 
-def kill_at(at, save_interval, folder, flags=EVERYTHING):
-    code = KILLED_AT.format(root=str(ROOT), script=str(ROOT / "train_classifier.py"), at=at)
+def kill_at(at, save_interval, folder, flags=EVERYTHING, script="train_classifier.py"):
+    code = KILLED_AT.format(root=str(ROOT), script=str(ROOT / script), at=at)
     flags = [*flags, "--output-dir", "run", "--save-interval", str(save_interval)]
     killed = subprocess.run([sys.executable, "-c", code, *flags], cwd=folder, capture_output=True, timeout=300)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
@@ -88,17 +91,24 @@ def test_killed_at_a_step_and_resumed_gives_the_same_run(undisturbed, tmp_path, 
 
 
 OTHERS = {
-    "cnn with amp": [*DIGITS, "--model", "cnn", "--amp", "--batch-size", "200", "--epochs", "2", "--val-size", "37"],
-    "maxout paper": [*DIGITS, "--recipe", "paper", "--epochs", "2"],
+    "cnn with amp": (train_classifier, ["--model", "cnn", "--amp", "--batch-size", "200", "--val-size", "37"]),
+    "maxout paper": (train_classifier, ["--recipe", "paper"]),
+    "gan lecture": (train_gan, ["--batch-size", "100", "--average", "0.99", "--val-size", "37"]),
+    "gan paper with amp": (train_gan, ["--recipe", "paper", "--val-size", "137", "--amp"]),
+    "cgan paper": (train_cgan, ["--recipe", "paper", "--val-size", "137"]),
 }
 
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_networks_resume_exactly_too(tmp_path, name):
-    train(*OTHERS[name], "--output-dir", "whole")
-    kill_at((1, 3), 0, tmp_path, OTHERS[name])
-    train("--resume", "run")
+    script, flags = OTHERS[name]
+    flags = [*DIGITS, "--epochs", "2", *flags]
+    script.main([*flags, "--output-dir", "whole"])
+    kill_at((1, 3), 0, tmp_path, flags, Path(script.__file__).name)
+    script.main(["--resume", "run"])
     assert_same_run(tmp_path / "whole", tmp_path / "run")
+    for picture in (tmp_path / "whole").glob("**/epoch-*.png"):
+        assert picture.read_bytes() == (tmp_path / "run" / "samples" / picture.name).read_bytes()
 
 
 def zero_tensors(state):

@@ -1,0 +1,57 @@
+"""Conditional generative adversarial networks (Mirza & Osindero 2014, arXiv 1411.1784; slide "Conditional GAN")."""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from models.maxout import Maxout
+
+
+class ConditionalGenerator(nn.Module):
+    """The paper's generator: z -> 200, y -> 1000, both -> 1200, -> 784; ReLU and dropout .5 after each hidden layer.
+
+    Input: noise z [N, 100], uniform on [0, 1) as `noise` draws it, and labels [N]. Output: images [N, 1, 28, 28] with
+    pixels in [0, 1]. Dropout is off in eval mode, in which samples are drawn.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.from_z = nn.Linear(100, 200)
+        self.from_y = nn.Linear(10, 1000)
+        self.joint = nn.Linear(200 + 1000, 1200)
+        self.output = nn.Linear(1200, 28 * 28)
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, z, labels):
+        z = self.dropout(F.relu(self.from_z(z)))
+        y = self.dropout(F.relu(self.from_y(F.one_hot(labels, 10).to(z.dtype))))
+        hidden = self.dropout(F.relu(self.joint(torch.cat([z, y], dim=1))))
+        return self.output(hidden).sigmoid().view(-1, 1, 28, 28)
+
+    def noise(self, n, device, generator=None):
+        """z [n, 100] for training and for sampling alike."""
+        return torch.rand(n, 100, device=device, generator=generator)
+
+
+class ConditionalDiscriminator(nn.Module):
+    """The paper's discriminator: x -> maxout 240 x 5, y -> maxout 50 x 5, both -> maxout 240 x 4, -> one logit.
+
+    Input: images [N, 1, 28, 28] with pixels in [0, 1], and labels [N]. Output: logits [N, 1]; their sigmoid is D(x|y).
+    Dropout .5 before the joint layer and before the last.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.from_x = Maxout(28 * 28, 240, k=5, dropout=False)
+        self.from_y = Maxout(10, 50, k=5, dropout=False)
+        self.joint = Maxout(240 + 50, 240, k=4, dropout=True)
+        self.output = nn.Sequential(nn.Dropout(0.5), nn.Linear(240, 1))
+
+    def forward(self, x, labels):
+        x = self.from_x(x.flatten(1))
+        y = self.from_y(F.one_hot(labels, 10).to(x.dtype))
+        return self.output(self.joint(torch.cat([x, y], dim=1)))
+
+    def probability(self, x, labels):
+        """D(x|y); [N, 1]."""
+        return self(x, labels).sigmoid()

@@ -1,0 +1,104 @@
+"""Generative adversarial networks (Goodfellow et al. 2014, arXiv 1406.2661; slides "GAN")."""
+
+import torch
+import torch.nn as nn
+
+from models.maxout import Maxout, linear_layers
+
+
+class Generator(nn.Module):
+    """The lecture's generator, 100-128-256-784.
+
+    Input: noise z [N, 100], uniform on [0, 1) as `noise` draws it. Output: images [N, 1, 28, 28] with pixels in [0, 1].
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.model = nn.Sequential(
+            nn.Linear(in_features=100, out_features=128),
+            nn.ReLU(inplace=True),
+            nn.Linear(in_features=128, out_features=256),
+            nn.ReLU(inplace=True),
+            nn.Linear(in_features=256, out_features=28 * 28),
+            nn.Sigmoid(),
+        )
+
+    def forward(self, z):
+        return self.model(z).view(-1, 1, 28, 28)
+
+    def noise(self, n, device, generator=None):
+        """z [n, 100] for training and for sampling alike."""
+        return torch.rand(n, 100, device=device, generator=generator)
+
+
+class Discriminator(nn.Module):
+    """The lecture's discriminator: maxout 256 x 5, maxout 128 x 5, one logit.
+
+    Input: images [N, 1, 28, 28] with pixels in [0, 1]. Output: logits [N, 1]; their sigmoid is D(x), the probability
+    of being real. Logits keep log D(x) finite where D(x) rounds to 0.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.model = nn.Sequential(
+            Maxout(28 * 28, 256, dropout=False, k=5),
+            Maxout(256, 128, dropout=True, k=5),
+            nn.Linear(128, 1),
+        )
+
+    def forward(self, x):
+        return self.model(x.flatten(1))
+
+    def probability(self, x):
+        """D(x), as on the slide; [N, 1]."""
+        return self(x).sigmoid()
+
+
+class PaperGenerator(nn.Module):
+    """The paper's generator for MNIST, 100-1200-1200-784; weights start in U(-.05, .05).
+
+    Input: noise z [N, 100], uniform on (-sqrt 3, sqrt 3), so of unit variance. Output: images [N, 1, 28, 28], pixels in
+    [0, 1].
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.model = nn.Sequential(
+            nn.Linear(100, 1200), nn.ReLU(inplace=True),
+            nn.Linear(1200, 1200), nn.ReLU(inplace=True),
+            nn.Linear(1200, 28 * 28), nn.Sigmoid(),
+        )  # fmt: skip
+        for layer in linear_layers(self):
+            nn.init.uniform_(layer.weight, -0.05, 0.05)
+            nn.init.zeros_(layer.bias)
+
+    @torch.no_grad()
+    def start_at(self, pixel_means):
+        """Let the output start at `pixel_means`, the mean of each training pixel, [784] in [0, 1]."""
+        self.model[4].bias.copy_(pixel_means.clamp(1e-3, 1 - 1e-3).logit())
+
+    def forward(self, z):
+        return self.model(z).view(-1, 1, 28, 28)
+
+    def noise(self, n, device, generator=None):
+        """z [n, 100] for training and for sampling alike."""
+        return (torch.rand(n, 100, device=device, generator=generator) * 2 - 1) * 3**0.5
+
+
+class PaperDiscriminator(Discriminator):
+    """The paper's discriminator for MNIST: maxout 240 x 5, maxout 240 x 5, one logit; weights start in U(-.005, .005).
+
+    Dropout keeps .8 of the input and .5 of the hidden units. Input and output as the lecture's.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.model = nn.Sequential(
+            Maxout(28 * 28, 240, k=5, p=0.2),
+            Maxout(240, 240, k=5, p=0.5),
+            nn.Dropout(0.5),
+            nn.Linear(240, 1),
+        )
+        for layer in linear_layers(self):
+            nn.init.uniform_(layer.weight, -0.005, 0.005)
+            nn.init.zeros_(layer.bias)

@@ -1,0 +1,270 @@
+"""The networks and the steps of train_gan.py and train_cgan.py, apart from any process."""
+
+import contextlib
+import copy
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from helpers import DIGITS
+
+import train_cgan
+import train_gan
+import utils
+from models import CGANS, GANS
+from models.cgan import ConditionalDiscriminator, ConditionalGenerator
+from models.gan import Discriminator, Generator, PaperDiscriminator, PaperGenerator
+from models.judge import failure_signs
+
+PAIRS = {"gan": train_gan, "cgan": train_cgan}
+
+
+def build(script, *flags):
+    """The state and the step of a training script, as (args, state, train_step)."""
+    module = PAIRS[script]
+    with contextlib.redirect_stdout(None):
+        args, _ = utils.parse_args(module.get_args_parser(), module.RECIPES, argv=[*DIGITS, *flags])
+    more = [torch.full((784,), 0.2)] if script == "gan" else []
+    state, train_step, _ = module.build(args, torch.device("cpu"), 100, *more)
+    return args, state, train_step
+
+
+def without_chance(state):
+    """Switch dropout off and let the generator draw the same noise each time; returns that noise."""
+    for name in ("generator", "discriminator"):
+        for module in state[name].modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+    z = torch.rand(6, 100)
+    state["generator"].noise = lambda *_: z
+    return z
+
+
+def weights(network):
+    return copy.deepcopy(network.state_dict())
+
+
+def equal(a, b):
+    return all(torch.equal(a[key], b[key]) for key in a)
+
+
+# Networks
+
+
+def lecture_maxout(inputs, outputs, k, dropout):
+    """The lecture's Maxout holds its layers in `self.model` and takes the max over k consecutive outputs."""
+    layer = nn.Module()
+    layer.model = nn.Sequential(*([nn.Dropout(0.5)] if dropout else []), nn.Linear(inputs, outputs * k))
+    layer.forward = lambda x: layer.model(x).view(-1, outputs, k).max(-1)[0]
+    return layer
+
+
+def test_lecture_weights_load_and_give_the_lectures_images_and_probabilities():
+    theirs = nn.Module()
+    theirs.model = nn.Sequential(
+        nn.Linear(100, 128), nn.ReLU(), nn.Linear(128, 256), nn.ReLU(), nn.Linear(256, 784), nn.Sigmoid()
+    )
+    generator = Generator()
+    generator.load_state_dict(theirs.state_dict(), strict=True)
+    z = torch.rand(5, 100)
+    assert torch.allclose(generator(z).flatten(1), theirs.model(z))
+
+    theirs = nn.Module()
+    first, second = lecture_maxout(784, 256, 5, dropout=False), lecture_maxout(256, 128, 5, dropout=True)
+    theirs.model = nn.Sequential(first, second, nn.Linear(128, 1), nn.Sigmoid())
+    theirs.eval()
+    discriminator = Discriminator().eval()
+    discriminator.load_state_dict(theirs.state_dict(), strict=True)
+    x = torch.rand(5, 1, 28, 28)
+    assert torch.allclose(discriminator.probability(x), theirs.model(x.flatten(1)), atol=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "name"), [("gan", name) for name in GANS] + [("cgan", name) for name in CGANS])
+def test_generators_draw_images_and_discriminators_give_one_logit(kind, name):
+    generator, discriminator = ({"gan": GANS, "cgan": CGANS}[kind][name][i]() for i in (0, 1))
+    labels = [torch.tensor([3, 1, 4])] if kind == "cgan" else []
+    images = generator(generator.noise(3, "cpu"), *labels)
+    assert images.shape == (3, 1, 28, 28)
+    assert images.min() >= 0
+    assert images.max() <= 1
+    assert discriminator(images, *labels).shape == (3, 1)
+    assert discriminator.probability(images, *labels).shape == (3, 1)
+
+
+def test_noise_is_uniform_as_lecture_and_paper_draw_it():
+    z = Generator().noise(1000, "cpu")
+    assert z.min() >= 0
+    assert z.max() < 1
+    assert z.mean() == pytest.approx(0.5, abs=0.01)
+    z = PaperGenerator().noise(1000, "cpu")
+    assert z.abs().max() == pytest.approx(3**0.5, abs=0.01)
+    assert z.abs().max() <= 3**0.5
+    assert z.std() == pytest.approx(1, abs=0.01)
+
+
+def test_paper_networks_have_the_papers_layers_and_initial_weights():
+    generator, discriminator = PaperGenerator(), PaperDiscriminator()
+    shapes = [tuple(p.shape) for p in generator.parameters() if p.dim() == 2]
+    assert shapes == [(1200, 100), (1200, 1200), (784, 1200)]
+    shapes = [tuple(p.shape) for p in discriminator.parameters() if p.dim() == 2]
+    assert shapes == [(240 * 5, 784), (240 * 5, 240), (1, 240)]
+    for network, limit in ((generator, 0.05), (discriminator, 0.005)):
+        for weight in network.parameters():
+            highest = weight.abs().max().item()
+            assert highest == (pytest.approx(limit, rel=0.05) if weight.dim() == 2 else 0)
+            assert highest <= limit
+    assert [m.p for m in discriminator.modules() if isinstance(m, nn.Dropout)] == [0.2, 0.5, 0.5]
+
+
+def test_paper_generator_starts_at_the_pixel_means():
+    generator = PaperGenerator()
+    means = torch.rand(784) * 0.8 + 0.1
+    generator.start_at(means)
+    with torch.no_grad():
+        for layer in (0, 2, 4):
+            generator.model[layer].weight.zero_()
+    assert torch.allclose(generator(generator.noise(2, "cpu")).view(2, 784), means.expand(2, 784), atol=1e-5)
+
+
+def test_conditional_generator_has_the_papers_layers_with_relu_on_both_branches():
+    generator = ConditionalGenerator().eval()
+    z, labels = torch.rand(4, 100) - 0.5, torch.tensor([0, 3, 9, 3])
+    w = dict(generator.named_parameters())
+    assert [tuple(w[f"{name}.weight"].shape) for name in ("from_z", "from_y", "joint", "output")] == [
+        (200, 100), (1000, 10), (1200, 1200), (784, 1200)
+    ]  # fmt: skip
+    from_z = (z @ w["from_z.weight"].T + w["from_z.bias"]).clamp(min=0)
+    from_y = (torch.eye(10)[labels] @ w["from_y.weight"].T + w["from_y.bias"]).clamp(min=0)
+    joint = (torch.cat([from_z, from_y], 1) @ w["joint.weight"].T + w["joint.bias"]).clamp(min=0)
+    by_hand = 1 / (1 + torch.exp(-(joint @ w["output.weight"].T + w["output.bias"])))
+    assert torch.allclose(generator(z, labels).flatten(1), by_hand, atol=1e-6)
+
+
+def test_conditional_dropout_is_on_in_training_and_off_when_sampling():
+    generator, z, labels = ConditionalGenerator(), torch.rand(4, 100), torch.tensor([0, 3, 9, 3])
+    assert not torch.equal(generator(z, labels), generator(z, labels))
+    generator.eval()
+    assert torch.equal(generator(z, labels), generator(z, labels))
+
+
+def test_conditional_discriminator_has_the_papers_layers_and_hears_the_label():
+    discriminator = ConditionalDiscriminator().eval()
+    shapes = [tuple(p.shape) for p in discriminator.parameters() if p.dim() == 2]
+    assert shapes == [(240 * 5, 784), (50 * 5, 10), (240 * 4, 290), (1, 240)]
+    x = torch.rand(1, 1, 28, 28)
+    assert discriminator(x, torch.tensor([3])) != discriminator(x, torch.tensor([4]))
+
+
+# Steps
+
+
+@pytest.mark.parametrize("script", PAIRS)
+@pytest.mark.parametrize("loss", ["non-saturating", "saturating"])
+def test_losses_are_the_slides_formulas(script, loss):
+    _, state, train_step = build(script, "--generator-loss", loss)
+    z = without_chance(state)
+    generator, discriminator = state["generator"], state["discriminator"]
+    images, labels = torch.rand(6, 1, 28, 28), torch.tensor([0, 1, 2, 3, 4, 5])
+    given = [labels] if script == "cgan" else []
+    with torch.no_grad():
+        d_x = discriminator.probability(images, *given)
+        d_g = discriminator.probability(generator(z, *given), *given)
+        fakes = generator(z, *given)
+    metrics = train_step(images, labels)
+    assert metrics["D(x)"].item() == pytest.approx(d_x.mean().item(), abs=1e-6)
+    assert metrics["D(G(z))"].item() == pytest.approx(d_g.mean().item(), abs=1e-6)
+    assert metrics["loss_d"].item() == pytest.approx(-(d_x.log() + (1 - d_g).log()).mean().item(), rel=1e-5)
+    with torch.no_grad():  # G is judged by the D that stage 1 left behind
+        d_g = discriminator.probability(fakes, *given)
+    by_hand = -d_g.log().mean() if loss == "non-saturating" else (1 - d_g).log().mean()
+    assert metrics["loss_g"].item() == pytest.approx(by_hand.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("script", PAIRS)
+@pytest.mark.parametrize("recipe", ["lecture", "paper"])
+def test_each_stage_changes_its_own_network_alone(script, recipe):
+    args, state, train_step = build(script, "--recipe", recipe)
+    networks = {"g": state["generator"], "d": state["discriminator"]}
+    seen = []
+
+    def watched(name, update):
+        def step():
+            before = {key: weights(network) for key, network in networks.items()}
+            gradients = {key: [p.grad for p in network.parameters()] for key, network in networks.items()}
+            update()
+            changed = {key for key, network in networks.items() if not equal(before[key], weights(network))}
+            seen.append((name, changed, {key for key, grads in gradients.items() if grads[0] is not None}))
+
+        return step
+
+    for name in networks:
+        state[f"optimizer_{name}"].step = watched(name, state[f"optimizer_{name}"].step)
+    train_step(torch.rand(6, 1, 28, 28), torch.arange(6))
+    stage_1, stage_2 = ("d", {"d"}), ("g", {"g"})
+    if args.simultaneous:
+        assert [entry[:2] for entry in seen] == [stage_2, stage_1]
+    else:
+        assert [entry[:2] for entry in seen] == [stage_1, stage_2]
+        assert seen[0][2] == {"d"}  # no gradient flows from stage 1 into G
+
+
+@pytest.mark.parametrize("script", PAIRS)
+@pytest.mark.parametrize("flags", [[], ["--simultaneous"]])
+def test_stage_2_leaves_no_gradient_in_d(script, flags):
+    _, state, train_step = build(script, *flags)
+    without_chance(state)
+    discriminator = state["discriminator"]
+    images, labels = torch.rand(6, 1, 28, 28), torch.arange(6)
+    given = [labels] if script == "cgan" else []
+    twin = copy.deepcopy(discriminator)
+    fakes = state["generator"](state["generator"].noise(), *given).detach()
+    real, fake = twin(images, *given), twin(fakes, *given)
+    ((F.softplus(-real).mean() + F.softplus(fake).mean()) / 2).backward()
+    train_step(images, labels)
+    for ours, expected in zip(discriminator.parameters(), twin.parameters()):
+        assert ours.requires_grad
+        assert torch.allclose(ours.grad, expected.grad, atol=1e-7)
+
+
+@pytest.mark.parametrize("script", PAIRS)
+def test_losses_stay_finite_where_d_is_certain(script):
+    _, state, train_step = build(script)
+    with torch.no_grad():
+        for parameter in state["discriminator"].parameters():
+            parameter *= 1000
+    metrics = train_step(torch.rand(6, 1, 28, 28), torch.arange(6))
+    assert max(metrics["loss_d"], metrics["loss_g"]) > 100  # log(sigmoid) would be infinite here
+    assert all(value.isfinite() for value in metrics.values())
+
+
+@pytest.mark.parametrize("script", PAIRS)
+def test_averaged_generator_follows_the_trained_one(script):
+    _, state, train_step = build(script, "--average", "0.9")
+    before = weights(state["average"].model)
+    train_step(torch.rand(6, 1, 28, 28), torch.arange(6))
+    after, now = weights(state["average"].model), weights(state["generator"])
+    assert not equal(before, after)
+    assert not equal(after, now)
+
+
+def test_paper_learns_at_the_papers_rates():
+    for script, decay in (("gan", 1.000004), ("cgan", 1.00004)):
+        _, state, _ = build(script, "--recipe", "paper")
+        for name in ("schedule_g", "schedule_d"):
+            state[name].optimizer.step()
+            state[name].step()
+            assert state[name].get_last_lr() == [pytest.approx(0.1 / decay, rel=1e-9)]
+            assert state[name].optimizer.param_groups[0]["momentum"] == pytest.approx(0.5 + 0.2 / 25_000)
+
+
+# Signs of failure
+
+
+def test_failing_runs_are_told_in_words():
+    ten = torch.arange(1000) % 10
+    assert list(failure_signs({"loss_d": 1.2}, ten, ten)) == []
+    assert "near zero" in next(failure_signs({"loss_d": 0.001}, ten, ten))
+    assert "the digit 7" in next(failure_signs({"loss_d": 1.2}, torch.full((1000,), 7)))
+    assert "ignores its labels" in next(failure_signs({"loss_d": 1.2}, ten, ten.roll(1)))
+    assert list(failure_signs({"loss_d": 1.2})) == []
