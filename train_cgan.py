@@ -23,7 +23,7 @@ RECIPES = {
     # Mirza & Osindero 2014, section 4.1; the averaged weights are ours.
     "paper": dict(
         epochs=300, batch_size=100, optimizer="sgd", lr=0.1, momentum=0.5, schedule="maxout", simultaneous=True,
-        val_size=10_000, average=0.999,
+        val_size=10_000, average=0.9999,
     ),
 }  # fmt: skip
 
@@ -51,7 +51,7 @@ def build(args, device, epoch_length):
     def train_step(images, labels):
         fakes = generator(generator.noise(len(images), device), labels)  # G(z|y)
 
-        # (1) update D: maximise log D(x|y) + log(1 - D(G(z|y)|y)). With logits l, -log D = softplus(-l), never infinite.
+        # (1) update D: maximise log D(x|y) + log(1 - D(G(z|y)|y)); with logits l, -log D = softplus(-l), never infinite
         logits = discriminator(torch.cat([images, fakes.detach()]), torch.cat([labels, labels]))
         real, fake = logits.float().chunk(2)
         loss_d = F.softplus(-real).mean() + F.softplus(fake).mean()

@@ -23,7 +23,7 @@ RECIPES = {
     # Goodfellow et al. 2014, from the configuration they released; the averaged weights are ours.
     "paper": dict(
         networks="paper", epochs=500, batch_size=100, optimizer="sgd", lr=0.1, momentum=0.5, schedule="maxout",
-        simultaneous=True, val_size=10_000, average=0.999,
+        simultaneous=True, val_size=10_000, average=0.9999,
     ),
 }  # fmt: skip
 
@@ -53,7 +53,7 @@ def build(args, device, epoch_length, pixel_means):
     def train_step(images, labels):
         fakes = generator(generator.noise(len(images), device))  # G(z)
 
-        # (1) update D: maximise log D(x) + log(1 - D(G(z))). With logits l, -log D = softplus(-l), never infinite.
+        # (1) update D: maximise log D(x) + log(1 - D(G(z))); with logits l, -log D = softplus(-l), never infinite
         real, fake = discriminator(torch.cat([images, fakes.detach()])).float().chunk(2)
         loss_d = F.softplus(-real).mean() + F.softplus(fake).mean()
         optimizer_d.zero_grad()

@@ -1,4 +1,4 @@
-"""The training scripts as their user runs them: real files, and real processes wherever a process dies, speaks or exits."""
+"""The training scripts as their user runs them: real files, and real processes where one dies, speaks or exits."""
 
 import copy
 import csv
