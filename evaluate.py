@@ -18,6 +18,7 @@ import torch.nn.functional as F
 import utils
 from datasets import SHOW_DIGITS, Batches, load, read_photo
 from models import CGANS, GANS, build_classifier
+from models.gan import draw_noise
 from models.judge import load_judge
 from models.parzen import SIGMAS, parzen_log_likelihood
 
@@ -202,12 +203,12 @@ def save_grid(images, path, columns):
     print(f"wrote {path}")
 
 
-def write_samples(generator, conditional, args, folder):
+def write_samples(generator, options, args, folder):
     """--samples: a grid of them, and their raw values, noise and labels as .npz."""
     import numpy as np
 
-    n = args.samples
-    z = generator.noise(n, "cpu", torch.Generator().manual_seed(args.seed))
+    n, conditional = args.samples, options["script"] == "train_cgan.py"
+    z = draw_noise(n, options["noise"], "cpu", torch.Generator().manual_seed(args.seed))
     labels = None
     if conditional:
         labels = torch.arange(n) * 10 // n if args.digit is None else torch.full((n,), args.digit)
@@ -222,10 +223,10 @@ def write_samples(generator, conditional, args, folder):
     print(f"wrote {path.with_suffix('.npz')}: images {list(arrays['images'].shape)}, pixels from 0 to 1")
 
 
-def draw_walks(generator, conditional, args, folder):
+def draw_walks(generator, options, args, folder):
     """Images along straight lines through the noise and, of a conditional generator, one noise under all ten labels."""
-    random = torch.Generator().manual_seed(args.seed)
-    starts, ends = generator.noise(20, "cpu", random).chunk(2)
+    conditional, random = options["script"] == "train_cgan.py", torch.Generator().manual_seed(args.seed)
+    starts, ends = draw_noise(20, options["noise"], "cpu", random).chunk(2)
     steps = torch.linspace(0, 1, 10).view(1, 10, 1)
     z = starts[:, None].lerp(ends[:, None], steps).flatten(0, 1)  # ten lines of ten places each
     digits = torch.arange(10)
@@ -346,10 +347,10 @@ def evaluate_generator(generator, options, args, device, folder):
     dataset, conditional = options["dataset"], options["script"] == "train_cgan.py"
     train_images, train_labels = load(dataset, args.data_dir or options["data_dir"], train=True)
     test_images, test_labels = load(dataset, args.data_dir or options["data_dir"], train=False)
-    z = generator.noise(10_000, "cpu", torch.Generator().manual_seed(args.seed))
+    z = draw_noise(10_000, options["noise"], "cpu", torch.Generator().manual_seed(args.seed))
     labels = torch.arange(10_000) % 10 if conditional else None
     samples = draw(generator, z, labels)
-    draw_walks(generator, conditional, args, folder)
+    draw_walks(generator, options, args, folder)
     draw_neighbours(samples[:20], train_images, folder)
 
     cut = len(train_images) * 5 // 6  # the paper's validation images are the last 10,000 of MNIST's 60,000
@@ -388,7 +389,7 @@ def main(argv=None):
     folder = (run if run.is_dir() else run.parent) / "evaluation"
     folder.mkdir(exist_ok=True)
     if args.samples is not None:
-        write_samples(network, script == "train_cgan.py", args, folder)
+        write_samples(network, options, args, folder)
         return
     evaluate = evaluate_classifier if script == "train_classifier.py" else evaluate_generator
     metrics = {

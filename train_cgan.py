@@ -13,6 +13,7 @@ import utils
 from datasets import DATASETS, SHOW_DIGITS, Batches, load
 from models import CGANS
 from models.average import Average
+from models.gan import draw_noise
 from models.judge import failure_signs, load_judge
 from models.maxout import MaxoutSchedule
 from models.parzen import SIGMAS, parzen_log_likelihood
@@ -49,7 +50,7 @@ def build(args, device, epoch_length):
         state["average"] = Average(generator, args.average)
 
     def train_step(images, labels):
-        fakes = generator(generator.noise(len(images), device), labels)  # G(z|y)
+        fakes = generator(draw_noise(len(images), args.noise, device), labels)  # G(z|y)
 
         # (1) update D: maximise log D(x|y) + log(1 - D(G(z|y)|y)); with logits l, -log D = softplus(-l), never infinite
         logits = discriminator(torch.cat([images, fakes.detach()]), torch.cat([labels, labels]))
@@ -97,7 +98,8 @@ def main(argv=None):
     state, train_step, sampler = build(args, device, len(batches))
     run = utils.Run(args, state, checkpoint, name=f"cgan-{args.dataset}")
     # A thousand z, each under all ten digits.
-    noise = sampler.noise(1000, "cpu", torch.Generator().manual_seed(args.seed)).to(device).repeat_interleave(10, dim=0)
+    noise = draw_noise(1000, args.noise, "cpu", torch.Generator().manual_seed(args.seed)).to(device)
+    noise = noise.repeat_interleave(10, dim=0)
     digits = torch.arange(10, device=device).repeat(1000)
     judge = load_judge(device) if args.dataset in SHOW_DIGITS else None
 

@@ -13,6 +13,7 @@ import utils
 from datasets import DATASETS, SHOW_DIGITS, Batches, load
 from models import GANS
 from models.average import Average
+from models.gan import draw_noise
 from models.judge import failure_signs, load_judge
 from models.maxout import MaxoutSchedule
 from models.parzen import SIGMAS, parzen_log_likelihood
@@ -22,8 +23,8 @@ RECIPES = {
     "lecture": dict(epochs=25, batch_size=16, optimizer="adam", lr=2e-4, betas=[0.5, 0.9], val_size=0),
     # Goodfellow et al. 2014, from the configuration they released; the averaged weights are ours.
     "paper": dict(
-        networks="paper", epochs=500, batch_size=100, optimizer="sgd", lr=0.1, momentum=0.5, schedule="maxout",
-        simultaneous=True, val_size=10_000, average=0.9999,
+        networks="paper", noise="centred", epochs=500, batch_size=100, optimizer="sgd", lr=0.1, momentum=0.5,
+        schedule="maxout", simultaneous=True, val_size=10_000, average=0.9999,
     ),
 }  # fmt: skip
 
@@ -51,7 +52,7 @@ def build(args, device, epoch_length, pixel_means):
         state["average"] = Average(generator, args.average)
 
     def train_step(images, labels):
-        fakes = generator(generator.noise(len(images), device))  # G(z)
+        fakes = generator(draw_noise(len(images), args.noise, device))  # G(z)
 
         # (1) update D: maximise log D(x) + log(1 - D(G(z))); with logits l, -log D = softplus(-l), never infinite
         real, fake = discriminator(torch.cat([images, fakes.detach()])).float().chunk(2)
@@ -98,7 +99,7 @@ def main(argv=None):
     pixel_means = images[:cut].float().mean(0).flatten() / 255
     state, train_step, sampler = build(args, device, len(batches), pixel_means)
     run = utils.Run(args, state, checkpoint, name=f"gan-{args.dataset}")
-    noise = sampler.noise(10_000, "cpu", torch.Generator().manual_seed(args.seed)).to(device)
+    noise = draw_noise(10_000, args.noise, "cpu", torch.Generator().manual_seed(args.seed)).to(device)
 
     judge = load_judge(device) if args.dataset in SHOW_DIGITS else None
 

@@ -122,6 +122,7 @@ def adversarial_args_parser(*args):
     parser = shared_args_parser(*args)
     add = parser.add_argument
     add("--generator-loss", choices=["non-saturating", "saturating"], default="non-saturating", help="what G minimises")
+    add("--noise", choices=["unit", "centred"], default="unit", help="z uniform on [0, 1), or with mean 0, variance 1")
     add("--simultaneous", action="store_true", help="update G from D as it was before its own update")
     add("--schedule", choices=["constant", "maxout"], default="constant", help="learning rate over time")
     add("--average", type=number(float, 0, 1), help="decay per step of G's averaged weights, which draw the samples")

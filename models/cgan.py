@@ -10,7 +10,7 @@ from models.maxout import Maxout
 class ConditionalGenerator(nn.Module):
     """The paper's generator: z -> 200, y -> 1000, both -> 1200, -> 784; ReLU and dropout .5 after each hidden layer.
 
-    Input: noise z [N, 100], uniform on [0, 1) as `noise` draws it, and labels [N]. Output: images [N, 1, 28, 28] with
+    Input: noise z [N, 100] and labels [N]. Output: images [N, 1, 28, 28] with
     pixels in [0, 1]. Dropout is off in eval mode, in which samples are drawn.
     """
 
@@ -27,10 +27,6 @@ class ConditionalGenerator(nn.Module):
         y = self.dropout(F.relu(self.from_y(F.one_hot(labels, 10).to(z.dtype))))
         hidden = self.dropout(F.relu(self.joint(torch.cat([z, y], dim=1))))
         return self.output(hidden).sigmoid().view(-1, 1, 28, 28)
-
-    def noise(self, n, device, generator=None):
-        """z [n, 100] for training and for sampling alike."""
-        return torch.rand(n, 100, device=device, generator=generator)
 
 
 class ConditionalDiscriminator(nn.Module):

@@ -6,10 +6,19 @@ import torch.nn as nn
 from models.maxout import Maxout, linear_layers
 
 
+def draw_noise(n, kind, device, generator=None):
+    """z [n, 100], for training and for sampling alike.
+
+    kind: `unit` is uniform on [0, 1), `centred` uniform on (-sqrt 3, sqrt 3), of mean 0 and variance 1.
+    """
+    z = torch.rand(n, 100, device=device, generator=generator)
+    return z if kind == "unit" else (2 * z - 1) * 3**0.5
+
+
 class Generator(nn.Module):
     """The lecture's generator, 100-128-256-784.
 
-    Input: noise z [N, 100], uniform on [0, 1) as `noise` draws it. Output: images [N, 1, 28, 28] with pixels in [0, 1].
+    Input: noise z [N, 100]. Output: images [N, 1, 28, 28] with pixels in [0, 1].
     """
 
     def __init__(self):
@@ -25,10 +34,6 @@ class Generator(nn.Module):
 
     def forward(self, z):
         return self.model(z).view(-1, 1, 28, 28)
-
-    def noise(self, n, device, generator=None):
-        """z [n, 100] for training and for sampling alike."""
-        return torch.rand(n, 100, device=device, generator=generator)
 
 
 class Discriminator(nn.Module):
@@ -57,8 +62,7 @@ class Discriminator(nn.Module):
 class PaperGenerator(nn.Module):
     """The paper's generator for MNIST, 100-1200-1200-784; weights start in U(-.05, .05).
 
-    Input: noise z [N, 100], uniform on (-sqrt 3, sqrt 3), so of unit variance. Output: images [N, 1, 28, 28], pixels in
-    [0, 1].
+    Input: noise z [N, 100]. Output: images [N, 1, 28, 28] with pixels in [0, 1].
     """
 
     def __init__(self):
@@ -79,10 +83,6 @@ class PaperGenerator(nn.Module):
 
     def forward(self, z):
         return self.model(z).view(-1, 1, 28, 28)
-
-    def noise(self, n, device, generator=None):
-        """z [n, 100] for training and for sampling alike."""
-        return (torch.rand(n, 100, device=device, generator=generator) * 2 - 1) * 3**0.5
 
 
 class PaperDiscriminator(Discriminator):

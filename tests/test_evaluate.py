@@ -1,4 +1,4 @@
-"""evaluate.py as its user runs it: numbers, pictures, and pictures of the user's own."""
+"""evaluate.py as its user runs it: numbers, pictures, samples, and pictures of the user's own."""
 
 import gzip
 import json
@@ -12,6 +12,9 @@ from helpers import DIGITS, assert_one_line, load, run, save_sealed, train
 from PIL import Image
 
 import evaluate
+import train_cgan
+import train_gan
+import utils
 from datasets import load as load_data
 from datasets import read_photo
 from models import CLASSIFIERS
@@ -235,3 +238,92 @@ def test_pictures_that_cannot_be_read_get_one_line_each(small_run, tmp_path):
     assert output.startswith("good.png: ")
     for name, line in zip(bad, errors.splitlines(), strict=True):
         assert name in line
+
+
+@pytest.fixture(scope="module")
+def generators(tmp_path_factory):
+    """A run of each training script of generators, after two steps."""
+    folder = tmp_path_factory.mktemp("generators")
+    for name, script in (("gan", train_gan), ("cgan", train_cgan)):
+        script.main([*DIGITS, "--dry-run", "--output-dir", str(folder / name)])
+    return folder
+
+
+def call(*flags):
+    """evaluate.py in this process."""
+    evaluate.main([str(flag) for flag in flags])
+
+
+@pytest.mark.parametrize("name", ["gan", "cgan"])
+def test_a_generator_is_measured_beside_real_images(generators, name, capsys):
+    call(generators / name)
+    output = capsys.readouterr().out
+    folder = generators / name / "evaluation"
+    metrics = json.loads((folder / "metrics.json").read_text())
+    figures = {
+        "parzen_log_likelihood", "parzen_standard_error", "parzen_sigma", "fid", "kid", "precision", "recall",
+        "density", "coverage", "class_histogram", "class_kl",
+    }  # fmt: skip
+    if name == "cgan":
+        figures |= {"conditional_accuracy", "class_coverage"}
+    for part in (metrics, metrics["real"]):
+        assert figures | {"images"} == part.keys() - {"dataset", "epochs", "real"}
+        assert sum(part["class_histogram"]) == pytest.approx(1)
+    assert metrics["fid"] > 10 * metrics["real"]["fid"]
+    for figure in figures:
+        assert figure in output
+    pictures = {"interpolation.png": 10, "nearest_training_images.png": 2}
+    if name == "cgan":
+        pictures["same_noise.png"] = 10
+    for picture, rows in pictures.items():
+        assert Image.open(folder / picture).height == rows * 56
+
+
+def test_samples_come_from_the_seed_alone_and_as_raw_values(generators, tmp_path):
+    call(generators / "cgan", "--samples", "20", "--digit", "7", "--seed", "3")
+    folder = generators / "cgan" / "evaluation"
+    first = numpy.load(folder / "samples-digit7-seed3.npz")
+    assert first["images"].shape == (20, 28, 28)
+    assert first["images"].min() >= 0
+    assert first["images"].max() <= 1
+    assert first["labels"].tolist() == [7] * 20
+    assert first["z"].shape == (20, 100)
+    picture = numpy.asarray(Image.open(folder / "samples-digit7-seed3.png"))
+    assert picture.shape == (4 * 56, 5 * 56)
+    shown = numpy.round(first["images"][1] * 255)
+    assert (picture[:56:2, 56:112:2] == shown).all()  # as they are, not stretched
+
+    generator, _ = evaluate.load_network(generators / "cgan", "cpu")
+    with torch.no_grad():
+        again = generator(torch.from_numpy(first["z"]), torch.full((20,), 7))
+    assert numpy.allclose(again[:, 0].numpy(), first["images"], atol=1e-6)
+
+    before = (folder / "samples-digit7-seed3.npz").read_bytes()
+    call(generators / "cgan", "--samples", "20", "--digit", "7", "--seed", "3")
+    assert numpy.array_equal(numpy.load(folder / "samples-digit7-seed3.npz")["images"], first["images"])
+    call(generators / "cgan", "--samples", "20", "--digit", "7", "--seed", "4")
+    assert not numpy.array_equal(numpy.load(folder / "samples-digit7-seed4.npz")["images"], first["images"])
+    assert (folder / "samples-digit7-seed3.npz").read_bytes() == before
+
+
+def test_samples_of_all_digits_are_spread_evenly(generators):
+    call(generators / "cgan", "--samples", "30")
+    labels = numpy.load(generators / "cgan" / "evaluation" / "samples-seed0.npz")["labels"]
+    assert numpy.bincount(labels).tolist() == [3] * 10
+
+
+def test_flags_that_do_not_fit_the_run_are_refused(generators, small_run, tmp_path):
+    wrong = [
+        (small_run, ["--samples", "5", "--digit", "7"], "is a classifier"),
+        (small_run, ["--samples", "5"], "is a classifier"),
+        (generators / "gan", ["--samples", "5", "--digit", "7"], "train_cgan.py"),
+        (generators / "gan", ["--image", "x.png"], "train_classifier.py"),
+    ]
+    for folder, flags, words in wrong:
+        with pytest.raises(utils.UserError, match=words):
+            call(folder, *flags)
+    for flags in (["--digit", "7"], ["--samples", "5", "--digit", "10"], ["--samples", "0"]):
+        with pytest.raises(SystemExit, match="2"):
+            call(generators / "cgan", *flags)
+    _, errors = run("evaluate.py", small_run, "--samples", "5", "--digit", "7", cwd=tmp_path, code=1)
+    assert_one_line(errors, "is a classifier", "--samples needs a run of a generator")
