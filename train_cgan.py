@@ -13,7 +13,7 @@ import utils
 from datasets import DATASETS, SHOW_DIGITS, Batches, load
 from models import CGANS
 from models.average import Average
-from models.gan import draw_noise
+from models.gan import draw_noise, he_init
 from models.judge import failure_signs, load_judge
 from models.maxout import MaxoutSchedule
 from models.parzen import SIGMAS, parzen_log_likelihood
@@ -38,6 +38,8 @@ def get_args_parser():
 def build(args, device, epoch_length):
     """The objects to train, by name, the step that trains them, and the generator that draws the samples."""
     generator, discriminator = (network().to(device) for network in CGANS[args.networks])
+    if args.he_init:
+        he_init(generator)
     optimizer_g = utils.build_optimizer(args, generator.parameters())
     optimizer_d = utils.build_optimizer(args, discriminator.parameters())
     state = {

@@ -13,7 +13,7 @@ import utils
 from datasets import DATASETS, SHOW_DIGITS, Batches, load
 from models import GANS
 from models.average import Average
-from models.gan import draw_noise
+from models.gan import draw_noise, he_init
 from models.judge import failure_signs, load_judge
 from models.maxout import MaxoutSchedule
 from models.parzen import SIGMAS, parzen_log_likelihood
@@ -35,9 +35,11 @@ def get_args_parser():
     return parser
 
 
-def build(args, device, epoch_length, pixel_means):
+def build(args, device, epoch_length, pixel_means=None):
     """The objects to train, by name, the step that trains them, and the generator that draws the samples."""
     generator, discriminator = (network().to(device) for network in GANS[args.networks])
+    if args.he_init:
+        he_init(generator)
     if args.networks == "paper":
         generator.start_at(pixel_means)
     optimizer_g = utils.build_optimizer(args, generator.parameters())

@@ -123,7 +123,8 @@ def adversarial_args_parser(*args):
     add = parser.add_argument
     add("--generator-loss", choices=["non-saturating", "saturating"], default="non-saturating", help="what G minimises")
     add("--noise", choices=["unit", "centred"], default="unit", help="z uniform on [0, 1), or with mean 0, variance 1")
-    add("--simultaneous", action="store_true", help="update G from D as it was before its own update")
+    add("--he-init", action=argparse.BooleanOptionalAction, default=False, help="wide first weights for G")
+    add("--simultaneous", action=argparse.BooleanOptionalAction, default=False, help="update G before D changes")
     add("--schedule", choices=["constant", "maxout"], default="constant", help="learning rate over time")
     add("--average", type=number(float, 0, 1), help="decay per step of G's averaged weights, which draw the samples")
     return parser

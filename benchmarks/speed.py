@@ -26,31 +26,34 @@ from torchvision.datasets import MNIST
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import train_cgan
 import train_classifier
+import train_gan
 import utils
 from datasets import Batches, load
 from datasets.mnist import find_idx, part_stems
-from models import CLASSIFIERS
+from models import CGANS, CLASSIFIERS, GANS
 
-CASES = {  # name -> flags of train_classifier.py
-    "mlp batch 32": ["--model", "mlp"],
-    "cnn batch 32": ["--model", "cnn"],
-    "cnn batch 32 --amp": ["--model", "cnn", "--amp"],
+CASES = {  # name -> training script and its flags
+    "mlp batch 32": (train_classifier, ["--model", "mlp"]),
+    "cnn batch 32": (train_classifier, ["--model", "cnn"]),
+    "cnn batch 32 --amp": (train_classifier, ["--model", "cnn", "--amp"]),
+    "gan batch 16": (train_gan, []),
+    "cgan batch 16": (train_cgan, []),
 }
 
 
-def ordinary_loader(data_dir, folder, batch_size, steps):
+def ordinary_loader(data_dir, folder, transform, batch_size, steps):
     """torchvision's MNIST, unpacked below `folder`, in a DataLoader."""
     for stem in part_stems("MNIST", "train") + part_stems("MNIST", "t10k"):
         source, target = find_idx(Path(data_dir) / stem), Path(folder) / stem
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(gzip.decompress(source.read_bytes()) if source.suffix == ".gz" else source.read_bytes())
-    transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.5,), (0.5,))])
     data = MNIST(folder, train=True, transform=transform)
     return DataLoader(Subset(data, range(batch_size * steps)), batch_size=batch_size, shuffle=True)
 
 
-def ordinary_epoch(model, optimizer, loader):
+def ordinary_classifier(model, optimizer, loader):
     losses, accuracies = [], []
     for images, labels in loader:
         logits = model(images)
@@ -62,24 +65,50 @@ def ordinary_epoch(model, optimizer, loader):
         accuracies.append((logits.argmax(1) == labels).float().mean().item())
 
 
-def ordinary(flags, data_dir, folder, steps):
+def ordinary_gan(generator, discriminator, optimizer_g, optimizer_d, loader, conditional):
+    metrics = []
+    for images, labels in loader:
+        given = [labels] if conditional else []
+        fakes = generator(torch.rand(len(images), 100), *given)
+        real = discriminator.probability(images, *given)
+        fake = discriminator.probability(fakes.detach(), *given)
+        loss_d = -(torch.log(real) + torch.log(1 - fake)).mean()
+        optimizer_d.zero_grad()
+        loss_d.backward()
+        optimizer_d.step()
+        loss_g = -torch.log(discriminator.probability(fakes, *given)).mean()
+        optimizer_g.zero_grad()
+        loss_g.backward()
+        optimizer_g.step()
+        metrics.append((loss_d.item(), loss_g.item(), real.mean().item(), fake.mean().item()))
+
+
+def ordinary(case, data_dir, folder, steps):
     """A function that runs the steps in the ordinary loop."""
-    args = parse(flags, folder)
+    script, args = parse(case, folder)
     torch.manual_seed(0)
-    model = CLASSIFIERS[args.model]()
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=args.betas)
-    loader = ordinary_loader(data_dir, folder, args.batch_size, steps)
-    return lambda: ordinary_epoch(model, optimizer, loader)
+    transform = transforms.ToTensor()
+    if script is train_classifier:
+        transform = transforms.Compose([transform, transforms.Normalize((0.5,), (0.5,))])
+        networks = [CLASSIFIERS[args.model]()]
+    else:
+        networks = [network() for network in (GANS if script is train_gan else CGANS)[args.networks]]
+    optimizers = [torch.optim.Adam(network.parameters(), lr=args.lr, betas=args.betas) for network in networks]
+    loader = ordinary_loader(data_dir, folder, transform, args.batch_size, steps)
+    if script is train_classifier:
+        return lambda: ordinary_classifier(*networks, *optimizers, loader)
+    return lambda: ordinary_gan(*networks, *optimizers, loader, conditional=script is train_cgan)
 
 
-def ours(flags, data_dir, folder, steps):
+def ours(case, data_dir, folder, steps):
     """A function that runs the steps in this repository's loop."""
-    args = parse(flags, folder)
+    script, args = parse(case, folder)
     device = utils.pick_device("cpu")
     images, labels = load("mnist", data_dir)
     count = args.batch_size * steps
-    batches = Batches(images[:count], labels[:count], args.batch_size, device, low=args.black)
-    state, train_step, _ = train_classifier.build(args, device, len(batches))
+    low = args.black if script is train_classifier else 0.0
+    batches = Batches(images[:count], labels[:count], args.batch_size, device, low=low)
+    state, train_step, _ = script.build(args, device, len(batches))
     run = utils.Run(args, state)
 
     def epoch():
@@ -89,10 +118,11 @@ def ours(flags, data_dir, folder, steps):
     return epoch
 
 
-def parse(flags, folder):
+def parse(case, folder):
+    script, flags = CASES[case]
     with contextlib.redirect_stdout(None):
         flags = [*flags, "--device", "cpu", "--output-dir", str(Path(folder) / "run")]
-        return utils.parse_args(train_classifier.get_args_parser(), train_classifier.RECIPES, argv=flags)[0]
+        return script, utils.parse_args(script.get_args_parser(), script.RECIPES, argv=flags)[0]
 
 
 def work(prepare, arguments, pipe):
@@ -105,13 +135,13 @@ def work(prepare, arguments, pipe):
             pipe.send(time.perf_counter() - started)
 
 
-def compare(flags, data_dir, folder, steps, turns):
+def compare(case, data_dir, folder, steps, turns):
     """Milliseconds a step of the ordinary loop and of ours, a pair for each turn."""
     context = multiprocessing.get_context("spawn")
     pipes = []
     for prepare in (ordinary, ours):
         here, there = context.Pipe()
-        arguments = (flags, data_dir, tempfile.mkdtemp(dir=folder), steps)
+        arguments = (case, data_dir, tempfile.mkdtemp(dir=folder), steps)
         context.Process(target=work, args=(prepare, arguments, there), daemon=True).start()
         pipes.append(here)
     pairs = []
@@ -134,9 +164,9 @@ def main():
     parser.add_argument("--turns", type=int, default=9, help="turns (default: 9)")
     args = parser.parse_args()
     rows = {}
-    for name, flags in CASES.items():
+    for name in CASES:
         with tempfile.TemporaryDirectory() as folder:
-            pairs = compare(flags, args.data_dir, folder, args.steps, args.turns)
+            pairs = compare(name, args.data_dir, folder, args.steps, args.turns)
         ratios = sorted(first / second for first, second in pairs)
         rows[name] = {
             "ordinary_ms": statistics.median(pair[0] for pair in pairs),

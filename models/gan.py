@@ -15,6 +15,17 @@ def draw_noise(n, kind, device, generator=None):
     return z if kind == "unit" else (2 * z - 1) * 3**0.5
 
 
+def he_init(generator):
+    """Weights from N(0, 2 / fan-in), biases 0 (He et al. 2015, arXiv 1502.01852).
+
+    Each layer then passes on as much variance as it gets, so that G's first images differ with z. With torch's own
+    smaller weights they are nearly one image, and D's gradient moves all of them as one.
+    """
+    for layer in linear_layers(generator):
+        nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+        nn.init.zeros_(layer.bias)
+
+
 class Generator(nn.Module):
     """The lecture's generator, 100-128-256-784.
 

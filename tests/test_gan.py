@@ -127,6 +127,17 @@ def test_paper_generator_starts_at_the_pixel_means():
     assert torch.allclose(generator(torch.rand(2, 100)).view(2, 784), means.expand(2, 784), atol=1e-5)
 
 
+@pytest.mark.parametrize("script", PAIRS)
+def test_he_init_keeps_the_variance_of_the_noise(script):
+    def spread(*flags):
+        state = build(script, *flags)[1]
+        given = [torch.zeros(1000, dtype=torch.int64)] if script == "cgan" else []
+        return state["generator"].eval()(draw_noise(1000, "centred", "cpu"), *given).logit().std(0).mean()
+
+    assert spread("--no-he-init") < 0.2
+    assert spread("--he-init") > 0.4
+
+
 def test_conditional_generator_has_the_papers_layers_with_relu_on_both_branches():
     generator = ConditionalGenerator().eval()
     z, labels = torch.rand(4, 100) - 0.5, torch.tensor([0, 3, 9, 3])

@@ -111,6 +111,12 @@ def test_other_networks_resume_exactly_too(tmp_path, name):
         assert picture.read_bytes() == (tmp_path / "run" / "samples" / picture.name).read_bytes()
 
 
+def test_a_generator_that_never_ended_an_epoch_can_be_drawn_from(tmp_path):
+    kill_at((0, 3), 0, tmp_path, DIGITS, "train_gan.py")
+    run("evaluate.py", "run", "--samples", "4", cwd=tmp_path)
+    assert (tmp_path / "run" / "evaluation" / "samples-seed0.npz").exists()
+
+
 def zero_tensors(state):
     return {key: zero_tensors(value) if isinstance(value, dict) else value * 0 for key, value in state.items()}
 
