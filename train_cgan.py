@@ -13,7 +13,7 @@ import utils
 from datasets import DATASETS, SHOW_DIGITS, Batches, load
 from models import CGANS
 from models.average import Average
-from models.gan import draw_noise, he_init
+from models.gan import draw_noise, he_init, r1_penalty
 from models.judge import failure_signs, load_judge
 from models.maxout import MaxoutSchedule
 from models.parzen import SIGMAS, parzen_log_likelihood
@@ -32,12 +32,16 @@ RECIPES = {
 def get_args_parser():
     parser = utils.adversarial_args_parser("train_cgan.py", __doc__.splitlines()[0], RECIPES, DATASETS)
     parser.add_argument("--networks", choices=list(CGANS), default="paper", help="whose generator and discriminator")
+    parser.add_argument(
+        "--generator-dropout", type=utils.number(float, 0, 0.99), default=0.5, help="share of G's units"
+    )
     return parser
 
 
 def build(args, device, epoch_length):
     """The objects to train, by name, the step that trains them, and the generator that draws the samples."""
-    generator, discriminator = (network().to(device) for network in CGANS[args.networks])
+    make_generator, make_discriminator = CGANS[args.networks]
+    generator, discriminator = make_generator(args.generator_dropout).to(device), make_discriminator().to(device)
     if args.he_init:
         he_init(generator)
     optimizer_g = utils.build_optimizer(args, generator.parameters())
@@ -58,8 +62,9 @@ def build(args, device, epoch_length):
         logits = discriminator(torch.cat([images, fakes.detach()]), torch.cat([labels, labels]))
         real, fake = logits.float().chunk(2)
         loss_d = F.softplus(-real).mean() + F.softplus(fake).mean()
+        penalty = args.r1 / 2 * r1_penalty(discriminator, images, labels) if args.r1 else 0
         optimizer_d.zero_grad()
-        (loss_d / 2).backward()  # the mean of the two halves: Adam does not care, the paper's SGD does
+        (loss_d / 2 + penalty).backward()  # loss_d / 2: the mean of the two halves, as the paper's SGD has it
         if not args.simultaneous:
             optimizer_d.step()
 

@@ -13,7 +13,7 @@ import utils
 from datasets import DATASETS, SHOW_DIGITS, Batches, load
 from models import GANS
 from models.average import Average
-from models.gan import draw_noise, he_init
+from models.gan import draw_noise, he_init, r1_penalty
 from models.judge import failure_signs, load_judge
 from models.maxout import MaxoutSchedule
 from models.parzen import SIGMAS, parzen_log_likelihood
@@ -59,8 +59,9 @@ def build(args, device, epoch_length, pixel_means=None):
         # (1) update D: maximise log D(x) + log(1 - D(G(z))); with logits l, -log D = softplus(-l), never infinite
         real, fake = discriminator(torch.cat([images, fakes.detach()])).float().chunk(2)
         loss_d = F.softplus(-real).mean() + F.softplus(fake).mean()
+        penalty = args.r1 / 2 * r1_penalty(discriminator, images) if args.r1 else 0
         optimizer_d.zero_grad()
-        (loss_d / 2).backward()  # the mean of the two halves: Adam does not care, the paper's SGD does
+        (loss_d / 2 + penalty).backward()  # loss_d / 2: the mean of the two halves, as the paper's SGD has it
         if not args.simultaneous:
             optimizer_d.step()
 

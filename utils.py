@@ -124,6 +124,7 @@ def adversarial_args_parser(*args):
     add("--generator-loss", choices=["non-saturating", "saturating"], default="non-saturating", help="what G minimises")
     add("--noise", choices=["unit", "centred"], default="unit", help="z uniform on [0, 1), or with mean 0, variance 1")
     add("--he-init", action=argparse.BooleanOptionalAction, default=False, help="wide first weights for G")
+    add("--r1", type=number(float, 0), default=0.0, help="weight of the penalty on D's gradient at real images")
     add("--simultaneous", action=argparse.BooleanOptionalAction, default=False, help="update G before D changes")
     add("--schedule", choices=["constant", "maxout"], default="constant", help="learning rate over time")
     add("--average", type=number(float, 0, 1), help="decay per step of G's averaged weights, which draw the samples")
@@ -561,19 +562,24 @@ def print_row(row, epochs, seconds):
 
 
 def draw_curves(run):
-    """Write curves.png: one panel per metric, reports as a line, epochs and validation as dots."""
+    """Write curves.png: one panel per metric, reports as a line, validation after each epoch as dots."""
     if not run.curve:
         return
     from matplotlib.figure import Figure  # takes a while to import and is only needed here
 
     names = [name for name in run.curve[0] if name != "epoch"]
-    figure = Figure(figsize=(5 * len(names), 4), layout="constrained")
-    axes = figure.subplots(1, len(names), squeeze=False)
-    for axis, name in zip(axes[0], names):
-        axis.plot([row["epoch"] for row in run.curve], [row[name] for row in run.curve], label="training", lw=1)
-        if run.history and f"val_{name}" in run.history[0]:
+    validated = [name for name in run.history[0] if name.startswith("val_")] if run.history else []
+    names += [name for name in validated if name.removeprefix("val_") not in names]
+    columns = min(3, len(names))
+    rows = -(-len(names) // columns)
+    figure = Figure(figsize=(5 * columns, 4 * rows), layout="constrained")
+    for place, name in enumerate(names):
+        axis = figure.add_subplot(rows, columns, place + 1)
+        if name in run.curve[0]:
+            axis.plot([row["epoch"] for row in run.curve], [row[name] for row in run.curve], label="training", lw=1)
+        for key in {name, f"val_{name}"}.intersection(validated):
             epochs = [row["epoch"] for row in run.history]
-            axis.plot(epochs, [row[f"val_{name}"] for row in run.history], "o-", ms=3, label="validation")
+            axis.plot(epochs, [row[key] for row in run.history], "o-", ms=3, label="validation")
         axis.set(xlabel="epoch", ylabel=name)
         axis.grid(alpha=0.3)
         axis.legend()

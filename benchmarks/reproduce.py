@@ -9,6 +9,7 @@ Interrupted, it goes on where it was when started again. With --jobs 2, two seed
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -29,6 +30,12 @@ ROWS = {
         "99.06 % (both stages, Goodfellow et al. 2013)",
     ),
     "digits-best": ("train_classifier.py --dataset digits --recipe best", ""),
+    "gan-lecture": ("train_gan.py --recipe lecture", ""),
+    "gan-best": ("train_gan.py --recipe best", ""),
+    "gan-paper": ("train_gan.py --recipe paper --amp", "Parzen 225 ± 2 (Goodfellow et al. 2014)"),
+    "cgan-lecture": ("train_cgan.py --recipe lecture", ""),
+    "cgan-best": ("train_cgan.py --recipe best --amp", ""),
+    "cgan-paper": ("train_cgan.py --recipe paper --amp", "Parzen 132 ± 1.8 (Mirza & Osindero 2014)"),
 }
 
 
@@ -61,28 +68,43 @@ def run_row(name, args):
             for seed, folder in enumerate(folders)
         ]
         metrics = [job.result() for job in jobs]
-    row = record(name, metrics, json.loads((folders[0] / "config.json").read_text()))
-    print(f"{name}: test accuracy {row['test_accuracy_mean']:.2%} ± {row['test_accuracy_sd']:.2%}, {args.seeds} seeds")
+    record(name, metrics, json.loads((folders[0] / "config.json").read_text()))
+    if (folders[0] / "samples.gif").is_file():
+        keep_pictures(name, folders[0])
 
 
 def record(name, metrics, config):
     """Put the row into results.json; metrics: the metrics.json of each seed, from 0."""
-    accuracies = [seed["test_accuracy"] for seed in metrics]
-    rows = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
-    rows[name] = {
-        "command": f"python {ROWS[name][0]}",
-        "published": ROWS[name][1],
-        "test_accuracy_mean": statistics.mean(accuracies),
-        "test_accuracy_sd": statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0,
-        "test_errors": [seed["test_errors"] for seed in metrics],
+    command, published = ROWS[name]
+    row = {
+        "command": f"python {command}",
+        "published": published,
         "epochs_trained": config["options"]["epochs"],
         "epochs_evaluated": [seed["epochs"] for seed in metrics],  # best.pt's, where images are held out
-        **{key: config[key] for key in ("torch", "python", "processor", "cores", "threads", "gpu", "commit")},
     }
+    if "test_accuracy" in metrics[0]:
+        accuracies = [seed["test_accuracy"] for seed in metrics]
+        row["test_accuracy_mean"] = statistics.mean(accuracies)
+        row["test_accuracy_sd"] = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
+        row["test_errors"] = [seed["test_errors"] for seed in metrics]
+        print(f"{name}: test accuracy {row['test_accuracy_mean']:.2%} ± {row['test_accuracy_sd']:.2%}")
+    else:
+        row["seeds"] = metrics
+    row.update({key: config[key] for key in ("torch", "python", "processor", "cores", "threads", "gpu", "commit")})
+    rows = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    rows[name] = row
     RESULTS.parent.mkdir(exist_ok=True)
     rows = {name: rows[name] for name in ROWS if name in rows}  # in the order above
     RESULTS.write_text(json.dumps(rows, indent=2) + "\n")
-    return rows[name]
+
+
+def keep_pictures(name, folder):
+    """Copy what the README shows of a generator to assets/, and its metrics.csv to results/."""
+    (ROOT / "assets").mkdir(exist_ok=True)
+    shutil.copy(folder / "metrics.csv", ROOT / "results" / f"{name}.csv")
+    shutil.copy(folder / "curves.png", ROOT / "assets" / f"{name}-curves.png")
+    shutil.copy(max((folder / "samples").glob("*.png")), ROOT / "assets" / f"{name}-samples.png")
+    shutil.copy(folder / "samples.gif", ROOT / "assets" / f"{name}.gif")
 
 
 def main():

@@ -8,19 +8,21 @@ from models.maxout import Maxout
 
 
 class ConditionalGenerator(nn.Module):
-    """The paper's generator: z -> 200, y -> 1000, both -> 1200, -> 784; ReLU and dropout .5 after each hidden layer.
+    """The paper's generator: z -> 200, y -> 1000, both -> 1200, -> 784; ReLU and dropout after each hidden layer.
 
     Input: noise z [N, 100] and labels [N]. Output: images [N, 1, 28, 28] with
-    pixels in [0, 1]. Dropout is off in eval mode, in which samples are drawn.
+    pixels in [0, 1].
+
+    dropout: share of the hidden units that training drops; none in eval mode, in which samples are drawn.
     """
 
-    def __init__(self):
+    def __init__(self, dropout=0.5):
         super().__init__()
         self.from_z = nn.Linear(100, 200)
         self.from_y = nn.Linear(10, 1000)
         self.joint = nn.Linear(200 + 1000, 1200)
         self.output = nn.Linear(1200, 28 * 28)
-        self.dropout = nn.Dropout(0.5)
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, z, labels):
         z = self.dropout(F.relu(self.from_z(z)))

@@ -60,6 +60,6 @@ def failure_signs(row, digits=None, asked=None):
         return
     share, digit = digits.bincount(minlength=10).div(len(digits)).max(0)
     if share > 0.5:
-        yield f"{share:.0%} of the samples are read as the digit {digit}: G has collapsed; try another --seed"
+        yield f"{share:.0%} of the samples are read as the digit {digit}; if that lasts, G has collapsed"
     if asked is not None and (right := (digits == asked).float().mean()) < 0.5:
-        yield f"only {right:.0%} of the samples are read as the digit they were asked for: G ignores its labels"
+        yield f"only {right:.0%} of the samples are read as the digit asked for; if that lasts, G ignores its labels"

@@ -14,7 +14,7 @@ import train_gan
 import utils
 from models import CGANS, GANS
 from models.cgan import ConditionalDiscriminator, ConditionalGenerator
-from models.gan import Discriminator, Generator, PaperDiscriminator, PaperGenerator, draw_noise
+from models.gan import Discriminator, Generator, PaperDiscriminator, PaperGenerator, draw_noise, r1_penalty
 from models.judge import failure_signs
 
 PAIRS = {"gan": train_gan, "cgan": train_cgan}
@@ -267,6 +267,37 @@ def test_paper_learns_at_the_papers_rates():
             state[name].step()
             assert state[name].get_last_lr() == [pytest.approx(0.1 / decay, rel=1e-9)]
             assert state[name].optimizer.param_groups[0]["momentum"] == pytest.approx(0.5 + 0.2 / 25_000)
+
+
+@pytest.mark.parametrize("script", PAIRS)
+def test_r1_is_the_squared_gradient_at_real_images(script):
+    discriminator = build(script)[1]["discriminator"].eval()
+    images, labels = torch.rand(8, 1, 28, 28).double(), torch.arange(8)
+    given = [labels] if script == "cgan" else []
+    discriminator.double()
+    penalty = r1_penalty(discriminator, images, *given)
+    squares = []
+    for i in (0, 4):  # by differences along random directions: E (v . gradient)^2 = |gradient|^2 for v ~ N(0, I)
+        one = [label[i : i + 1].expand(2000) for label in given]
+        v = torch.randn(2000, 1, 28, 28, dtype=torch.float64)
+        with torch.no_grad():
+            ahead, behind = (discriminator(images[i] + sign * 1e-5 * v, *one) for sign in (1, -1))
+        squares.append(((ahead - behind) / 2e-5).square().mean())
+    assert penalty.item() == pytest.approx(sum(squares).item() / 2, rel=0.15)
+    penalty.backward()
+    assert any(parameter.grad.abs().sum() > 0 for parameter in discriminator.parameters() if parameter.grad is not None)
+
+
+def test_r1_holds_d_back():
+    norms = {}
+    for weight in ("0", "10"):
+        torch.manual_seed(0)
+        _, state, train_step = build("gan", "--r1", weight, "--lr", "1e-3")
+        images = torch.rand(32, 1, 28, 28)
+        for _ in range(30):
+            train_step(images, torch.zeros(32))
+        norms[weight] = r1_penalty(state["discriminator"], images).item()
+    assert norms["10"] < norms["0"] / 2
 
 
 # Signs of failure
