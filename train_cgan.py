@@ -13,7 +13,7 @@ import utils
 from datasets import DATASETS, SHOW_DIGITS, Batches, load
 from models import CGANS
 from models.average import Average
-from models.gan import draw_noise, he_init, r1_penalty
+from models.gan import draw_noise, r1_penalty, set_first_weights
 from models.judge import failure_signs, load_judge
 from models.maxout import MaxoutSchedule
 from models.parzen import SIGMAS, parzen_log_likelihood
@@ -23,8 +23,8 @@ RECIPES = {
     "lecture": dict(epochs=25, batch_size=16, optimizer="adam", lr=2e-4, betas=[0.5, 0.9], val_size=0),
     # Mirza & Osindero 2014, section 4.1; the averaged weights are ours.
     "paper": dict(
-        epochs=300, batch_size=100, optimizer="sgd", lr=0.1, momentum=0.5, schedule="maxout", simultaneous=True,
-        val_size=10_000, average=0.9999,
+        init="paper", epochs=300, batch_size=100, optimizer="sgd", lr=0.1, momentum=0.5, schedule="maxout",
+        simultaneous=True, val_size=10_000, average=0.9999,
     ),
 }  # fmt: skip
 
@@ -38,12 +38,11 @@ def get_args_parser():
     return parser
 
 
-def build(args, device, epoch_length):
+def build(args, device, epoch_length, pixel_means):
     """The objects to train, by name, the step that trains them, and the generator that draws the samples."""
     make_generator, make_discriminator = CGANS[args.networks]
     generator, discriminator = make_generator(args.generator_dropout).to(device), make_discriminator().to(device)
-    if args.he_init:
-        he_init(generator)
+    set_first_weights(generator, discriminator, args.init, pixel_means)
     optimizer_g = utils.build_optimizer(args, generator.parameters())
     optimizer_d = utils.build_optimizer(args, discriminator.parameters())
     state = {
@@ -102,7 +101,8 @@ def main(argv=None):
     cut = len(images) - args.val_size
     batches = Batches(images[:cut], labels[:cut], args.batch_size, device, low=0.0, seed=args.seed)
     held_out = images[cut:][:1000].to(device) / 255
-    state, train_step, sampler = build(args, device, len(batches))
+    pixel_means = images[:cut].float().mean(0).flatten() / 255
+    state, train_step, sampler = build(args, device, len(batches), pixel_means)
     run = utils.Run(args, state, checkpoint, name=f"cgan-{args.dataset}")
     # A thousand z, each under all ten digits.
     noise = draw_noise(1000, args.noise, "cpu", torch.Generator().manual_seed(args.seed)).to(device)

@@ -13,7 +13,7 @@ import utils
 from datasets import DATASETS, SHOW_DIGITS, Batches, load
 from models import GANS
 from models.average import Average
-from models.gan import draw_noise, he_init, r1_penalty
+from models.gan import draw_noise, r1_penalty, set_first_weights
 from models.judge import failure_signs, load_judge
 from models.maxout import MaxoutSchedule
 from models.parzen import SIGMAS, parzen_log_likelihood
@@ -23,8 +23,8 @@ RECIPES = {
     "lecture": dict(epochs=25, batch_size=16, optimizer="adam", lr=2e-4, betas=[0.5, 0.9], val_size=0),
     # Goodfellow et al. 2014, from the configuration they released; the averaged weights are ours.
     "paper": dict(
-        networks="paper", noise="centred", epochs=500, batch_size=100, optimizer="sgd", lr=0.1, momentum=0.5,
-        schedule="maxout", simultaneous=True, val_size=10_000, average=0.9999,
+        networks="paper", noise="centred", init="paper", epochs=500, batch_size=100, optimizer="sgd", lr=0.1,
+        momentum=0.5, schedule="maxout", simultaneous=True, val_size=10_000, average=0.9999,
     ),
 }  # fmt: skip
 
@@ -35,13 +35,10 @@ def get_args_parser():
     return parser
 
 
-def build(args, device, epoch_length, pixel_means=None):
+def build(args, device, epoch_length, pixel_means):
     """The objects to train, by name, the step that trains them, and the generator that draws the samples."""
     generator, discriminator = (network().to(device) for network in GANS[args.networks])
-    if args.he_init:
-        he_init(generator)
-    if args.networks == "paper":
-        generator.start_at(pixel_means)
+    set_first_weights(generator, discriminator, args.init, pixel_means)
     optimizer_g = utils.build_optimizer(args, generator.parameters())
     optimizer_d = utils.build_optimizer(args, discriminator.parameters())
     state = {

@@ -123,7 +123,7 @@ def adversarial_args_parser(*args):
     add = parser.add_argument
     add("--generator-loss", choices=["non-saturating", "saturating"], default="non-saturating", help="what G minimises")
     add("--noise", choices=["unit", "centred"], default="unit", help="z uniform on [0, 1), or with mean 0, variance 1")
-    add("--he-init", action=argparse.BooleanOptionalAction, default=False, help="wide first weights for G")
+    add("--init", choices=["torch", "he", "paper"], default="torch", help="first weights")
     add("--r1", type=number(float, 0), default=0.0, help="weight of the penalty on D's gradient at real images")
     add("--simultaneous", action=argparse.BooleanOptionalAction, default=False, help="update G before D changes")
     add("--schedule", choices=["constant", "maxout"], default="constant", help="learning rate over time")

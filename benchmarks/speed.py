@@ -106,9 +106,9 @@ def ours(case, data_dir, folder, steps):
     device = utils.pick_device("cpu")
     images, labels = load("mnist", data_dir)
     count = args.batch_size * steps
-    low = args.black if script is train_classifier else 0.0
+    low, more = (args.black, []) if script is train_classifier else (0.0, [images.float().mean(0).flatten() / 255])
     batches = Batches(images[:count], labels[:count], args.batch_size, device, low=low)
-    state, train_step, _ = script.build(args, device, len(batches))
+    state, train_step, _ = script.build(args, device, len(batches), *more)
     run = utils.Run(args, state)
 
     def epoch():

@@ -15,15 +15,27 @@ def draw_noise(n, kind, device, generator=None):
     return z if kind == "unit" else (2 * z - 1) * 3**0.5
 
 
-def he_init(generator):
-    """Weights from N(0, 2 / fan-in), biases 0 (He et al. 2015, arXiv 1502.01852).
+@torch.no_grad()
+def set_first_weights(generator, discriminator, kind, pixel_means):
+    """Replace the weights that torch starts with; biases start at 0.
 
-    Each layer then passes on as much variance as it gets, so that G's first images differ with z. With torch's own
-    smaller weights they are nearly one image, and D's gradient moves all of them as one.
+    `he`: G's from N(0, 2 / fan-in) (He et al. 2015, arXiv 1502.01852), so that its first images differ with z. With
+    torch's smaller weights they are nearly one image, and D's gradient moves all of them as one.
+    `paper`: G's from U(-.05, .05), D's from U(-.005, .005), and G's images start at `pixel_means`, the mean of each
+    training pixel, [784] in [0, 1] (Goodfellow et al. 2014). Layers that take labels keep torch's weights, since
+    one-hot vectors would go unheard behind weights as small as these.
     """
-    for layer in linear_layers(generator):
-        nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-        nn.init.zeros_(layer.bias)
+    if kind == "he":
+        for layer in linear_layers(generator):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            nn.init.zeros_(layer.bias)
+    elif kind == "paper":
+        for network, limit in ((generator, 0.05), (discriminator, 0.005)):
+            for layer in linear_layers(network):
+                if layer.in_features != 10:
+                    nn.init.uniform_(layer.weight, -limit, limit)
+                    nn.init.zeros_(layer.bias)
+        linear_layers(generator)[-1].bias.copy_(pixel_means.clamp(1e-3, 1 - 1e-3).logit())
 
 
 def r1_penalty(discriminator, images, *labels):
@@ -82,7 +94,7 @@ class Discriminator(nn.Module):
 
 
 class PaperGenerator(nn.Module):
-    """The paper's generator for MNIST, 100-1200-1200-784; weights start in U(-.05, .05).
+    """The paper's generator for MNIST, 100-1200-1200-784.
 
     Input: noise z [N, 100]. Output: images [N, 1, 28, 28] with pixels in [0, 1].
     """
@@ -94,21 +106,13 @@ class PaperGenerator(nn.Module):
             nn.Linear(1200, 1200), nn.ReLU(inplace=True),
             nn.Linear(1200, 28 * 28), nn.Sigmoid(),
         )  # fmt: skip
-        for layer in linear_layers(self):
-            nn.init.uniform_(layer.weight, -0.05, 0.05)
-            nn.init.zeros_(layer.bias)
-
-    @torch.no_grad()
-    def start_at(self, pixel_means):
-        """Let the output start at `pixel_means`, the mean of each training pixel, [784] in [0, 1]."""
-        self.model[4].bias.copy_(pixel_means.clamp(1e-3, 1 - 1e-3).logit())
 
     def forward(self, z):
         return self.model(z).view(-1, 1, 28, 28)
 
 
 class PaperDiscriminator(Discriminator):
-    """The paper's discriminator for MNIST: maxout 240 x 5, maxout 240 x 5, one logit; weights start in U(-.005, .005).
+    """The paper's discriminator for MNIST: maxout 240 x 5, maxout 240 x 5, one logit.
 
     Dropout keeps .8 of the input and .5 of the hidden units. Input and output as the lecture's.
     """
@@ -121,6 +125,3 @@ class PaperDiscriminator(Discriminator):
             nn.Dropout(0.5),
             nn.Linear(240, 1),
         )
-        for layer in linear_layers(self):
-            nn.init.uniform_(layer.weight, -0.005, 0.005)
-            nn.init.zeros_(layer.bias)
