@@ -17,7 +17,8 @@ import torch.nn.functional as F
 
 import utils
 from datasets import SHOW_DIGITS, Batches, load, read_photo
-from models import CGANS, GANS, build_classifier
+from models import GANS, build_classifier
+from models.cgan import ConditionalGenerator
 from models.gan import draw_noise
 from models.judge import load_judge
 from models.parzen import SIGMAS, parzen_log_likelihood
@@ -41,7 +42,7 @@ def get_args_parser():
 NETWORKS = {  # script -> the network that its runs stand for, and its name among the saved
     "train_classifier.py": (lambda o: build_classifier(o["model"], o["activation"], o["batch_norm"]), "model"),
     "train_gan.py": (lambda o: GANS[o["networks"]][0](), "generator"),
-    "train_cgan.py": (lambda o: CGANS[o["networks"]][0](), "generator"),
+    "train_cgan.py": (lambda o: ConditionalGenerator(o["generator_dropout"]), "generator"),
 }
 
 

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 
 import utils
 from datasets import DATASETS, SHOW_DIGITS, Batches, load
-from models import CGANS
 from models.average import Average
+from models.cgan import ConditionalDiscriminator, ConditionalGenerator
 from models.gan import draw_noise, r1_penalty, set_first_weights
 from models.judge import failure_signs, load_judge
 from models.maxout import MaxoutSchedule
@@ -31,17 +31,15 @@ RECIPES = {
 
 def get_args_parser():
     parser = utils.adversarial_args_parser("train_cgan.py", __doc__.splitlines()[0], RECIPES, DATASETS)
-    parser.add_argument("--networks", choices=list(CGANS), default="paper", help="whose generator and discriminator")
-    parser.add_argument(
-        "--generator-dropout", type=utils.number(float, 0, 0.99), default=0.5, help="share of G's units"
-    )
+    share = utils.number(float, 0, 0.99)
+    parser.add_argument("--generator-dropout", type=share, default=0.5, help="share of G's hidden units dropped")
     return parser
 
 
 def build(args, device, epoch_length, pixel_means):
     """The objects to train, by name, the step that trains them, and the generator that draws the samples."""
-    make_generator, make_discriminator = CGANS[args.networks]
-    generator, discriminator = make_generator(args.generator_dropout).to(device), make_discriminator().to(device)
+    generator = ConditionalGenerator(args.generator_dropout).to(device)
+    discriminator = ConditionalDiscriminator().to(device)
     set_first_weights(generator, discriminator, args.init, pixel_means)
     optimizer_g = utils.build_optimizer(args, generator.parameters())
     optimizer_d = utils.build_optimizer(args, discriminator.parameters())

@@ -32,7 +32,8 @@ import train_gan
 import utils
 from datasets import Batches, load
 from datasets.mnist import find_idx, part_stems
-from models import CGANS, CLASSIFIERS, GANS
+from models import CLASSIFIERS, GANS
+from models.cgan import ConditionalDiscriminator, ConditionalGenerator
 
 CASES = {  # name -> training script and its flags
     "mlp batch 32": (train_classifier, ["--model", "mlp"]),
@@ -91,8 +92,10 @@ def ordinary(case, data_dir, folder, steps):
     if script is train_classifier:
         transform = transforms.Compose([transform, transforms.Normalize((0.5,), (0.5,))])
         networks = [CLASSIFIERS[args.model]()]
+    elif script is train_gan:
+        networks = [network() for network in GANS[args.networks]]
     else:
-        networks = [network() for network in (GANS if script is train_gan else CGANS)[args.networks]]
+        networks = [ConditionalGenerator(), ConditionalDiscriminator()]
     optimizers = [torch.optim.Adam(network.parameters(), lr=args.lr, betas=args.betas) for network in networks]
     loader = ordinary_loader(data_dir, folder, transform, args.batch_size, steps)
     if script is train_classifier:

@@ -5,7 +5,6 @@ import inspect
 import torch
 import torch.nn.functional as F
 
-from models.cgan import ConditionalDiscriminator, ConditionalGenerator
 from models.cnn import CNN
 from models.gan import Discriminator, Generator, PaperDiscriminator, PaperGenerator
 from models.maxout import MaxoutMLP
@@ -22,11 +21,6 @@ CLASSIFIERS = {
 GANS = {
     "lecture": (Generator, Discriminator),
     "paper": (PaperGenerator, PaperDiscriminator),
-}
-
-# The same, told which digits: they take labels [N] as well.
-CGANS = {
-    "paper": (ConditionalGenerator, ConditionalDiscriminator),
 }
 
 ACTIVATIONS = {
