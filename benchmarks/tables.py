@@ -14,6 +14,7 @@ SPEED = ROOT / "results" / "speed.json"
 
 
 def results_table(rows):
+    rows = {name: row for name, row in rows.items() if "test_errors" in row}
     lines = ["| name | command | epochs | test accuracy | test errors | published |", "|---|---|---|---|---|---|"]
     for name, row in rows.items():
         accuracy = f"{100 * row['test_accuracy_mean']:.2f} ± {100 * row['test_accuracy_sd']:.2f} %"
@@ -21,6 +22,34 @@ def results_table(rows):
         cells = [name, f"`{row['command']}`", str(row["epochs_trained"]), accuracy, errors, row["published"]]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def generators_table(rows):
+    rows = {name: row["seeds"][0] for name, row in rows.items() if "seeds" in row}
+    lines = [
+        "| name | epochs | Parzen (sigma) | FID | KID | precision | recall | density | coverage | rarest to most "
+        "frequent digit | KL | conditional accuracy | class coverage, share of real |",
+        "|" + "---|" * 13,
+    ]
+    for name, row in rows.items():
+        lines.append(generator_line(name, str(row["epochs"]), row, row["real"]))
+    real = {key: value for row in rows.values() for key, value in row["real"].items()}
+    lines.append(generator_line("real training images", "", real, real))
+    return "\n".join(lines)
+
+
+def generator_line(name, epochs, row, real):
+    parzen = f"{row['parzen_log_likelihood']:.1f} ± {row['parzen_standard_error']:.1f} ({row['parzen_sigma']:.3f})"
+    shares = f"{100 * min(row['class_histogram']):.1f} to {100 * max(row['class_histogram']):.1f} %"
+    cells = [name, epochs, parzen, f"{row['fid']:.4f}", f"{row['kid']:.5f}"]
+    cells += [f"{row[key]:.3f}" for key in ("precision", "recall", "density", "coverage")]
+    cells += [shares, f"{row['class_kl']:.4f}"]
+    if "conditional_accuracy" in row:
+        shares = [ours / theirs for ours, theirs in zip(row["class_coverage"], real["class_coverage"])]
+        cells += [f"{100 * row['conditional_accuracy']:.2f} %", f"{100 * min(shares):.0f} to {100 * max(shares):.0f} %"]
+    else:
+        cells += ["", ""]
+    return f"| {' | '.join(cells)} |"
 
 
 def speed_table(speed):
@@ -37,6 +66,7 @@ def fill(text):
     """The README's text with each section between `<!-- NAME -->` and `<!-- /NAME -->` made anew."""
     sections = {
         "results": results_table(json.loads(RESULTS.read_text())),
+        "generators": generators_table(json.loads(RESULTS.read_text())),
         "speed": speed_table(json.loads(SPEED.read_text())),
     }
     for name, table in sections.items():
