@@ -204,6 +204,11 @@ def save_grid(images, path, columns):
     print(f"wrote {path}")
 
 
+def suffix(args):
+    """Of the names of pictures, so that one request does not overwrite what another has drawn."""
+    return f"{'' if args.digit is None else f'-digit{args.digit}'}-seed{args.seed}"
+
+
 def write_samples(generator, options, args, folder):
     """--samples: a grid of them, and their raw values, noise and labels as .npz."""
     import numpy as np
@@ -214,7 +219,7 @@ def write_samples(generator, options, args, folder):
     if conditional:
         labels = torch.arange(n) * 10 // n if args.digit is None else torch.full((n,), args.digit)
     images = draw(generator, z, labels)
-    path = folder / f"samples{'' if args.digit is None else f'-digit{args.digit}'}-seed{args.seed}.png"
+    path = folder / f"samples{suffix(args)}.png"
     shown = images[:: -(-n // 2500)]
     save_grid(shown, path, columns=math.ceil(len(shown) ** 0.5))
     arrays = {"images": images[:, 0].numpy(), "z": z.numpy()}
@@ -232,10 +237,10 @@ def draw_walks(generator, options, args, folder):
     z = starts[:, None].lerp(ends[:, None], steps).flatten(0, 1)  # ten lines of ten places each
     digits = torch.arange(10)
     rows = digits.repeat_interleave(10) if args.digit is None else torch.full((100,), args.digit)
-    save_grid(draw(generator, z, rows if conditional else None), folder / "interpolation.png", columns=10)
-    if conditional:
+    save_grid(draw(generator, z, rows if conditional else None), folder / f"interpolation{suffix(args)}.png", 10)
+    if conditional and args.digit is None:
         images = draw(generator, starts.repeat_interleave(10, dim=0), digits.repeat(10))
-        save_grid(images, folder / "same_noise.png", columns=10)
+        save_grid(images, folder / f"same_noise{suffix(args)}.png", columns=10)
 
 
 def draw_neighbours(samples, train_images, folder):
@@ -391,6 +396,7 @@ def main(argv=None):
     folder.mkdir(exist_ok=True)
     if args.samples is not None:
         write_samples(network, options, args, folder)
+        draw_walks(network, options, args, folder)
         return
     evaluate = evaluate_classifier if script == "train_classifier.py" else evaluate_generator
     metrics = {

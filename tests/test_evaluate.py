@@ -272,9 +272,9 @@ def test_a_generator_is_measured_beside_real_images(generators, name, capsys):
     assert metrics["fid"] > 10 * metrics["real"]["fid"]
     for figure in figures:
         assert figure in output
-    pictures = {"interpolation.png": 10, "nearest_training_images.png": 2}
+    pictures = {"interpolation-seed0.png": 10, "nearest_training_images.png": 2}
     if name == "cgan":
-        pictures["same_noise.png"] = 10
+        pictures["same_noise-seed0.png"] = 10
     for picture, rows in pictures.items():
         assert Image.open(folder / picture).height == rows * 56
 
@@ -297,6 +297,8 @@ def test_samples_come_from_the_seed_alone_and_as_raw_values(generators, tmp_path
     with torch.no_grad():
         again = generator(torch.from_numpy(first["z"]), torch.full((20,), 7))
     assert numpy.allclose(again[:, 0].numpy(), first["images"], atol=1e-6)
+
+    assert Image.open(folder / "interpolation-digit7-seed3.png").height == 10 * 56
 
     before = (folder / "samples-digit7-seed3.npz").read_bytes()
     call(generators / "cgan", "--samples", "20", "--digit", "7", "--seed", "3")
