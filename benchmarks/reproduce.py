@@ -31,7 +31,7 @@ ROWS = {
     ),
     "digits-best": ("train_classifier.py --dataset digits --recipe best", ""),
     "gan-lecture": ("train_gan.py --recipe lecture", ""),
-    "gan-best": ("train_gan.py --recipe best", ""),
+    "gan-best": ("train_gan.py --recipe best --amp", ""),
     "gan-paper": ("train_gan.py --recipe paper --amp", "Parzen 225 ± 2 (Goodfellow et al. 2014)"),
     "cgan-lecture": ("train_cgan.py --recipe lecture", ""),
     "cgan-best": ("train_cgan.py --recipe best --amp", ""),
