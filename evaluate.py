@@ -42,7 +42,7 @@ def get_args_parser():
 NETWORKS = {  # script -> the network that its runs stand for, and its name among the saved
     "train_classifier.py": (lambda o: build_classifier(o["model"], o["activation"], o["batch_norm"]), "model"),
     "train_gan.py": (lambda o: GANS[o["networks"]][0](), "generator"),
-    "train_cgan.py": (lambda o: ConditionalGenerator(o["generator_dropout"]), "generator"),
+    "train_cgan.py": (lambda o: ConditionalGenerator(), "generator"),
 }
 
 

@@ -32,14 +32,15 @@ RECIPES = {
 def get_args_parser():
     parser = utils.adversarial_args_parser("train_cgan.py", __doc__.splitlines()[0], RECIPES, DATASETS)
     share = utils.number(float, 0, 0.99)
-    parser.add_argument("--generator-dropout", type=share, default=0.5, help="share of G's hidden units dropped")
+    parser.add_argument("--dropout-g", type=share, default=0.5, help="share of G's hidden units dropped")
+    parser.add_argument("--dropout-d", type=share, default=0.5, help="share of D's hidden units dropped")
     return parser
 
 
 def build(args, device, epoch_length, pixel_means):
     """The objects to train, by name, the step that trains them, and the generator that draws the samples."""
-    generator = ConditionalGenerator(args.generator_dropout).to(device)
-    discriminator = ConditionalDiscriminator().to(device)
+    generator = ConditionalGenerator(args.dropout_g).to(device)
+    discriminator = ConditionalDiscriminator(args.dropout_d).to(device)
     set_first_weights(generator, discriminator, args.init, pixel_means)
     optimizer_g = utils.build_optimizer(args, generator.parameters())
     optimizer_d = utils.build_optimizer(args, discriminator.parameters())

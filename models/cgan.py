@@ -35,15 +35,16 @@ class ConditionalDiscriminator(nn.Module):
     """The paper's discriminator: x -> maxout 240 x 5, y -> maxout 50 x 5, both -> maxout 240 x 4, -> one logit.
 
     Input: images [N, 1, 28, 28] with pixels in [0, 1], and labels [N]. Output: logits [N, 1]; their sigmoid is D(x|y).
-    Dropout .5 before the joint layer and before the last.
+
+    dropout: share of the units dropped before the joint layer and before the last.
     """
 
-    def __init__(self):
+    def __init__(self, dropout=0.5):
         super().__init__()
         self.from_x = Maxout(28 * 28, 240, k=5, dropout=False)
         self.from_y = Maxout(10, 50, k=5, dropout=False)
-        self.joint = Maxout(240 + 50, 240, k=4, dropout=True)
-        self.output = nn.Sequential(nn.Dropout(0.5), nn.Linear(240, 1))
+        self.joint = Maxout(240 + 50, 240, k=4, p=dropout)
+        self.output = nn.Sequential(nn.Dropout(dropout), nn.Linear(240, 1))
 
     def forward(self, x, labels):
         x = self.from_x(x.flatten(1))
