@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import utils
-from datasets import DATASETS, Batches, distort, load
+from datasets import DATASETS, Batches, distort, hold_out, load
 from models import ACTIVATIONS, CLASSIFIERS, build_classifier
 from models.average import Average
 from models.maxout import MaxoutSchedule, limit_column_norms
@@ -124,21 +124,17 @@ def target_probabilities(args, device):
 
 def main(argv=None):
     args, checkpoint = utils.parse_args(get_args_parser(), RECIPES, VARIANTS, argv)
-    if args.schedule == "maxout" and args.optimizer != "sgd":
-        raise utils.UserError("--schedule maxout needs --optimizer sgd, whose momentum it sets")
     if checkpoint and args.schedule == "cosine" and args.epochs != checkpoint["options"]["epochs"]:
         raise utils.UserError(f"--epochs {args.epochs}: the learning rate of this run has its end fixed; leave it out")
     device = utils.pick_device(args.device)
     torch.manual_seed(args.seed)
 
-    images, labels = load(args.dataset, args.data_dir, train=True)
-    if args.val_size >= len(images):
-        raise utils.UserError(f"--val-size {args.val_size} leaves nothing of the {len(images)} images to train on")
-    cut = len(images) - args.val_size
-    if args.batch_norm and (cut % args.batch_size or args.batch_size) == 1:
-        raise utils.UserError(f"--batch-norm: the last of {cut} images would be a batch alone; change --batch-size")
-    batches = Batches(images[:cut], labels[:cut], args.batch_size, device, low=args.black, seed=args.seed)
-    held_out = Batches(images[cut:], labels[cut:], 1000, device, low=args.black, shuffle=False)
+    train_set, val_set = hold_out(*load(args.dataset, args.data_dir, train=True), args.val_size)
+    count = len(train_set[0])
+    if args.batch_norm and (count % args.batch_size or args.batch_size) == 1:
+        raise utils.UserError(f"--batch-norm: the last of {count} images would be a batch alone; change --batch-size")
+    batches = Batches(*train_set, args.batch_size, device, low=args.black, seed=args.seed)
+    held_out = Batches(*val_set, 1000, device, low=args.black, shuffle=False)
     state, train_step, network = build(args, device, len(batches))
 
     def validate():

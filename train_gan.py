@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import utils
-from datasets import DATASETS, SHOW_DIGITS, Batches, load
+from datasets import DATASETS, SHOW_DIGITS, Batches, hold_out, load
 from models import GANS
 from models.average import Average
 from models.gan import draw_noise, r1_penalty, set_first_weights
@@ -32,6 +32,10 @@ RECIPES = {
         momentum=0.5, schedule="maxout", simultaneous=True, val_size=10_000, average=0.9999,
     ),
 }  # fmt: skip
+VARIANTS = {
+    ("best", "digits"): dict(epochs=500),
+    ("paper", "digits"): dict(val_size=137),
+}
 
 
 def get_args_parser():
@@ -91,17 +95,14 @@ def build(args, device, epoch_length, pixel_means):
 
 
 def main(argv=None):
-    args, checkpoint = utils.parse_args(get_args_parser(), RECIPES, argv=argv)
+    args, checkpoint = utils.parse_args(get_args_parser(), RECIPES, VARIANTS, argv)
     device = utils.pick_device(args.device)
     torch.manual_seed(args.seed)
 
-    images, labels = load(args.dataset, args.data_dir, train=True)
-    if args.val_size >= len(images):
-        raise utils.UserError(f"--val-size {args.val_size} leaves nothing of the {len(images)} images to train on")
-    cut = len(images) - args.val_size
-    batches = Batches(images[:cut], labels[:cut], args.batch_size, device, low=0.0, seed=args.seed)
-    held_out = images[cut:][:1000].to(device) / 255
-    pixel_means = images[:cut].float().mean(0).flatten() / 255
+    train_set, (val_images, _) = hold_out(*load(args.dataset, args.data_dir, train=True), args.val_size)
+    batches = Batches(*train_set, args.batch_size, device, low=0.0, seed=args.seed)
+    val_images = val_images[:1000].to(device) / 255
+    pixel_means = train_set[0].float().mean(0).flatten() / 255
     state, train_step, sampler = build(args, device, len(batches), pixel_means)
     run = utils.Run(args, state, checkpoint, name=f"gan-{args.dataset}")
     noise = draw_noise(10_000, args.noise, "cpu", torch.Generator().manual_seed(args.seed)).to(device)
@@ -110,7 +111,7 @@ def main(argv=None):
 
     def validate():
         with utils.evaluating(sampler):
-            densities = parzen_log_likelihood(sampler(noise), held_out, SIGMAS)
+            densities = parzen_log_likelihood(sampler(noise), val_images, SIGMAS)
         return {"val_log_likelihood": densities.mean(1).max().item()}
 
     def watch(row):

@@ -167,6 +167,8 @@ def parse_args(parser, recipes, variants=None, argv=None):
         for name in set(changed) - FREE_ON_RESUME:
             was, flag = defaults.get(name), f"--{name.replace('_', '-')}"
             raise UserError(f"{flag} {getattr(args, name)}: {first.resume} was trained with {was}; leave {flag} out")
+    if args.schedule == "maxout" and args.optimizer != "sgd":
+        raise UserError("--schedule maxout needs --optimizer sgd, whose momentum it sets")
     print_options(args, changed)
     return args, checkpoint
 
