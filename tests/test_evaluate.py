@@ -76,7 +76,7 @@ def test_every_model_can_be_evaluated(tmp_path, model, recipe):
 
 def test_averaged_weights_are_what_is_evaluated(tmp_path):
     train(*DIGITS, "--recipe", "best", "--model", "mlp", "--epochs", 1, "--output-dir", tmp_path / "run")
-    network, checkpoint = evaluate.load_classifier(tmp_path / "run", "cpu")
+    network, checkpoint = evaluate.load_network(tmp_path / "run", "cpu")
     average = checkpoint["state"]["average"]["model"]["linear1.weight"]
     assert torch.equal(network.linear1.weight, average)
     assert not torch.equal(average, checkpoint["state"]["model"]["linear1.weight"])
@@ -188,7 +188,7 @@ def variants(drawn):
 
 
 def test_own_pictures_are_read_right_in_every_mode(best_run, tmp_path):
-    network, _ = evaluate.load_classifier(best_run, "cpu")
+    network, _ = evaluate.load_network(best_run, "cpu")
     images, labels = load_data("digits", None, train=False)
     right, count = 0, 0
     for image, label in zip(images[:20, 0], labels[:20]):
