@@ -24,7 +24,7 @@ RECIPES = {
     # What drew all digits on the lecture's networks.
     "best": dict(
         noise="centred", init="he", epochs=50, batch_size=128, optimizer="adam", lr=2e-3, betas=[0.0, 0.9],
-        val_size=0, average=0.9999,
+        r1=0.5, val_size=0, average=0.9999,
     ),
     # Goodfellow et al. 2014, from the configuration they released; the averaged weights are ours.
     "paper": dict(
