@@ -23,7 +23,7 @@ RECIPES = {
     "lecture": dict(epochs=25, batch_size=16, optimizer="adam", lr=2e-4, betas=[0.5, 0.9], val_size=0),
     # What drew the digits that it was asked for, in all their shapes.
     "best": dict(
-        noise="centred", init="he", epochs=60, batch_size=200, optimizer="adam", lr=1e-3, betas=[0.0, 0.9], val_size=0,
+        noise="centred", init="he", epochs=100, batch_size=200, optimizer="adam", lr=1e-3, betas=[0.0, 0.9], val_size=0,
         r1=0.5, dropout_g=0.0, dropout_d=0.2, average=0.9999,
     ),
     # Mirza & Osindero 2014, section 4.1; the averaged weights are ours.

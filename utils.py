@@ -625,7 +625,7 @@ def save_grid(images, path, columns):
     write_whole(path, content.getvalue())
 
 
-def save_gif(folder, most=100):
+def save_gif(folder, most=40):
     """Write samples.gif from up to `most` of the pictures in samples/, evenly spread and with the last one."""
     from PIL import Image
 

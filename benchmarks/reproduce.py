@@ -32,6 +32,7 @@ ROWS = {
     "digits-best": ("train_classifier.py --dataset digits --recipe best", ""),
     "gan-lecture": ("train_gan.py --recipe lecture", ""),
     "gan-best": ("train_gan.py --recipe best --amp", ""),
+    "gan-best-no-r1": ("train_gan.py --recipe best --amp --r1 0", ""),
     "gan-paper": ("train_gan.py --recipe paper --amp", "Parzen 225 ± 2 (Goodfellow et al. 2014)"),
     "cgan-lecture": ("train_cgan.py --recipe lecture", ""),
     "cgan-best": ("train_cgan.py --recipe best --amp", ""),

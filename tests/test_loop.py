@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from helpers import load
+from PIL import Image
 
 import train_classifier
 import utils
@@ -37,6 +38,10 @@ def start(folder, state, **options):
 
 def ten_images(batch_size):
     return Batches(torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1), torch.arange(10), batch_size, "cpu")
+
+
+def blank_images(count):
+    return torch.zeros(count, 1, 1, 1, dtype=torch.uint8), torch.zeros(count, dtype=torch.int64)
 
 
 def test_means_count_every_image_once_whatever_the_last_batch(tmp_path):
@@ -198,3 +203,32 @@ def test_a_weight_that_is_not_finite_is_never_saved_though_the_loss_is_fine(tmp_
     with pytest.raises(utils.UserError, match="network is not finite at or shortly before step 3"):
         utils.train(run, train_step, ten_images(batch_size=2))
     assert load(tmp_path / "run" / "checkpoint.pt")["batch"] == 2
+
+
+def test_a_grid_shows_pixels_as_they_are_row_by_row(tmp_path):
+    images = torch.tensor([0.0, 0.25, 0.5, 0.75, 0.5]).view(5, 1, 1, 1).expand(5, 1, 28, 28)
+    utils.save_grid(images, tmp_path / "grid.png", columns=3)
+    picture = Image.open(tmp_path / "grid.png")
+    assert picture.size == (3 * 56, 2 * 56)
+    places = [(0, 0), (56, 0), (112, 0), (0, 56), (56, 56), (112, 56)]
+    assert [picture.getpixel(place) for place in places] == [0, 64, 128, 191, 128, 0]
+
+
+def test_the_gif_goes_through_the_epochs_and_ends_with_the_last(tmp_path):
+    for epoch in range(1, 8):
+        image = torch.full((1, 1, 28, 28), epoch / 10)
+        utils.save_grid(image, tmp_path / "samples" / f"epoch-{epoch:04d}.png", columns=1)
+    utils.save_gif(tmp_path, most=4)
+    with Image.open(tmp_path / "samples.gif") as gif:
+        shown = []
+        for frame in range(gif.n_frames):
+            gif.seek(frame)
+            shown.append(round(gif.convert("L").getpixel((0, 0)) / 25.5))
+    assert shown == [1, 3, 5, 7]
+
+
+def test_sums_keep_growing_in_bfloat16(tmp_path):
+    run = start(tmp_path / "run", {"position": Position()}, epochs=1)
+    one = torch.ones((), dtype=torch.bfloat16)
+    utils.train(run, lambda images, labels: {"one": one}, Batches(*blank_images(3000), 1, "cpu"))
+    assert run.history[0]["one"] == 1
