@@ -39,6 +39,18 @@ ROWS = {
     "cgan-paper": ("train_cgan.py --recipe paper --amp", "Parzen 132 ± 1.8 (Mirza & Osindero 2014)"),
 }
 
+# What the README shows of the first seed's run.
+KEPT = {
+    "gan-best": {
+        "samples.gif": "assets/gan-best.gif",
+        "evaluation/nearest_training_images.png": "assets/gan-best-neighbours.png",
+    },
+    "cgan-best": {
+        "samples.gif": "assets/cgan-best.gif",
+        "evaluation/same_noise-seed0.png": "assets/cgan-best-same-noise.png",
+    },
+}
+
 
 def run_seed(command, seed, folder, data_dir, threads):
     """Train and evaluate one seed in `folder`, going on from whatever is there; returns its metrics.json."""
@@ -70,8 +82,8 @@ def run_row(name, args):
         ]
         metrics = [job.result() for job in jobs]
     record(name, metrics, json.loads((folders[0] / "config.json").read_text()))
-    if (folders[0] / "samples.gif").is_file():
-        keep_pictures(name, folders[0])
+    for source, target in KEPT.get(name, {}).items():
+        shutil.copy(folders[0] / source, ROOT / target)
 
 
 def record(name, metrics, config):
@@ -97,15 +109,6 @@ def record(name, metrics, config):
     RESULTS.parent.mkdir(exist_ok=True)
     rows = {name: rows[name] for name in ROWS if name in rows}  # in the order above
     RESULTS.write_text(json.dumps(rows, indent=2) + "\n")
-
-
-def keep_pictures(name, folder):
-    """Copy what the README shows of a generator to assets/, and its metrics.csv to results/."""
-    (ROOT / "assets").mkdir(exist_ok=True)
-    shutil.copy(folder / "metrics.csv", ROOT / "results" / f"{name}.csv")
-    shutil.copy(folder / "curves.png", ROOT / "assets" / f"{name}-curves.png")
-    shutil.copy(max((folder / "samples").glob("*.png")), ROOT / "assets" / f"{name}-samples.png")
-    shutil.copy(folder / "samples.gif", ROOT / "assets" / f"{name}.gif")
 
 
 def main():

@@ -55,11 +55,11 @@ def failure_signs(row, digits=None, asked=None):
     row: an epoch's mean `loss_d`. digits: what the judge reads in samples, [N]. asked: what they should show, [N].
     """
     if row["loss_d"] < 0.02:
-        yield f"D's loss is near zero ({row['loss_d']:.4f}): it tells all fakes, and G learns nothing; try a lower --lr"
+        yield f"D's loss is near zero ({row['loss_d']:.4f}): it tells all fakes, and G learns nothing; try --r1 0.5"
     if digits is None:
         return
     share, digit = digits.bincount(minlength=10).div(len(digits)).max(0)
     if share > 0.5:
-        yield f"{share:.0%} of the samples are read as the digit {digit}; if that lasts, G has collapsed"
+        yield f"{share:.0%} of the samples are read as the digit {digit}; if that lasts, try --recipe best"
     if asked is not None and (right := (digits == asked).float().mean()) < 0.5:
-        yield f"only {right:.0%} of the samples are read as the digit asked for; if that lasts, G ignores its labels"
+        yield f"only {right:.0%} of the samples are read as the digit asked for; if that lasts, try --recipe best"
