@@ -630,7 +630,10 @@ def save_gif(folder, most=40):
     from PIL import Image
 
     paths = sorted((folder / "samples").glob("epoch-*.png"))
-    frames = [Image.open(path) for path in paths[:: -1 * -(-len(paths) // most)][::-1]]
+    if not paths:
+        return
+    every = -(-len(paths) // most)
+    frames = [Image.open(path) for path in paths[::-every][::-1]]
     content = io.BytesIO()
     frames[0].save(content, format="gif", save_all=True, append_images=frames[1:], duration=200, loop=0)
     write_whole(folder / "samples.gif", content.getvalue())

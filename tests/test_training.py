@@ -19,6 +19,7 @@ import train_cgan
 import train_classifier
 import train_gan
 import utils
+from datasets import Batches
 from models import ACTIVATIONS
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="kills processes with POSIX signals")
@@ -172,6 +173,23 @@ def test_signal_saves_says_how_to_go_on_and_loses_nothing(undisturbed, tmp_path,
     assert load(tmp_path / "run" / "checkpoint.pt")["epoch"] < 3
     run("train_classifier.py", "--resume", "run", cwd=tmp_path)
     assert_same_run(undisturbed, tmp_path / "run")
+
+
+def test_a_generator_stopped_in_its_first_epoch_says_how_to_go_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(Batches, "epoch", interrupted(Batches.epoch))
+    with pytest.raises(utils.Stopped, match="train_gan.py --resume run"):
+        train_gan.main([*DIGITS, "--output-dir", "run"])
+    assert load(tmp_path / "run" / "checkpoint.pt")["batch"] == 1
+
+
+def interrupted(epoch):
+    """`Batches.epoch`, during whose first batch Ctrl-C is pressed."""
+
+    def batches(self, number, start=0):
+        signal.raise_signal(signal.SIGINT)
+        yield from epoch(self, number, start)
+
+    return batches
 
 
 def test_run_folder_holds_what_is_promised(undisturbed):
