@@ -175,9 +175,22 @@ def test_signal_saves_says_how_to_go_on_and_loses_nothing(undisturbed, tmp_path,
     assert_same_run(undisturbed, tmp_path / "run")
 
 
+@pytest.mark.parametrize("script", [train_gan, train_cgan])
+@pytest.mark.parametrize("recipe", train_gan.RECIPES)
+def test_every_recipe_of_a_generator_writes_everything_in_a_dry_run(tmp_path, script, recipe):
+    script.main([*DIGITS, "--recipe", recipe, "--dry-run", "--output-dir", "run"])
+    expected = {"config.json", "metrics.csv", "curves.png", "checkpoint.pt", "samples", "samples.gif"}
+    validated = recipe == "paper"
+    assert {path.name for path in (tmp_path / "run").iterdir()} == expected | ({"best.pt"} if validated else set())
+    assert [path.name for path in (tmp_path / "run" / "samples").iterdir()] == ["epoch-0001.png"]
+    (row,) = csv.DictReader((tmp_path / "run" / "metrics.csv").open())
+    columns = {"epoch", "loss_d", "loss_g", "D(x)", "D(G(z))"}
+    assert set(row) == columns | ({"val_log_likelihood"} if validated else set())
+
+
 def test_a_generator_stopped_in_its_first_epoch_says_how_to_go_on(tmp_path, monkeypatch):
     monkeypatch.setattr(Batches, "epoch", interrupted(Batches.epoch))
-    with pytest.raises(utils.Stopped, match="train_gan.py --resume run"):
+    with pytest.raises(utils.Stopped, match="--resume run"):
         train_gan.main([*DIGITS, "--output-dir", "run"])
     assert load(tmp_path / "run" / "checkpoint.pt")["batch"] == 1
 
