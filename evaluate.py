@@ -219,7 +219,7 @@ def write_samples(generator, options, args, folder):
     if conditional:
         labels = torch.arange(n) * 10 // n if args.digit is None else torch.full((n,), args.digit)
     images = draw(generator, z, labels)
-    path = folder / f"samples{suffix(args)}.png"
+    path = folder / f"samples-{n}{suffix(args)}.png"
     shown = images[:: -(-n // 2500)]
     save_grid(shown, path, columns=math.ceil(len(shown) ** 0.5))
     arrays = {"images": images[:, 0].numpy(), "z": z.numpy()}

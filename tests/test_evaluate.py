@@ -282,13 +282,13 @@ def test_a_generator_is_measured_beside_real_images(generators, name, capsys):
 def test_samples_come_from_the_seed_alone_and_as_raw_values(generators, tmp_path):
     call(generators / "cgan", "--samples", "20", "--digit", "7", "--seed", "3")
     folder = generators / "cgan" / "evaluation"
-    first = numpy.load(folder / "samples-digit7-seed3.npz")
+    first = numpy.load(folder / "samples-20-digit7-seed3.npz")
     assert first["images"].shape == (20, 28, 28)
     assert first["images"].min() >= 0
     assert first["images"].max() <= 1
     assert first["labels"].tolist() == [7] * 20
     assert first["z"].shape == (20, 100)
-    picture = numpy.asarray(Image.open(folder / "samples-digit7-seed3.png"))
+    picture = numpy.asarray(Image.open(folder / "samples-20-digit7-seed3.png"))
     assert picture.shape == (4 * 56, 5 * 56)
     shown = numpy.round(first["images"][1] * 255)
     assert (picture[:56:2, 56:112:2] == shown).all()  # as they are, not stretched
@@ -300,17 +300,17 @@ def test_samples_come_from_the_seed_alone_and_as_raw_values(generators, tmp_path
 
     assert Image.open(folder / "interpolation-digit7-seed3.png").height == 10 * 56
 
-    before = (folder / "samples-digit7-seed3.npz").read_bytes()
+    before = (folder / "samples-20-digit7-seed3.npz").read_bytes()
     call(generators / "cgan", "--samples", "20", "--digit", "7", "--seed", "3")
-    assert numpy.array_equal(numpy.load(folder / "samples-digit7-seed3.npz")["images"], first["images"])
+    assert numpy.array_equal(numpy.load(folder / "samples-20-digit7-seed3.npz")["images"], first["images"])
     call(generators / "cgan", "--samples", "20", "--digit", "7", "--seed", "4")
-    assert not numpy.array_equal(numpy.load(folder / "samples-digit7-seed4.npz")["images"], first["images"])
-    assert (folder / "samples-digit7-seed3.npz").read_bytes() == before
+    assert not numpy.array_equal(numpy.load(folder / "samples-20-digit7-seed4.npz")["images"], first["images"])
+    assert (folder / "samples-20-digit7-seed3.npz").read_bytes() == before
 
 
 def test_samples_of_all_digits_are_spread_evenly(generators):
     call(generators / "cgan", "--samples", "30")
-    labels = numpy.load(generators / "cgan" / "evaluation" / "samples-seed0.npz")["labels"]
+    labels = numpy.load(generators / "cgan" / "evaluation" / "samples-30-seed0.npz")["labels"]
     assert numpy.bincount(labels).tolist() == [3] * 10
 
 

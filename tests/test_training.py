@@ -115,7 +115,7 @@ def test_other_networks_resume_exactly_too(tmp_path, name):
 def test_a_generator_that_never_ended_an_epoch_can_be_drawn_from(tmp_path):
     kill_at((0, 3), 0, tmp_path, DIGITS, "train_gan.py")
     run("evaluate.py", "run", "--samples", "4", cwd=tmp_path)
-    assert (tmp_path / "run" / "evaluation" / "samples-seed0.npz").exists()
+    assert (tmp_path / "run" / "evaluation" / "samples-4-seed0.npz").exists()
 
 
 def zero_tensors(state):
