@@ -1,7 +1,7 @@
 """Train a generator to draw the digit that it is asked for (Mirza & Osindero 2014; slide "Conditional GAN").
 
 python train_cgan.py                                  # the lecture's recipe on MNIST
-python train_cgan.py --dataset digits --epochs 1000   # without a download
+python train_cgan.py --dataset digits --recipe best   # without a download
 python train_cgan.py --recipe paper                   # the paper's recipe
 python train_cgan.py --resume runs/cgan-mnist         # go on where it stopped
 """

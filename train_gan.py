@@ -1,7 +1,7 @@
 """Train a generator against a discriminator to draw digits (Goodfellow et al. 2014; slides "GAN").
 
 python train_gan.py                                   # the lecture's recipe on MNIST
-python train_gan.py --dataset digits --epochs 1000    # without a download
+python train_gan.py --dataset digits --recipe best    # without a download
 python train_gan.py --recipe paper                    # the paper's larger networks
 python train_gan.py --resume runs/gan-mnist           # go on where it stopped
 """

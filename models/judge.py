@@ -19,8 +19,6 @@ SHA256 = "5e6051821ba3bafa95cf166fc18a1a2559861bc350ec90f7b3dabbe20602bda7"
 class Judge(CNN):
     """The CNN with batch norm, for images [N, 1, 28, 28] with pixels in [0, 1], such as generators draw."""
 
-    num_features = 256
-
     def __init__(self):
         super().__init__(batch_norm=True)
 
