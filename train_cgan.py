@@ -24,7 +24,7 @@ RECIPES = {
     # What drew the digits that it was asked for, in all their shapes.
     "best": dict(
         noise="centred", init="he", epochs=100, batch_size=200, optimizer="adam", lr=1e-3, betas=[0.0, 0.9], val_size=0,
-        r1=0.5, dropout_g=0.0, dropout_d=0.2, average=0.9999,
+        r1=0.5, mismatched=0.1, dropout_g=0.0, dropout_d=0.2, average=0.9999,
     ),
     # Mirza & Osindero 2014, section 4.1; the averaged weights are ours.
     "paper": dict(
@@ -43,6 +43,9 @@ def get_args_parser():
     share = utils.number(float, 0, 0.99)
     parser.add_argument("--dropout-g", type=share, default=0.5, help="share of G's hidden units dropped")
     parser.add_argument("--dropout-d", type=share, default=0.5, help="share of D's hidden units dropped")
+    parser.add_argument(
+        "--mismatched", type=share, default=0.0, help="weight of real images with wrong labels as fakes"
+    )
     return parser
 
 
@@ -66,9 +69,13 @@ def build(args, device, epoch_length, pixel_means):
         fakes = generator(draw_noise(len(images), args.noise, device), labels)  # G(z|y)
 
         # (1) update D: maximise log D(x|y) + log(1 - D(G(z|y)|y)); with logits l, -log D = softplus(-l), never infinite
-        logits = discriminator(torch.cat([images, fakes.detach()]), torch.cat([labels, labels]))
-        real, fake = logits.float().chunk(2)
-        loss_d = F.softplus(-real).mean() + F.softplus(fake).mean()
+        shown = [(images, labels), (fakes.detach(), labels)]
+        if args.mismatched:
+            shown.append((images, (labels + torch.randint_like(labels, 1, 10)) % 10))
+        real, fake, *mismatched = discriminator(*map(torch.cat, zip(*shown))).float().split(len(images))
+        loss_d = F.softplus(-real).mean() + (1 - args.mismatched) * F.softplus(fake).mean()
+        for logits in mismatched:  # log(1 - D(x|a wrong y)), so that G keeps away from what could be another digit
+            loss_d = loss_d + args.mismatched * F.softplus(logits).mean()
         penalty = args.r1 / 2 * r1_penalty(discriminator, images, labels) if args.r1 else 0
         optimizer_d.zero_grad()
         (loss_d / 2 + penalty).backward()  # loss_d / 2: the mean of the two halves, as the paper's SGD has it

@@ -24,6 +24,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
@@ -32,23 +34,34 @@ class UserError(Exception):
     """A failure that the user can mend; the message is one line that names the thing and the remedy."""
 
 
+TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ  # this is one of several processes that train together
+RESTARTED = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # by torchrun, after one of them died
+
+
 class Stopped(Exception):
     """SIGINT or SIGTERM ended the training after a whole step; the run has been saved. Arguments: signal, message."""
 
 
 def run_script(main):
     """Call `main()`; turn what a user can meet into one line and exit status 1. Bugs keep their traceback."""
+    if TORCHRUN and os.environ["RANK"] != "0":
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (one process speaks for all)
     try:
         main()
+        leave_processes()
     except Stopped as stopped:
         number, message = stopped.args
-        print(message, file=sys.stderr)
+        if rank() == 0:
+            print(message, file=sys.stderr)
+        leave_processes()
         sys.exit(128 + number)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except (UserError, OSError) as error:
         fail(error)
     except (MemoryError, RuntimeError) as error:
+        if dist.is_initialized() and ("gloo" in str(error) or isinstance(error, dist.DistError)):
+            fail("another process of this job has ended; what it printed says why")
         # CUDA and MPS, the CPU on Windows, the CPU elsewhere
         signs = ("out of memory", "not enough memory", "can't allocate memory")
         if not isinstance(error, MemoryError) and not any(sign in str(error) for sign in signs):
@@ -107,6 +120,8 @@ def shared_args_parser(script, description, recipes, datasets):
     add("--weight-decay", type=number(float, 0), default=0.0, help="pull of the weights towards 0")
     add("--seed", type=number(int, 0, 2**31), default=0, help="of weights, order and noise")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to train")
+    add("--cuda-graph", action=argparse.BooleanOptionalAction, default=True, help="replay the step as one CUDA graph")
+    add("--compile", action="store_true", help="compile the networks (needs a C++ compiler, or Triton on CUDA)")
     add("--amp", action=argparse.BooleanOptionalAction, default=False, help="mixed precision (bfloat16)")
     add("--val-size", type=number(int, 0), default=5000, help="last training images held out for validation")
     add("--log-interval", type=number(int, 1), default=100, help="steps between two progress reports")
@@ -146,6 +161,12 @@ def parse_args(parser, recipes, variants=None, argv=None):
     without_help = [word for word in argv if word not in ("-h", "--help")]
     checkpoint = None
     first, _ = parser.parse_known_args(without_help)
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not (first.output_dir or first.resume):
+        raise UserError("torchrun --max-restarts needs --output-dir, by which a restart finds the run")
+    if RESTARTED and first.output_dir and any(Path(first.output_dir).glob("*.pt")):
+        argv = [*argv, "--resume", first.output_dir]
+        parser.set_defaults(output_dir=first.output_dir)
+        first.resume = first.output_dir
     if first.resume:
         if not Path(first.resume).is_dir():
             raise UserError(f"--resume {first.resume}: there is no such run folder")
@@ -167,6 +188,8 @@ def parse_args(parser, recipes, variants=None, argv=None):
         for name in set(changed) - FREE_ON_RESUME:
             was, flag = defaults.get(name), f"--{name.replace('_', '-')}"
             raise UserError(f"{flag} {getattr(args, name)}: {first.resume} was trained with {was}; leave {flag} out")
+    if args.compile and getattr(args, "r1", 0):
+        raise UserError("--compile cannot differentiate twice, as --r1 does; leave one out, or --r1 0")
     if args.schedule == "maxout" and args.optimizer != "sgd":
         raise UserError("--schedule maxout needs --optimizer sgd, whose momentum it sets")
     print_options(args, changed)
@@ -183,7 +206,10 @@ def print_options(args, changed):
 
 
 def pick_device(name):
-    """The torch.device for --device; `auto` takes CUDA, then MPS, then the CPU. Raises UserError."""
+    """The torch.device for --device; `auto` takes CUDA, then MPS, then the CPU. Raises UserError.
+
+    A process that torchrun started takes the GPU of its own number, and joins the other processes.
+    """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(kind for kind, there in available.items() if there)
@@ -193,7 +219,8 @@ def pick_device(name):
     warnings.filterwarnings("ignore", message="The value of the smallest subnormal")  # older numpy remarks on it
     if sys.platform == "linux":
         keep_freed_memory()
-    return torch.device(name)
+    device = torch.device(name)
+    return join_processes(device) if TORCHRUN else device
 
 
 def keep_freed_memory():
@@ -225,6 +252,74 @@ def build_optimizer(args, parameters):
     return kind(parameters, args.lr, betas=args.betas, eps=1e-8, weight_decay=args.weight_decay, fused=True)
 
 
+# Several processes ----------------------------------------------------------------------------------------------------
+
+# torchrun starts them, with the same options. Each computes its part of every batch; before each update their gradients
+# are added up, so that all have the same weights; the first one (rank 0) speaks and writes.
+
+
+def join_processes(device):
+    """Join the processes that torchrun started; returns this one's device. Raises UserError."""
+    number = int(os.environ["LOCAL_RANK"])  # on this machine
+    if device.type == "mps":
+        raise UserError("--device mps: there is one such device; start the script without torchrun")
+    if device.type == "cuda":
+        if number >= torch.cuda.device_count():
+            raise UserError(f"--device cuda: {torch.cuda.device_count()} of them; lower --nproc-per-node to that")
+        device = torch.device("cuda", number)
+        torch.cuda.set_device(device)
+    store, rank, size = next(dist.rendezvous("env://"))
+    if os.environ["TORCHELASTIC_USE_AGENT_STORE"] == "True":  # it outlives a restart, with addresses of the dead in it
+        store = dist.PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    return device
+
+
+def leave_processes():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def from_first(make):
+    """What `make()` returns in the process of rank 0, given to all; the others do not call it."""
+    made = [make() if rank() == 0 else None]
+    if world_size() > 1:
+        dist.broadcast_object_list(made, device=torch.device("cpu"))
+    return made[0]
+
+
+def from_all(value):
+    """The `value` of each process, in the order of their ranks."""
+    values = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def part_of(batch):
+    """This process's part of a batch, a tuple of tensors with as many rows each; none is empty or in two parts."""
+    return tuple(tensor.tensor_split(world_size())[rank()] for tensor in batch)
+
+
+def agree(signals, due):
+    """What holds for all processes: the signal that reached any of them, or 0; whether any finds a checkpoint due."""
+    wishes = [signals[0] if signals else 0, due]
+    if world_size() > 1:
+        everyone = torch.tensor(wishes)
+        dist.all_reduce(everyone, dist.ReduceOp.MAX)
+        wishes = everyone.tolist()
+    return wishes
+
+
 # Checkpoints ----------------------------------------------------------------------------------------------------------
 
 # A checkpoint is what torch.save writes, a zip archive, with the SHA-256 of the rest as the archive's comment:
@@ -245,8 +340,10 @@ def is_sealed(content):
 def write_whole(path, content):
     """Write the bytes to `path` wholly or not at all, and onto the disk before the name points at them.
 
-    A sound checkpoint.pt becomes previous.pt first.
+    A sound checkpoint.pt becomes previous.pt first. Of several processes, the first one writes.
     """
+    if rank() > 0:
+        return
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -304,16 +401,19 @@ class Run:
     def __init__(self, args, state, checkpoint=None, name="run"):
         self.args, self.state = args, state
         self.epoch, self.batch = 0, 0  # done so far: whole epochs, and batches of the epoch begun
-        self.count, self.sums = 0, {}  # images of the epoch begun, and metric sums over them, on the device
+        self.count, self.sums = 0, {}  # images of the epoch begun, and this process's metric sums, on the device
         self.reported = {"count": 0}  # count and sums at the last report
         self.history, self.curve = [], []  # a row of means per epoch; a row per report
         self.random = {}  # state of the random generators that the training goes on with
+        self.share = 1.0  # of the batch, that is this process's part
+        for optimizer in self.optimizers():
+            optimizer.register_step_pre_hook(self.add_up_gradients)
         if checkpoint:
             self.folder = Path(args.resume)
             self.restore(checkpoint)
             self.write_metrics()
         else:
-            self.folder = new_folder(args.output_dir, name)
+            self.folder = Path(from_first(lambda: str(new_folder(args.output_dir, name))))
         config = {"options": self.options(), **environment()}
         write_whole(self.folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
         print(f"run folder: {self.folder}", flush=True)
@@ -321,9 +421,23 @@ class Run:
     def options(self):
         return {name: value for name, value in vars(self.args).items() if name not in ("resume", "output_dir")}
 
+    def optimizers(self):
+        return [item for item in self.state.values() if isinstance(item, torch.optim.Optimizer)]
+
+    def add_up_gradients(self, optimizer, *_):
+        """Before an update by several processes: the gradients of the whole batch's mean loss."""
+        if world_size() > 1:
+            gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            total = parameters_to_vector(gradients) * self.share
+            dist.all_reduce(total)
+            vector_to_parameters(total, gradients)
+
     def save(self, name="checkpoint.pt"):
         """Write the whole state. Raises UserError instead where a metric or a weight is not finite."""
-        sums = self.read_sums()
+        random = {name: module.get_rng_state() for name, module in random_generators().items()}
+        processes = from_all({"random": random, "sums": self.read_sums()})
+        if rank() > 0:
+            return
         state = {key: item.state_dict() for key, item in self.state.items()}
         for key, value in state.items():
             if not all(tensor.isfinite().all() for tensor in tensors(value)):
@@ -331,8 +445,7 @@ class Run:
         checkpoint = {
             "options": self.options(),
             "state": state,
-            "random": {name: module.get_rng_state() for name, module in random_generators().items()},
-            "sums": sums,
+            "processes": processes,
             **{name: getattr(self, name) for name in self.POSITION},
         }
         buffer = io.BytesIO()
@@ -343,29 +456,43 @@ class Run:
         try:
             for name, item in self.state.items():
                 item.load_state_dict(checkpoint["state"][name])
+            for optimizer in self.optimizers():
+                for group in optimizer.param_groups:
+                    group["lr"] = float(group["lr"])  # a tensor, where a CUDA graph needed one
+                    if "capturable" in group:
+                        group["capturable"] = False
         except (KeyError, RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"{self.folder} does not fit the code, which has changed since: {reason}") from error
-        self.random = checkpoint["random"]
-        self.sums = {name: torch.tensor(value) for name, value in checkpoint["sums"].items()}
+        processes = checkpoint["processes"]
+        if len(processes) == world_size():
+            self.random = processes[rank()]["random"]
+            sums = processes[rank()]["sums"]
+        else:  # their number has changed: the first one goes on with the sums of all
+            everyone = [process["sums"] for process in processes if rank() == 0]
+            sums = {name: sum(sums[name] for sums in everyone) for name in processes[0]["sums"]}
+        self.sums = {name: torch.tensor(value, dtype=torch.float32) for name, value in sums.items()}
         for name in self.POSITION:
             setattr(self, name, checkpoint[name])
 
     def restore_random(self):
+        """Go on with the random numbers where the checkpoint was; several processes draw different ones."""
+        if not self.random and (world_size() > 1 or self.epoch + self.batch > 0):
+            torch.manual_seed(self.args.seed + 1_000_003 * (1 + rank()) + self.epoch + self.batch)
         for name, module in random_generators().items():
             if name in self.random:
                 module.set_rng_state(self.random[name])
 
     def add(self, metrics, count):
-        """Add a step's metrics, means over `count` images, to the epoch's sums, without reading them."""
+        """Add a step's metrics, means over `count` images, to the epoch's sums, in place and without reading them."""
         for name, value in metrics.items():
-            value = value.float() * count  # a sum in bfloat16 would stop growing
-            self.sums[name] = self.sums[name].to(value.device) + value if name in self.sums else value
-        self.count += count
+            value = value.float()  # a sum in bfloat16 would stop growing
+            total = self.sums[name].to(value.device) if name in self.sums else torch.zeros_like(value)
+            self.sums[name] = total.add_(value, alpha=count)
 
     def read_sums(self):
         """The epoch's sums as floats: the one place that waits for the device. Raises UserError on NaN or infinity."""
-        sums = {name: value.item() for name, value in self.sums.items()}
+        sums = dict(zip(self.sums, torch.stack(list(self.sums.values())).tolist())) if self.sums else {}
         for name, value in sums.items():
             if not math.isfinite(value):
                 raise self.not_finite(name)
@@ -377,9 +504,14 @@ class Run:
             "start a new run with a lower --lr, or without --amp"
         )
 
+    def totals(self):
+        """Sums over all processes."""
+        everyone = from_all(self.read_sums())
+        return {name: sum(sums.get(name, 0.0) for sums in everyone) for name in everyone[0]}
+
     def report(self, epoch_length):
         """Add the means since the last report to the curve, and return them."""
-        now = {"count": self.count, **self.read_sums()}
+        now = {"count": self.count, **self.totals()}
         count = now["count"] - self.reported["count"]
         means = {name: (now[name] - self.reported.get(name, 0)) / count for name in self.sums}
         self.reported = now
@@ -388,12 +520,14 @@ class Run:
 
     def end_epoch(self, more):
         """Close the epoch begun: its means and the dict `more` become a row of the history, which is returned."""
-        means = {name: value / self.count for name, value in self.read_sums().items()}
+        means = {name: value / self.count for name, value in self.totals().items()}
         for name, value in more.items():
             if not math.isfinite(value):
                 raise self.not_finite(name)
         self.epoch, self.batch = self.epoch + 1, 0
-        self.count, self.sums, self.reported = 0, {}, {"count": 0}
+        self.count, self.reported = 0, {"count": 0}
+        for total in self.sums.values():
+            total.zero_()
         self.history.append({"epoch": self.epoch, **means, **more})
         return self.history[-1]
 
@@ -432,7 +566,7 @@ def new_folder(wanted, name):
         if folder.exists() and not folder.is_dir():
             raise UserError(f"--output-dir {folder} is a file; name a new folder")
         folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
+        if any(folder.iterdir()) and not RESTARTED:
             raise UserError(f"--output-dir {folder} is not empty; name a new folder, or go on with --resume {folder}")
         return folder
     for i in itertools.count(1):
@@ -458,6 +592,7 @@ def environment():
         "processor": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "processes": world_size(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "commit": commit,
     }
@@ -477,7 +612,9 @@ def processor():
 def train(run, train_step, batches, validate=None, score="val_accuracy", after_epoch=None, patience=None):
     """Run `train_step(images, labels) -> {name: scalar tensor}` over `batches` until the epochs are done.
 
-    batches: has a length, and `epoch(e, start)` gives epoch `e` from batch `start` on.
+    batches: has a length, and `epoch(e, start)` yields (images, labels) of epoch `e` from batch `start` on. Where it
+    also has `rows(e, start)`, which yields (row numbers,), and `take(rows) -> (images, labels)`, as datasets.Batches
+    does, taking the images becomes part of the step.
     validate: () -> {name: float} after each epoch; the epoch with the highest `score` among them is kept as best.pt.
     after_epoch: called with the epoch's row of metrics before its checkpoint is written.
     patience: stop after so many epochs without a better score.
@@ -487,52 +624,142 @@ def train(run, train_step, batches, validate=None, score="val_accuracy", after_e
     """
     args = run.args
     epochs = 1 if args.dry_run else args.epochs
+    if args.compile:
+        for network in run.state.values():
+            if isinstance(network, torch.nn.Module):
+                network.compile()
+    step = GraphedStep(run, whole_step(run, train_step, batches))
     run.restore_random()  # as late as this: what the script did since may have drawn random numbers
     if run.epoch >= epochs or run.out_of_patience(score, patience):
         print(f"this run is finished, with {run.epoch} epochs; --epochs N goes on to more")
     with caught_signals() as signals:
         while run.epoch < epochs and not run.out_of_patience(score, patience):
             started = time.monotonic()
-            train_epoch(run, train_step, batches, signals)
-            row = run.end_epoch(validate() if validate else {})
+            train_epoch(run, step, batches, signals)
+            row = run.end_epoch(from_first(validate) if validate else {})
             print_row(row, epochs, time.monotonic() - started)
-            if after_epoch:
+            if after_epoch and rank() == 0:
                 after_epoch(row)
             run.write_metrics()
             if validate and run.best_epoch(score) == run.epoch:
                 run.save("best.pt")
-            asked = bool(signals)
+            asked, _ = agree(signals, due=True)
             run.save()
             if asked and run.epoch < epochs:
-                stop(run, signals[0])
+                stop(run, asked)
     draw_curves(run)
 
 
-def train_epoch(run, train_step, batches, signals):
+def train_epoch(run, step, batches, signals):
     args = run.args
     schedules = [item for item in run.state.values() if isinstance(item, LRScheduler)]
     steps = min(2, len(batches)) if args.dry_run else len(batches)
+    source = batches.rows if hasattr(batches, "take") else batches.epoch
     saved = time.monotonic()
     with tqdm(
-        total=steps, initial=run.batch, desc=f"epoch {run.epoch + 1}", leave=False, disable=not sys.stderr.isatty()
-    ) as bar:
-        for images, labels in itertools.islice(batches.epoch(run.epoch, run.batch), steps - run.batch):
-            # Without the cache: it would serve weights from before an update within the step.
-            with torch.autocast(images.device.type, torch.bfloat16, enabled=args.amp, cache_enabled=False):
-                metrics = train_step(images, labels)
+        total=steps, initial=run.batch, desc=f"epoch {run.epoch + 1}", leave=False,
+        disable=rank() > 0 or not sys.stderr.isatty(),
+    ) as bar:  # fmt: skip
+        for batch in itertools.islice(source(run.epoch, run.batch), steps - run.batch):
+            size = len(batch[0])
+            if size >= world_size():  # a last batch of fewer images than processes is left out
+                part = part_of(batch)
+                run.share = len(part[0]) / size
+                step(*part)
+                run.count += size
             for schedule in schedules:
                 schedule.step()
-            run.add(metrics, len(images))
             run.batch += 1
             if run.batch % args.log_interval == 0 or run.batch == steps:
                 bar.set_postfix({name: f"{value:.4f}" for name, value in run.report(steps).items()}, refresh=False)
                 bar.update(run.batch - bar.n)
-            asked = bool(signals)
-            if asked or time.monotonic() - saved >= args.save_interval:
+            asked, due = agree(signals, time.monotonic() - saved >= args.save_interval)
+            if asked or due:
                 run.save()
                 saved = time.monotonic()
             if asked:
-                stop(run, signals[0])
+                stop(run, asked)
+
+
+def whole_step(run, train_step, batches):
+    """One step from the row numbers of a batch (from the batch itself, where `batches` has no `take`) to its sums."""
+    take = getattr(batches, "take", lambda *batch: batch)
+
+    def step(*batch):
+        images, labels = take(*batch)
+        # Without the cache: it would serve weights from before an update within the step.
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=run.args.amp, cache_enabled=False):
+            metrics = train_step(images, labels)
+        run.add(metrics, len(images))
+
+    return step
+
+
+class GraphedStep:
+    """`step(*tensors)` as one CUDA graph where that can be had: captured at the fourth call, replayed from then on.
+
+    A replay costs one launch instead of hundreds, and draws new random numbers. The learning rate becomes a tensor, so
+    that a schedule reaches it. Inputs of another shape (the short last batch) take the ordinary way; so does everything
+    on other devices, with several processes, with --no-cuda-graph, and where the capture fails, which is said.
+    """
+
+    WARM_UP = 3
+
+    def __init__(self, run, step):
+        self.run, self.step = run, step
+        self.calls, self.graph, self.inputs, self.settings = 0, None, None, None
+        self.wanted = run.args.cuda_graph and world_size() == 1
+
+    def __call__(self, *inputs):
+        if not self.wanted or inputs[0].device.type != "cuda":
+            return self.step(*inputs)
+        if self.inputs is None:
+            self.inputs = [tensor.clone() for tensor in inputs]
+            self.make_learning_rates_tensors()
+            self.settings = self.baked_in()
+        if any(mine.shape != its.shape for mine, its in zip(self.inputs, inputs)):
+            return self.step(*inputs)
+        if self.calls == self.WARM_UP:
+            self.capture()
+        if self.graph is None:
+            self.warm_up(inputs)
+        else:
+            for mine, its in zip(self.inputs, inputs):
+                mine.copy_(its)
+            self.graph.replay()
+        self.calls += 1
+
+    def warm_up(self, inputs):
+        """An ordinary step, on a stream of its own, as capturing asks for."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self.step(*inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+
+    def capture(self):
+        try:
+            if self.baked_in() != self.settings:
+                raise RuntimeError("the optimiser's settings change from step to step")
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self.step(*self.inputs)
+            self.graph = graph
+        except RuntimeError as error:
+            self.wanted = False
+            print(f"the step is not replayed as a CUDA graph: {str(error).splitlines()[0]}")
+
+    def make_learning_rates_tensors(self):
+        for optimizer in self.run.optimizers():
+            for group in optimizer.param_groups:
+                group["lr"] = torch.tensor(float(group["lr"]), device=self.inputs[0].device)
+                if "capturable" in group:
+                    group["capturable"] = True
+
+    def baked_in(self):
+        """The optimisers' settings that a graph would keep as they are at its capture."""
+        groups = [group for optimizer in self.run.optimizers() for group in optimizer.param_groups]
+        return [{name: group[name] for name in group.keys() - {"params", "lr", "initial_lr"}} for group in groups]
 
 
 @contextmanager
@@ -541,7 +768,7 @@ def caught_signals():
     caught = []
 
     def catch(number, _):
-        if caught:
+        if caught and not TORCHRUN:  # torchrun passes on what the terminal has already sent
             raise KeyboardInterrupt
         caught.append(number)
 

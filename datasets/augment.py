@@ -18,8 +18,9 @@ def distort(images, degrees=10.0, scale=0.1, shear=10.0, shift=2.0, elastic=0.0)
         # Within the centres of the border pixels, so that the border, the background, repeats: padding_mode="border",
         # which not every device has.
         height, width = images.shape[2:]
-        limit = 1 - 1 / torch.tensor([width, height], dtype=grid.dtype, device=grid.device)
-        return F.grid_sample(images, grid.clamp(-limit, limit), align_corners=False)
+        x, y = grid.unbind(-1)
+        x, y = x.clamp(1 / width - 1, 1 - 1 / width), y.clamp(1 / height - 1, 1 - 1 / height)
+        return F.grid_sample(images, torch.stack([x, y], dim=-1), align_corners=False)
 
 
 def random_grid(images, degrees, scale, shear, shift, elastic):

@@ -23,10 +23,18 @@ class Batches:
 
     def epoch(self, epoch, start=0):
         """Yield the batches of `epoch` from number `start` on, in an order that (seed, epoch) alone decides."""
-        scale = (self.high - self.low) / 255
+        for (rows,) in self.rows(epoch, start):
+            yield self.take(rows)
+
+    def rows(self, epoch, start=0):
+        """Yield (row numbers,) of the same batches, int64 [B], for `take`."""
         for rows in self.order(epoch).split(self.batch_size)[start:]:
-            images = self.images[rows].float().mul_(scale).add_(self.low)
-            yield images, self.labels[rows]
+            yield (rows,)
+
+    def take(self, rows):
+        """The images and labels of these rows."""
+        scale = (self.high - self.low) / 255
+        return self.images[rows].float().mul_(scale).add_(self.low), self.labels[rows]
 
     def order(self, epoch):
         if not self.shuffle:

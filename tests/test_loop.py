@@ -27,6 +27,9 @@ def start(folder, state, **options):
     defaults = {
         "epochs": 2,
         "amp": False,
+        "compile": False,
+        "cuda_graph": True,
+        "seed": 0,
         "log_interval": 3,
         "save_interval": 1000.0,
         "dry_run": False,

@@ -31,13 +31,13 @@ KILLED_AT = """
 import os, runpy, signal, sys
 sys.path.insert(0, {root!r})
 from datasets import Batches
-whole = Batches.epoch
-def epoch(self, number, start=0):
+whole = Batches.rows
+def rows(self, number, start=0):
     for i, batch in enumerate(whole(self, number, start), start):
         if self.shuffle and (number, i) == {at}:
             os.kill(os.getpid(), signal.SIGKILL)
         yield batch
-Batches.epoch = epoch
+Batches.rows = rows
 sys.argv[0] = {script!r}
 runpy.run_path({script!r}, run_name="__main__")
 """
@@ -127,12 +127,12 @@ SPOILS = {
     "optimizer": lambda c: c["state"]["optimizer"].update(state={}),
     "schedule": lambda c: c["state"]["schedule"].update(last_epoch=0),
     "average": lambda c: c["state"].update(average=zero_tensors(c["state"]["average"])),
-    "random": lambda c: c["random"].update(cpu=torch.Generator().manual_seed(9).get_state()),
+    "random": lambda c: c["processes"][0]["random"].update(cpu=torch.Generator().manual_seed(9).get_state()),
     "epoch": lambda c: c.update(epoch=0),
     "batch": lambda c: c.update(batch=c["batch"] - 1),
-    "sums": lambda c: c.update(sums=zero_tensors(c["sums"])),
+    "sums": lambda c: c["processes"][0].update(sums=zero_tensors(c["processes"][0]["sums"])),
     "count": lambda c: c.update(count=c["count"] - 1),
-    "reported": lambda c: c.update(reported={"count": 0, **dict.fromkeys(c["sums"], 1.0)}),
+    "reported": lambda c: c.update(reported={"count": 0, **dict.fromkeys(c["processes"][0]["sums"], 1.0)}),
     "history": lambda c: c["history"][0].update(loss=0.0),
     "curve": lambda c: c.update(curve=[]),
 }
@@ -189,14 +189,14 @@ def test_every_recipe_of_a_generator_writes_everything_in_a_dry_run(tmp_path, sc
 
 
 def test_a_generator_stopped_in_its_first_epoch_says_how_to_go_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(Batches, "epoch", interrupted(Batches.epoch))
+    monkeypatch.setattr(Batches, "rows", interrupted(Batches.rows))
     with pytest.raises(utils.Stopped, match="--resume run"):
         train_gan.main([*DIGITS, "--output-dir", "run"])
     assert load(tmp_path / "run" / "checkpoint.pt")["batch"] == 1
 
 
 def interrupted(epoch):
-    """`Batches.epoch`, during whose first batch Ctrl-C is pressed."""
+    """`Batches.rows`, during whose first batch Ctrl-C is pressed."""
 
     def batches(self, number, start=0):
         signal.raise_signal(signal.SIGINT)
@@ -366,7 +366,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_checkpoint(tmp_path):
     for path in (tmp_path / "run").glob("*.pt"):
         checkpoint = load(path)
         assert all(value.isfinite().all() for value in checkpoint["state"]["model"].values())
-        assert all(value.isfinite().all() for value in map(torch.tensor, checkpoint["sums"].values()))
+        assert all(value.isfinite().all() for value in map(torch.tensor, checkpoint["processes"][0]["sums"].values()))
 
 
 # On real MNIST --------------------------------------------------------------------------------------------------------

@@ -1,0 +1,106 @@
+"""The loop on a CUDA device: the step as a CUDA graph against the ordinary one."""
+
+import csv
+
+import pytest
+import torch
+from helpers import DIGITS, load, run
+from test_loop import Position, start, ten_images
+
+import train_cgan
+import train_classifier
+import train_gan
+import utils
+from datasets import Batches
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+CUDA = [*DIGITS[:2], "--device", "cuda", "--epochs", "2"]
+SCRIPTS = {
+    "mlp": (train_classifier, ["--model", "mlp", "--recipe", "best"]),
+    "cnn": (train_classifier, ["--model", "cnn", "--recipe", "best"]),
+    "maxout": (train_classifier, ["--recipe", "paper"]),
+    "gan": (train_gan, ["--recipe", "best"]),
+    "gan paper": (train_gan, ["--recipe", "paper"]),
+    "cgan": (train_cgan, ["--recipe", "best"]),
+}
+
+
+@pytest.fixture(autouse=True)
+def in_tmp_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def losses(folder):
+    return [float(row[key]) for row in csv.DictReader((folder / "metrics.csv").open()) for key in row if "loss" in key]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_graph_and_ordinary_steps_give_the_same_losses(tmp_path, name):
+    """With the schedule, the short last batch, dropout, noise and distortions of the recipes."""
+    script, flags = SCRIPTS[name]
+    for folder, more in (("graphed", []), ("ordinary", ["--no-cuda-graph"])):
+        script.main([*CUDA, *flags, *more, "--output-dir", folder])
+    assert losses(tmp_path / "graphed") == pytest.approx(losses(tmp_path / "ordinary"), rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["mlp", "gan"])
+def test_a_run_under_graphs_resumes_exactly(tmp_path, monkeypatch, name):
+    """Stopped and saved in the middle of the second epoch; the steps after it are ordinary, then graphed again."""
+    script, flags = SCRIPTS[name]
+    script.main([*CUDA, *flags, "--output-dir", "whole"])
+    whole_rows = Batches.rows
+
+    def interrupted(self, epoch, start=0):
+        for i, rows in enumerate(whole_rows(self, epoch, start), start):
+            if self.shuffle and (epoch, i) == (1, 4):
+                raise KeyboardInterrupt
+            yield rows
+
+    monkeypatch.setattr(Batches, "rows", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        script.main([*CUDA, *flags, "--save-interval", "0", "--output-dir", "run"])
+    monkeypatch.setattr(Batches, "rows", whole_rows)
+    assert load(tmp_path / "run" / "checkpoint.pt")["batch"] == 4
+    script.main(["--resume", "run"])
+    assert (tmp_path / "run" / "metrics.csv").read_bytes() == (tmp_path / "whole" / "metrics.csv").read_bytes()
+
+
+def test_every_replay_draws_new_noise(tmp_path, capsys):
+    drawn = torch.zeros(12, device="cuda")
+    position = Position().cuda()
+
+    def train_step(images, labels):
+        drawn.index_copy_(0, position.steps.view(1), torch.rand(1, device="cuda"))
+        position.steps += 1
+        return {"loss": torch.zeros((), device="cuda")}
+
+    batches = ten_images(batch_size=5)
+    batches = Batches(batches.images, batches.labels, 5, "cuda")
+    utils.train(start(tmp_path / "run", {"position": position}, epochs=6), train_step, batches)
+    assert len(set(drawn.tolist())) == 12
+    assert "not replayed" not in capsys.readouterr().out
+
+
+def test_a_step_that_cannot_be_captured_runs_as_it_is_and_says_so_once(tmp_path, capsys):
+    def train_step(images, labels):
+        return {"label": torch.tensor(labels.sum().item() / len(labels), device="cuda")}  # waits for the device
+
+    batches = ten_images(batch_size=2)
+    run = start(tmp_path / "run", {"position": Position().cuda()})
+    utils.train(run, train_step, Batches(batches.images, batches.labels, 2, "cuda"))
+    assert [row["label"] for row in run.history] == pytest.approx([4.5, 4.5])
+    assert capsys.readouterr().out.count("not replayed as a CUDA graph") == 1
+
+
+def test_a_run_from_the_gpu_goes_on_on_the_cpu_and_back(tmp_path):
+    run("train_gan.py", *CUDA, "--recipe", "best", "--epochs", "1", "--output-dir", "run", cwd=tmp_path)
+    run("train_gan.py", "--resume", "run", "--device", "cpu", "--epochs", "2", cwd=tmp_path)
+    run("train_gan.py", "--resume", "run", "--device", "cuda", "--epochs", "3", cwd=tmp_path)
+    assert load(tmp_path / "run" / "checkpoint.pt")["epoch"] == 3
+
+
+def test_mixed_precision_trains(tmp_path):
+    run("train_classifier.py", *CUDA, "--recipe", "best", "--amp", cwd=tmp_path)
+    with (tmp_path / "runs" / "cnn-digits" / "metrics.csv").open() as file:
+        assert float(list(csv.DictReader(file))[-1]["accuracy"]) > 0.5

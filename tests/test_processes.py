@@ -1,0 +1,140 @@
+"""Several processes that torchrun starts, here two on the CPU, against one."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import DIGITS, ROOT, load
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="kills processes with POSIX signals")
+
+# 1,408 images: 44 batches of 32. SGD, because Adam turns rounding in a gradient near 0 into a whole step.
+FLAGS = [*DIGITS, "--epochs", "2", "--batch-size", "32", "--val-size", "29", "--optimizer", "sgd", "--lr", "0.01"]
+SCRIPTS = {
+    "mlp": ("train_classifier.py", ["--model", "mlp", *FLAGS]),
+    "cnn": ("train_classifier.py", ["--model", "cnn", *FLAGS]),
+    "gan": ("train_gan.py", [*FLAGS, "--r1", "0.5", "--average", "0.99"]),
+    "cgan": ("train_cgan.py", FLAGS),
+}
+
+# Runs a script without dropout and with noise that is drawn for the whole batch, whatever the number of processes.
+WITHOUT_CHANCE = """
+import runpy, sys
+sys.path.insert(0, {root!r})
+import torch
+import models.gan, utils
+torch.nn.Dropout.forward = lambda self, x: x
+drawn, calls = models.gan.draw_noise, 0
+def draw_noise(n, kind, device, generator=None):
+    global calls
+    if generator:
+        return drawn(n, kind, device, generator)
+    calls += 1
+    noise = drawn(n * utils.world_size(), kind, device, torch.Generator().manual_seed(calls))
+    return noise.tensor_split(utils.world_size())[utils.rank()]
+models.gan.draw_noise = draw_noise
+sys.argv[0] = {script!r}
+runpy.run_path({script!r}, run_name="__main__")
+"""
+
+# Runs a script; the second process dies when it comes to the tenth batch of the second epoch, the first time only.
+ONE_DIES = """
+import os, runpy, signal, sys
+sys.path.insert(0, {root!r})
+from datasets import Batches
+whole = Batches.rows
+def rows(self, number, start=0):
+    for i, batch in enumerate(whole(self, number, start), start):
+        first_time = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+        if self.shuffle and (number, i) == (1, 10) and os.environ["RANK"] == "1" and first_time:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield batch
+Batches.rows = rows
+sys.argv[0] = {script!r}
+runpy.run_path({script!r}, run_name="__main__")
+"""
+
+
+def start(processes, script, *flags, cwd, more=()):
+    """Start a script in so many processes: by torchrun, or plainly for one."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), *more]
+    command = [sys.executable, *(launcher if processes > 1 else []), str(script), *map(str, flags)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def finish(process, code=0):
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == code, output + errors
+    return output, errors
+
+
+def run(*args, code=0, **kwargs):
+    return finish(start(*args, **kwargs), code)
+
+
+def driver(code, script, folder):
+    path = folder / f"driven_{script}"
+    path.write_text(code.format(root=str(ROOT), script=str(ROOT / script)))
+    return path
+
+
+def tensors(state, name=""):
+    if isinstance(state, torch.Tensor):
+        yield name, state
+    elif isinstance(state, dict):
+        for key, value in state.items():
+            yield from tensors(value, f"{name}.{key}")
+
+
+def assert_close(a, b):
+    others = dict(tensors(load(b / "checkpoint.pt")["state"]))
+    for name, value in tensors(load(a / "checkpoint.pt")["state"]):
+        torch.testing.assert_close(value, others[name], atol=1e-4, rtol=1e-3, msg=lambda text, n=name: f"{n}: {text}")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_two_processes_end_with_the_weights_and_metrics_of_one(tmp_path, name):
+    script, flags = SCRIPTS[name]
+    driven = driver(WITHOUT_CHANCE, script, tmp_path)
+    for processes, folder in ((1, "one"), (2, "two")):
+        run(processes, driven, *flags, "--output-dir", folder, cwd=tmp_path)
+    assert_close(tmp_path / "one", tmp_path / "two")
+    one, two = (list(csv.DictReader((tmp_path / folder / "metrics.csv").open())) for folder in ("one", "two"))
+    for row, other in zip(one, two, strict=True):
+        assert [float(value) for value in row.values()] == pytest.approx(
+            [float(value) for value in other.values()], abs=1e-3
+        )
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path, before, after):
+    driven = driver(WITHOUT_CHANCE, "train_classifier.py", tmp_path)
+    flags = SCRIPTS["mlp"][1]
+    run(1, driven, *flags, "--output-dir", "whole", cwd=tmp_path)
+    stopped = start(before, driven, *flags, "--save-interval", "0", "--output-dir", "run", cwd=tmp_path)
+    for line in stopped.stdout:
+        if line.startswith("epoch 1/"):
+            break
+    stopped.send_signal(signal.SIGTERM)
+    stopped.communicate(timeout=120)
+    assert load(tmp_path / "run" / "checkpoint.pt")["epoch"] < 2
+    run(after, driven, "--resume", "run", cwd=tmp_path)
+    assert_close(tmp_path / "whole", tmp_path / "run")
+
+
+def test_after_the_death_of_a_process_torchrun_ends_with_the_same_run(tmp_path):
+    flags = [*SCRIPTS["mlp"][1], "--save-interval", "0"]
+    driven = driver(ONE_DIES, "train_classifier.py", tmp_path)
+    more = ["--max-restarts", "1"]
+    run(2, ROOT / "train_classifier.py", *flags, "--output-dir", "whole", cwd=tmp_path)
+    run(2, driven, *flags, "--output-dir", "run", cwd=tmp_path, more=more)
+    whole, again = (load(tmp_path / folder / "checkpoint.pt") for folder in ("whole", "run"))
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(tensors(whole["state"]), tensors(again["state"])))
+    assert (tmp_path / "whole" / "metrics.csv").read_bytes() == (tmp_path / "run" / "metrics.csv").read_bytes()
