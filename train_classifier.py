@@ -26,6 +26,11 @@ RECIPES = {
         epochs=30, batch_size=128, optimizer="adamw", lr=2e-3, weight_decay=0.05, schedule="cosine",
         label_smoothing=0.1, augment=True, average=0.999, batch_norm=True,
     ),
+    # 99.0 % in the shortest time.
+    "fast": dict(
+        model="cnn", epochs=1, batch_size=128, optimizer="adamw", lr=1e-2, weight_decay=0.05, schedule="cosine",
+        label_smoothing=0.1, average=0.99, batch_norm=True, val_size=0,
+    ),
     # Goodfellow et al. 2013, section 5.1, the first of its two stages.
     "paper": dict(
         model="maxout", epochs=500, patience=100, batch_size=100, optimizer="sgd", lr=0.1, momentum=0.5,

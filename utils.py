@@ -62,6 +62,8 @@ def run_script(main):
     except (MemoryError, RuntimeError) as error:
         if dist.is_initialized() and ("gloo" in str(error) or isinstance(error, dist.DistError)):
             fail("another process of this job has ended; what it printed says why")
+        if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+            fail(f"--compile failed ({str(error).splitlines()[0]}); leave it out, or install what it needs")
         # CUDA and MPS, the CPU on Windows, the CPU elsewhere
         signs = ("out of memory", "not enough memory", "can't allocate memory")
         if not isinstance(error, MemoryError) and not any(sign in str(error) for sign in signs):
@@ -625,9 +627,7 @@ def train(run, train_step, batches, validate=None, score="val_accuracy", after_e
     args = run.args
     epochs = 1 if args.dry_run else args.epochs
     if args.compile:
-        for network in run.state.values():
-            if isinstance(network, torch.nn.Module):
-                network.compile()
+        compile_networks(run.state)
     step = GraphedStep(run, whole_step(run, train_step, batches))
     run.restore_random()  # as late as this: what the script did since may have drawn random numbers
     if run.epoch >= epochs or run.out_of_patience(score, patience):
@@ -679,6 +679,12 @@ def train_epoch(run, step, batches, signals):
                 saved = time.monotonic()
             if asked:
                 stop(run, asked)
+
+
+def compile_networks(state):
+    for item in state.values():
+        if isinstance(item, torch.nn.Module):
+            item.compile()
 
 
 def whole_step(run, train_step, batches):

@@ -33,9 +33,17 @@ ROWS = {
     "gan-lecture": ("train_gan.py --recipe lecture", ""),
     "gan-best": ("train_gan.py --recipe best --amp", ""),
     "gan-best-no-r1": ("train_gan.py --recipe best --amp --r1 0", ""),
+    "gan-best-paper-networks": (
+        "train_gan.py --recipe best --networks paper --val-size 10000 --batch-size 200 --lr 5e-4 --epochs 60 --amp",
+        "Parzen 225 ± 2 (Goodfellow et al. 2014)",
+    ),
     "gan-paper": ("train_gan.py --recipe paper --amp", "Parzen 225 ± 2 (Goodfellow et al. 2014)"),
     "cgan-lecture": ("train_cgan.py --recipe lecture", ""),
     "cgan-best": ("train_cgan.py --recipe best --amp", ""),
+    "cgan-paper-plain": (
+        "train_cgan.py --recipe paper --noise unit --init paper --r1 0 --dropout-g 0.5 --dropout-d 0.5 --epochs 20 --amp",
+        "Parzen 132 ± 1.8 (Mirza & Osindero 2014)",
+    ),
     "cgan-paper": ("train_cgan.py --recipe paper --amp", "Parzen 132 ± 1.8 (Mirza & Osindero 2014)"),
 }
 

@@ -1,9 +1,13 @@
 """Steps per second of this repository's loop against the ordinary loop that a student would write.
 
 python benchmarks/speed.py --data-dir data
+python benchmarks/speed.py --data-dir data --device cuda
+python benchmarks/speed.py --data-dir data --profile    # where the time of our steps goes: results/profile-DEVICE.txt
 
-Same networks, batch size and data. Each loop runs in a process of its own; the two take turns, so that a noisy machine
-slows both alike, and the ratio of each turn counts. Writes results/speed.json.
+Same networks, batch size and data. Each loop runs in a process of its own; they take turns, so that a noisy machine
+slows all alike, and the ratio of each turn counts. Beside them stands the least that a step could take on this machine:
+its matrix products at the rate of a product of two 1024 x 1024 matrices, and the optimiser's reads and writes at the
+rate of a copy. Writes results/speed-DEVICE.json and its chart, results/speed-DEVICE.png.
 """
 
 import argparse
@@ -19,7 +23,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, Subset
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 from torchvision.datasets import MNIST
 
@@ -39,24 +46,62 @@ CASES = {  # name -> training script and its flags
     "mlp batch 32": (train_classifier, ["--model", "mlp"]),
     "cnn batch 32": (train_classifier, ["--model", "cnn"]),
     "cnn batch 32 --amp": (train_classifier, ["--model", "cnn", "--amp"]),
+    "maxout batch 100": (train_classifier, ["--recipe", "paper"]),
     "gan batch 16": (train_gan, []),
+    "gan paper batch 100": (train_gan, ["--recipe", "paper"]),
     "cgan batch 16": (train_cgan, []),
+    "cgan paper batch 100": (train_cgan, ["--recipe", "paper"]),
+}
+LOOPS = {  # device -> loop -> how it is prepared, and what with
+    "cpu": {"ordinary": ("ordinary", 0), "ours": ("ours", [])},
+    "cuda": {
+        "ordinary": ("ordinary", 0),
+        "ordinary, 4 workers": ("ordinary", 4),
+        "ours, eager": ("ours", ["--no-cuda-graph"]),
+        "ours": ("ours", []),
+        "ours, compiled": ("ours", ["--compile"]),
+    },
 }
 
 
-def ordinary_loader(data_dir, folder, transform, batch_size, steps):
-    """torchvision's MNIST, unpacked below `folder`, in a DataLoader."""
+def parse(case, flags, device, folder):
+    """The script of a case, and its options without what the ordinary loop lacks."""
+    script, mine = CASES[case]
+    with contextlib.redirect_stdout(None):
+        flags = [*mine, *flags, "--device", device, "--output-dir", str(Path(folder) / "run")]
+        if script is not train_classifier:
+            flags += ["--r1", "0"]
+        args, _ = utils.parse_args(script.get_args_parser(), script.RECIPES, argv=flags)
+    args.average = args.max_norm = None
+    return script, args
+
+
+# The ordinary loop ----------------------------------------------------------------------------------------------------
+
+
+def ordinary_loader(data_dir, folder, transform, batch_size, steps, workers, device):
+    """So many batches of torchvision's MNIST (None: all), unpacked below `folder`, in a DataLoader."""
     for stem in part_stems("MNIST", "train") + part_stems("MNIST", "t10k"):
         source, target = find_idx(Path(data_dir) / stem), Path(folder) / stem
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(gzip.decompress(source.read_bytes()) if source.suffix == ".gz" else source.read_bytes())
     data = MNIST(folder, train=True, transform=transform)
-    return DataLoader(Subset(data, range(batch_size * steps)), batch_size=batch_size, shuffle=True)
+    if steps:
+        data = Subset(data, range(batch_size * steps))
+    return DataLoader(
+        data, batch_size, shuffle=True, num_workers=workers, pin_memory=device == "cuda", persistent_workers=workers > 0
+    )
 
 
-def ordinary_classifier(model, optimizer, loader):
+def ordinary_test_loader(folder, transform):
+    """The test images that `ordinary_loader` has unpacked there."""
+    return DataLoader(MNIST(folder, train=False, transform=transform), batch_size=1000)
+
+
+def ordinary_classifier(model, optimizer, loader, device):
     losses, accuracies = [], []
     for images, labels in loader:
+        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         logits = model(images)
         loss = F.cross_entropy(logits, labels)
         optimizer.zero_grad()
@@ -66,11 +111,12 @@ def ordinary_classifier(model, optimizer, loader):
         accuracies.append((logits.argmax(1) == labels).float().mean().item())
 
 
-def ordinary_gan(generator, discriminator, optimizer_g, optimizer_d, loader, conditional):
+def ordinary_gan(generator, discriminator, optimizer_g, optimizer_d, loader, device, conditional):
     metrics = []
     for images, labels in loader:
+        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         given = [labels] if conditional else []
-        fakes = generator(torch.rand(len(images), 100), *given)
+        fakes = generator(torch.rand(len(images), 100, device=device), *given)
         real = discriminator.probability(images, *given)
         fake = discriminator.probability(fakes.detach(), *given)
         loss_d = -(torch.log(real) + torch.log(1 - fake)).mean()
@@ -84,9 +130,9 @@ def ordinary_gan(generator, discriminator, optimizer_g, optimizer_d, loader, con
         metrics.append((loss_d.item(), loss_g.item(), real.mean().item(), fake.mean().item()))
 
 
-def ordinary(case, data_dir, folder, steps):
-    """A function that runs the steps in the ordinary loop."""
-    script, args = parse(case, folder)
+def ordinary(case, device, workers, data_dir, folder, steps):
+    """A function that runs the steps in the ordinary loop, and None."""
+    script, args = parse(case, [], device, folder)
     torch.manual_seed(0)
     transform = transforms.ToTensor()
     if script is train_classifier:
@@ -95,98 +141,195 @@ def ordinary(case, data_dir, folder, steps):
     elif script is train_gan:
         networks = [network() for network in GANS[args.networks]]
     else:
-        networks = [ConditionalGenerator(), ConditionalDiscriminator()]
-    optimizers = [torch.optim.Adam(network.parameters(), lr=args.lr, betas=args.betas) for network in networks]
-    loader = ordinary_loader(data_dir, folder, transform, args.batch_size, steps)
+        networks = [ConditionalGenerator(args.dropout_g), ConditionalDiscriminator(args.dropout_d)]
+    networks = [network.to(device) for network in networks]
+    if args.optimizer == "sgd":
+        optimizers = [torch.optim.SGD(network.parameters(), args.lr, args.momentum) for network in networks]
+    else:
+        optimizers = [torch.optim.Adam(network.parameters(), args.lr, args.betas) for network in networks]
+    loader = ordinary_loader(data_dir, folder, transform, args.batch_size, steps, workers, device)
     if script is train_classifier:
-        return lambda: ordinary_classifier(*networks, *optimizers, loader)
-    return lambda: ordinary_gan(*networks, *optimizers, loader, conditional=script is train_cgan)
+        return lambda: ordinary_classifier(*networks, *optimizers, loader, device), None
+    return lambda: ordinary_gan(*networks, *optimizers, loader, device, conditional=script is train_cgan), None
 
 
-def ours(case, data_dir, folder, steps):
-    """A function that runs the steps in this repository's loop."""
-    script, args = parse(case, folder)
-    device = utils.pick_device("cpu")
+# This repository's loop -----------------------------------------------------------------------------------------------
+
+
+def ours(case, device, flags, data_dir, folder, steps):
+    """A function that runs the steps in this repository's loop, and what a step computes and moves."""
+    script, args = parse(case, flags, device, folder)
+    device = utils.pick_device(device)
     images, labels = load("mnist", data_dir)
     count = args.batch_size * steps
     low, more = (args.black, []) if script is train_classifier else (0.0, [images.float().mean(0).flatten() / 255])
     batches = Batches(images[:count], labels[:count], args.batch_size, device, low=low)
     state, train_step, _ = script.build(args, device, len(batches), *more)
     run = utils.Run(args, state)
+    with FlopCounterMode(display=False) as counter:
+        train_step(*next(batches.epoch(0)))
+    work = {"flops": counter.get_total_flops(), "bytes": sum(map(bytes_moved, run.optimizers()))}
+    if args.compile:
+        utils.compile_networks(state)
+    step = utils.GraphedStep(run, utils.whole_step(run, train_step, batches))
 
     def epoch():
-        utils.train_epoch(run, train_step, batches, signals=[])
+        utils.train_epoch(run, step, batches, signals=[])
         run.end_epoch({})
 
-    return epoch
+    return epoch, work
 
 
-def parse(case, folder):
-    script, flags = CASES[case]
-    with contextlib.redirect_stdout(None):
-        flags = [*flags, "--device", "cpu", "--output-dir", str(Path(folder) / "run")]
-        return script, utils.parse_args(script.get_args_parser(), script.RECIPES, argv=flags)[0]
+def bytes_moved(optimizer):
+    """Bytes that one update reads and writes: weights, gradients, and the optimiser's own tensors of their size."""
+    own = {torch.optim.Adam: 2, torch.optim.AdamW: 2, torch.optim.SGD: 1}[type(optimizer)]
+    weights = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
+    return 4 * weights * (2 * (1 + own) + 1)
+
+
+# Measuring ------------------------------------------------------------------------------------------------------------
 
 
 def work(prepare, arguments, pipe):
     """In a process of its own: time one turn whenever the pipe asks for it."""
     with contextlib.redirect_stdout(None):
-        epoch = prepare(*arguments)
+        epoch, cost = globals()[prepare](*arguments)
+        pipe.send(cost)
         while pipe.recv():
             started = time.perf_counter()
             epoch()
             pipe.send(time.perf_counter() - started)
 
 
-def compare(case, data_dir, folder, steps, turns):
-    """Milliseconds a step of the ordinary loop and of ours, a pair for each turn."""
+def compare(case, device, data_dir, folder, steps, turns):
+    """Milliseconds a step of each loop in each turn, and the least milliseconds that this machine needs."""
     context = multiprocessing.get_context("spawn")
-    pipes = []
-    for prepare in (ordinary, ours):
-        here, there = context.Pipe()
-        arguments = (case, data_dir, tempfile.mkdtemp(dir=folder), steps)
-        context.Process(target=work, args=(prepare, arguments, there), daemon=True).start()
-        pipes.append(here)
-    pairs = []
+    pipes, times = {}, {name: [] for name in LOOPS[device]}
+    for name, (prepare, more) in LOOPS[device].items():
+        pipes[name], there = context.Pipe()
+        arguments = (case, device, more, data_dir, tempfile.mkdtemp(dir=folder), steps)
+        # No daemon, since the ordinary loop's workers are its children.
+        context.Process(target=work, args=(prepare, arguments, there)).start()
+    costs = [pipe.recv() for pipe in pipes.values()]
+    cost = next(cost for cost in costs if cost)
+    limits = []
     for turn in range(turns + 1):
-        pair = []
-        for pipe in pipes:
+        for name, pipe in pipes.items():
             pipe.send(True)
-            pair.append(1000 * pipe.recv() / steps)
-        if turn:  # the first one warms up
-            pairs.append(pair)
-    for pipe in pipes:
+            seconds = pipe.recv()
+            if turn:  # the first one warms up
+                times[name].append(1000 * seconds / steps)
+        limits.append(1000 * (cost["flops"] / product_rate(device) + cost["bytes"] / copy_rate(device)))
+    for pipe in pipes.values():
         pipe.send(False)
-    return pairs
+    return times, statistics.median(limits[1:])
+
+
+def product_rate(device):
+    """Floating-point operations a second of a product of two 1024 x 1024 matrices."""
+    a, b = torch.randn(2, 1024, 1024, device=device)
+    return 2 * 1024**3 / fastest(lambda: a @ b, device)
+
+
+def copy_rate(device):
+    """Bytes read and written a second by a copy of 64 MB."""
+    source = torch.randn(16 * 2**20, device=device)
+    target = torch.empty_like(source)
+    return 2 * 4 * source.numel() / fastest(lambda: target.copy_(source), device)
+
+
+def fastest(run, device):
+    seconds = []
+    for _ in range(10):
+        started = time.perf_counter()
+        run()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
+
+
+def summary(times, limit):
+    """Of each loop: median milliseconds, and median, lowest and highest of what the ordinary loop took over it."""
+    row = {"limit_ms": limit, "loops": {}}
+    for name, mine in times.items():
+        ratios = [theirs / it for theirs, it in zip(times["ordinary"], mine)]
+        row["loops"][name] = {
+            "ms": statistics.median(mine),
+            "ratio_median": statistics.median(ratios),
+            "ratio_min": min(ratios),
+            "ratio_max": max(ratios),
+        }
+    return row
+
+
+def profiled(case, device, data_dir, folder, steps):
+    """The operations that take most of our steps' time, as a table."""
+    epoch, _ = ours(case, device, ["--no-cuda-graph"], data_dir, folder, steps)
+    epoch()
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device == "cuda" else [])
+    with profile(activities=activities) as profiler:
+        epoch()
+    operations = profiler.key_averages()
+    own = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
+    total = sum(getattr(operation, own) for operation in operations)  # in microseconds
+    lines = [f"{case}: {total / steps / 1000:.2f} ms a step in operations, {steps} steps"]
+    for operation in sorted(operations, key=lambda operation: -getattr(operation, own))[:8]:
+        spent, calls = getattr(operation, own), operation.count / steps
+        share = f"{spent / steps / 1000:7.3f} ms {100 * spent / total:5.1f} %"
+        lines.append(f"  {operation.key:40} {share} {calls:6.1f} calls")
+    return "\n".join(lines)
+
+
+def print_row(case, row):
+    for name, loop in row["loops"].items():
+        ratio = f"{loop['ratio_median']:6.2f}x ({loop['ratio_min']:.2f} to {loop['ratio_max']:.2f})"
+        share = f"{100 * row['limit_ms'] / loop['ms']:4.0f} % of the machine's limit"
+        print(f"{case:22} {name:20} {loop['ms']:7.3f} ms a step {ratio:26} {share}", flush=True)
+
+
+def draw(rows, path):
+    figure = Figure(figsize=(9, 0.9 * len(rows) + 1.5), layout="constrained")
+    axis = figure.add_subplot()
+    names = list(next(iter(rows.values()))["loops"])
+    for i, name in enumerate(names):
+        places = [place - 0.8 * (i + 0.5) / len(names) + 0.4 for place in range(len(rows))]
+        axis.barh(places, [row["loops"][name]["ms"] for row in rows.values()], 0.8 / len(names), label=name)
+    for place, row in enumerate(rows.values()):
+        axis.vlines(row["limit_ms"], place - 0.4, place + 0.4, "black", label=None if place else "the machine's limit")
+    axis.set(yticks=range(len(rows)), yticklabels=list(rows), xlabel="milliseconds a step", xscale="log")
+    axis.invert_yaxis()
+    axis.legend()
+    figure.savefig(path, dpi=120)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-dir", default="data", help="folder that holds MNIST (default: data)")
-    parser.add_argument("--steps", type=int, default=300, help="steps of each loop in a turn (default: 300)")
-    parser.add_argument("--turns", type=int, default=9, help="turns (default: 9)")
+    parser.add_argument("--device", choices=list(LOOPS), default="cpu", help="where to train (default: cpu)")
+    parser.add_argument("--steps", type=int, default=150, help="steps of each loop in a turn (default: 150)")
+    parser.add_argument("--turns", type=int, default=7, help="turns (default: 7)")
+    parser.add_argument("--profile", action="store_true", help="only show where the time of our steps goes")
     args = parser.parse_args()
+    if args.profile:
+        tables = []
+        for case in CASES:
+            with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+                tables.append(profiled(case, args.device, args.data_dir, folder, args.steps))
+        machine = "{processor}, {threads} threads, gpu: {gpu}, torch {torch}".format(**utils.environment())
+        text = "\n\n".join([machine, *tables]) + "\n"
+        (ROOT / "results" / f"profile-{args.device}.txt").write_text(text)
+        print(text)
+        return
     rows = {}
-    for name in CASES:
+    for case in CASES:
         with tempfile.TemporaryDirectory() as folder:
-            pairs = compare(name, args.data_dir, folder, args.steps, args.turns)
-        ratios = sorted(first / second for first, second in pairs)
-        rows[name] = {
-            "ordinary_ms": statistics.median(pair[0] for pair in pairs),
-            "ours_ms": statistics.median(pair[1] for pair in pairs),
-            "ratio_median": statistics.median(ratios),
-            "ratio_min": ratios[0],
-            "ratio_max": ratios[-1],
-        }
-    print(f"\n{'':20} {'ordinary':>9} {'ours':>9} {'ratio':>7}   of {args.turns} turns with {args.steps} steps")
-    for name, row in rows.items():
-        print(
-            f"{name:20} {row['ordinary_ms']:6.2f} ms {row['ours_ms']:6.2f} ms {row['ratio_median']:6.2f}x  "
-            f"({row['ratio_min']:.2f} to {row['ratio_max']:.2f})"
-        )
+            rows[case] = summary(*compare(case, args.device, args.data_dir, folder, args.steps, args.turns))
+        print_row(case, rows[case])
     result = {"rows": rows, "steps": args.steps, "turns": args.turns, **utils.environment()}
     (ROOT / "results").mkdir(exist_ok=True)
-    (ROOT / "results" / "speed.json").write_text(json.dumps(result, indent=2) + "\n")
+    (ROOT / "results" / f"speed-{args.device}.json").write_text(json.dumps(result, indent=2) + "\n")
+    draw(rows, ROOT / "results" / f"speed-{args.device}.png")
 
 
 if __name__ == "__main__":

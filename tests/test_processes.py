@@ -85,6 +85,13 @@ def driver(code, script, folder):
     return path
 
 
+def test_restarts_need_a_folder_that_they_find_again(tmp_path):
+    script = ROOT / "train_classifier.py"
+    _, errors = run(2, script, *SCRIPTS["mlp"][1], cwd=tmp_path, more=["--max-restarts", "1"], code=1)
+    assert "torchrun --max-restarts needs --output-dir" in errors
+    assert not (tmp_path / "runs").exists()
+
+
 def tensors(state, name=""):
     if isinstance(state, torch.Tensor):
         yield name, state

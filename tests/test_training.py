@@ -389,3 +389,13 @@ print("peak", peak if sys.platform == "darwin" else peak * 1024)
     run("evaluate.py", "runs/mlp-mnist", cwd=tmp_path)
     metrics = json.loads((tmp_path / "runs" / "mlp-mnist" / "evaluation" / "metrics.json").read_text())
     assert metrics["test_accuracy"] > 0.90
+
+
+def test_nothing_slow_is_imported_before_it_is_used(tmp_path):
+    """--help and usage errors cost what torch costs."""
+    code = (
+        "import sys, evaluate, train_cgan, train_classifier, train_gan\n"
+        "print({'torchvision', 'torchmetrics', 'sklearn', 'scipy', 'matplotlib', 'PIL'} & sys.modules.keys())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
