@@ -410,12 +410,11 @@ class Run:
         self.share = 1.0  # of the batch, that is this process's part
         for optimizer in self.optimizers():
             optimizer.register_step_pre_hook(self.add_up_gradients)
+        self.folder = Path(args.resume or from_first(lambda: str(new_folder(args.output_dir, name))))
+        self.lock = lock(self.folder) if rank() == 0 else None
         if checkpoint:
-            self.folder = Path(args.resume)
             self.restore(checkpoint)
             self.write_metrics()
-        else:
-            self.folder = Path(from_first(lambda: str(new_folder(args.output_dir, name))))
         config = {"options": self.options(), **environment()}
         write_whole(self.folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
         print(f"run folder: {self.folder}", flush=True)
@@ -580,6 +579,29 @@ def new_folder(wanted, name):
             pass
 
 
+def lock(folder):
+    """An open file that keeps other processes from training in `folder`, until it is closed or this process ends.
+
+    Raises UserError where one does so already.
+    """
+    file = open(folder / ".lock", "w")  # noqa: SIM115 (closed when the training ends)
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        file.close()
+        raise UserError(f"{folder} is being trained by another process; wait for it, or stop it first") from error
+    except OSError:
+        pass  # a file system without locks
+    return file
+
+
 def environment():
     """Versions, hardware and git commit, so that a figure can be traced."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
@@ -624,6 +646,14 @@ def train(run, train_step, batches, validate=None, score="val_accuracy", after_e
     Writes checkpoint.pt after each epoch, every --save-interval seconds in between, and on SIGINT or SIGTERM,
     after which it raises Stopped. Raises UserError where a metric is not finite.
     """
+    try:
+        train_epochs(run, train_step, batches, validate, score, after_epoch, patience)
+    finally:
+        if run.lock:
+            run.lock.close()
+
+
+def train_epochs(run, train_step, batches, validate, score, after_epoch, patience):
     args = run.args
     epochs = 1 if args.dry_run else args.epochs
     if args.compile:

@@ -41,7 +41,7 @@ ROWS = {
     "cgan-lecture": ("train_cgan.py --recipe lecture", ""),
     "cgan-best": ("train_cgan.py --recipe best --amp", ""),
     "cgan-paper-plain": (
-        "train_cgan.py --recipe paper --noise unit --init paper --r1 0 --dropout-g 0.5 --dropout-d 0.5 --epochs 20 --amp",
+        "train_cgan.py --recipe paper --noise unit --init paper --r1 0 --dropout-g .5 --dropout-d .5 --epochs 20 --amp",
         "Parzen 132 ± 1.8 (Mirza & Osindero 2014)",
     ),
     "cgan-paper": ("train_cgan.py --recipe paper --amp", "Parzen 132 ± 1.8 (Mirza & Osindero 2014)"),

@@ -1,6 +1,7 @@
 """Several processes that torchrun starts, here two on the CPU, against one."""
 
 import csv
+import json
 import os
 import signal
 import subprocess
@@ -15,7 +16,7 @@ pytestmark = pytest.mark.skipif(os.name == "nt", reason="kills processes with PO
 # 1,408 images: 44 batches of 32. SGD, because Adam turns rounding in a gradient near 0 into a whole step.
 FLAGS = [*DIGITS, "--epochs", "2", "--batch-size", "32", "--val-size", "29", "--optimizer", "sgd", "--lr", "0.01"]
 SCRIPTS = {
-    "mlp": ("train_classifier.py", ["--model", "mlp", *FLAGS]),
+    "mlp": ("train_classifier.py", ["--model", "mlp", *FLAGS, "--batch-size", "33"]),  # parts of 17 and 16
     "cnn": ("train_classifier.py", ["--model", "cnn", *FLAGS]),
     "gan": ("train_gan.py", [*FLAGS, "--r1", "0.5", "--average", "0.99"]),
     "cgan": ("train_cgan.py", FLAGS),
@@ -59,6 +60,31 @@ runpy.run_path({script!r}, run_name="__main__")
 """
 
 
+# Trains on ten images, numbered, in batches of 4, 4 and 2; each process writes down what it was given and drew.
+TEN_IMAGES = """
+import argparse, json, sys
+sys.path.insert(0, {root!r})
+import torch
+import utils
+from datasets import Batches
+args = argparse.Namespace(
+    epochs=1, amp=False, compile=False, cuda_graph=True, seed=0, log_interval=1, save_interval=1000.0, dry_run=False,
+    script="x.py", output_dir="run", resume=None,
+)
+device = utils.pick_device("cpu")
+torch.manual_seed(0)
+seen, drawn = [], []
+def train_step(images, labels):
+    seen.extend(labels.tolist())
+    drawn.append(torch.rand(()).item())
+    return {{"label": labels.float().mean()}}
+batches = Batches(torch.zeros(10, 1, 1, 1, dtype=torch.uint8), torch.arange(10), 4, device)
+utils.train(utils.Run(args, {{}}), train_step, batches)
+open(f"seen-{{utils.rank()}}.json", "w").write(json.dumps([seen, drawn]))
+utils.leave_processes()
+"""
+
+
 def start(processes, script, *flags, cwd, more=()):
     """Start a script in so many processes: by torchrun, or plainly for one."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), *more]
@@ -83,6 +109,13 @@ def driver(code, script, folder):
     path = folder / f"driven_{script}"
     path.write_text(code.format(root=str(ROOT), script=str(ROOT / script)))
     return path
+
+
+def test_the_death_of_a_process_ends_the_job_with_a_line_that_says_so(tmp_path):
+    driven = driver(ONE_DIES, "train_classifier.py", tmp_path)
+    _, errors = run(2, driven, *SCRIPTS["mlp"][1], "--output-dir", "run", cwd=tmp_path, code=1)
+    assert "another process of this job has ended" in errors
+    assert load(tmp_path / "run" / "checkpoint.pt")["epoch"] == 1
 
 
 def test_restarts_need_a_folder_that_they_find_again(tmp_path):
@@ -118,6 +151,15 @@ def test_two_processes_end_with_the_weights_and_metrics_of_one(tmp_path, name):
         assert [float(value) for value in row.values()] == pytest.approx(
             [float(value) for value in other.values()], abs=1e-3
         )
+
+
+def test_each_image_goes_to_one_process_and_each_draws_its_own_noise(tmp_path):
+    run(2, driver(TEN_IMAGES, "x.py", tmp_path), cwd=tmp_path)
+    (seen, drawn), (others, others_drawn) = (json.loads((tmp_path / f"seen-{i}.json").read_text()) for i in (0, 1))
+    assert len(seen) == len(others) == 5
+    assert sorted(seen + others) == list(range(10))
+    assert not set(drawn) & set(others_drawn)
+    assert float(next(csv.DictReader((tmp_path / "run" / "metrics.csv").open()))["label"]) == 4.5
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])

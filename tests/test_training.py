@@ -391,6 +391,21 @@ print("peak", peak if sys.platform == "darwin" else peak * 1024)
     assert metrics["test_accuracy"] > 0.90
 
 
+def test_a_run_that_is_being_trained_is_not_resumed_a_second_time(tmp_path):
+    flags = [*DIGITS, "--model", "mlp", "--epochs", "1000", "--save-interval", "0", "--output-dir", "run"]
+    process = subprocess.Popen([sys.executable, str(ROOT / "train_classifier.py"), *flags], cwd=tmp_path)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "checkpoint.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    _, errors = run("train_classifier.py", "--resume", "run", cwd=tmp_path, code=1)
+    assert_one_line(errors, "run is being trained by another process")
+    assert process.poll() is None
+    process.kill()
+    process.wait()
+    epoch = load(tmp_path / "run" / "checkpoint.pt")["epoch"]
+    run("train_classifier.py", "--resume", "run", "--epochs", epoch + 1, cwd=tmp_path)
+
+
 def test_nothing_slow_is_imported_before_it_is_used(tmp_path):
     """--help and usage errors cost what torch costs."""
     code = (
