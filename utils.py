@@ -155,7 +155,7 @@ FREE_ON_RESUME = {"resume", "data_dir", "device", "epochs", "log_interval", "sav
 def parse_args(parser, recipes, variants=None, argv=None):
     """Parsed flags, and the checkpoint to go on from (None without --resume).
 
-    recipes: name -> defaults. variants: (recipe, model or data set) -> what the recipe sets differently for it.
+    recipes: name -> defaults. variants: (recipe, model, networks or data set) -> what the recipe sets differently then.
     A flag given explicitly wins over the recipe; with --resume the run's own options take the recipe's place.
     Raises UserError where a flag contradicts the resumed run.
     """
@@ -181,7 +181,7 @@ def parse_args(parser, recipes, variants=None, argv=None):
         defaults = dict(recipes[first.recipe])
         parser.set_defaults(**defaults)
         first, _ = parser.parse_known_args(without_help)
-        for name in (getattr(first, "model", None), first.dataset):
+        for name in (getattr(first, "model", None), getattr(first, "networks", None), first.dataset):
             defaults.update((variants or {}).get((first.recipe, name), {}))
         parser.set_defaults(**defaults)
     args = parser.parse_args(argv)

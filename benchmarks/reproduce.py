@@ -33,10 +33,7 @@ ROWS = {
     "gan-lecture": ("train_gan.py --recipe lecture", ""),
     "gan-best": ("train_gan.py --recipe best --amp", ""),
     "gan-best-no-r1": ("train_gan.py --recipe best --amp --r1 0", ""),
-    "gan-best-paper-networks": (
-        "train_gan.py --recipe best --networks paper --val-size 10000 --batch-size 200 --lr 5e-4 --epochs 60 --amp",
-        "Parzen 225 ± 2 (Goodfellow et al. 2014)",
-    ),
+    "gan-best-large": ("train_gan.py --recipe best --networks large --amp", "Parzen 225 ± 2 (Goodfellow et al. 2014)"),
     "gan-paper": ("train_gan.py --recipe paper --amp", "Parzen 225 ± 2 (Goodfellow et al. 2014)"),
     "cgan-lecture": ("train_cgan.py --recipe lecture", ""),
     "cgan-best": ("train_cgan.py --recipe best --amp", ""),

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from models.cnn import CNN
-from models.gan import Discriminator, Generator, PaperDiscriminator, PaperGenerator
+from models.gan import Discriminator, Generator, LargeDiscriminator, PaperDiscriminator, PaperGenerator
 from models.maxout import MaxoutMLP
 from models.mlp import MLP
 
@@ -21,6 +21,7 @@ CLASSIFIERS = {
 GANS = {
     "lecture": (Generator, Discriminator),
     "paper": (PaperGenerator, PaperDiscriminator),
+    "large": (PaperGenerator, LargeDiscriminator),
 }
 
 ACTIVATIONS = {

@@ -111,6 +111,22 @@ class PaperGenerator(nn.Module):
         return self.model(z).view(-1, 1, 28, 28)
 
 
+class LargeDiscriminator(Discriminator):
+    """The paper's sizes with less dropout: .2 of the hidden units. Input and output as the lecture's.
+
+    R1 already holds this D back; the paper's dropout on top slows both networks down.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.model = nn.Sequential(
+            Maxout(28 * 28, 240, k=5, dropout=False),
+            Maxout(240, 240, k=5, p=0.2),
+            nn.Dropout(0.2),
+            nn.Linear(240, 1),
+        )
+
+
 class PaperDiscriminator(Discriminator):
     """The paper's discriminator for MNIST: maxout 240 x 5, maxout 240 x 5, one logit.
 
