@@ -462,10 +462,10 @@ class Run:
                     group["lr"] = float(group["lr"])  # a tensor, where a CUDA graph needed one
                     if "capturable" in group:
                         group["capturable"] = False
+            processes = checkpoint["processes"]
         except (KeyError, RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"{self.folder} does not fit the code, which has changed since: {reason}") from error
-        processes = checkpoint["processes"]
         if len(processes) == world_size():
             self.random = processes[rank()]["random"]
             sums = processes[rank()]["sums"]
@@ -487,7 +487,7 @@ class Run:
     def add(self, metrics, count):
         """Add a step's metrics, means over `count` images, to the epoch's sums, in place and without reading them."""
         for name, value in metrics.items():
-            value = value.float()  # a sum in bfloat16 would stop growing
+            value = value.detach().float()  # a sum in bfloat16 would stop growing
             total = self.sums[name].to(value.device) if name in self.sums else torch.zeros_like(value)
             self.sums[name] = total.add_(value, alpha=count)
 

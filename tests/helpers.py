@@ -31,6 +31,17 @@ def load(path):
     return torch.load(path, weights_only=True)
 
 
+def same(a, b):
+    """Whether two checkpoints hold equal tensors and values."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
 def save_sealed(checkpoint, path):
     """Write a checkpoint that only differs in content from one of the repository's own."""
     buffer = io.BytesIO()

@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 import matplotlib.figure  # noqa: F401 (as the next, imported here so that the forked processes need not)
 import torch
 import torch._dynamo
+from helpers import load, same
 
 import train_cgan
 import train_classifier
@@ -154,16 +155,6 @@ def train(script, flags, kill_at=None, names=None):
     return run
 
 
-def same(a, b):
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
-
-
 def same_run(a, b):
     """Whether checkpoints, table and samples of two runs are equal, byte by byte or tensor by tensor."""
     names = sorted(path.relative_to(a) for path in a.rglob("*") if path.suffix in (".pt", ".csv", ".png", ".gif"))
@@ -171,8 +162,7 @@ def same_run(a, b):
         if not (b / name).exists():
             return False
         if name.suffix == ".pt":
-            first, second = (torch.load(folder / name, weights_only=True) for folder in (a, b))
-            if not same(first, second):
+            if not same(load(a / name), load(b / name)):
                 return False
         elif name.name != "curves.png" and (a / name).read_bytes() != (b / name).read_bytes():
             return False

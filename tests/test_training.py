@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import DIGITS, ROOT, assert_one_line, load, run, save_sealed, train
+from helpers import DIGITS, ROOT, assert_one_line, load, run, same, save_sealed, train
 
 import train_cgan
 import train_classifier
@@ -46,16 +46,6 @@ runpy.run_path({script!r}, run_name="__main__")
 @pytest.fixture(autouse=True)
 def in_tmp_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-
-def same(a, b):
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 def assert_same_run(a, b):
