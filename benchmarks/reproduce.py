@@ -37,6 +37,7 @@ ROWS = {
     "gan-paper": ("train_gan.py --recipe paper --amp", "Parzen 225 ± 2 (Goodfellow et al. 2014)"),
     "cgan-lecture": ("train_cgan.py --recipe lecture", ""),
     "cgan-best": ("train_cgan.py --recipe best --amp", ""),
+    "cgan-best-no-mismatched": ("train_cgan.py --recipe best --amp --mismatched 0", ""),
     "cgan-paper-plain": (
         "train_cgan.py --recipe paper --noise unit --init paper --r1 0 --dropout-g .5 --dropout-d .5 --epochs 20 --amp",
         "Parzen 132 ± 1.8 (Mirza & Osindero 2014)",
@@ -46,6 +47,10 @@ ROWS = {
 
 # What the README shows of the first seed's run.
 KEPT = {
+    "gan-lecture": {"samples/epoch-0025.png": "assets/gan-lecture.png"},
+    "cgan-lecture": {"samples/epoch-0025.png": "assets/cgan-lecture.png"},
+    "gan-paper": {"curves.png": "assets/gan-paper-curves.png"},
+    "gan-best-large": {"curves.png": "assets/gan-best-large-curves.png"},
     "gan-best": {
         "samples.gif": "assets/gan-best.gif",
         "evaluation/nearest_training_images.png": "assets/gan-best-neighbours.png",
@@ -86,18 +91,19 @@ def run_row(name, args):
             for seed, folder in enumerate(folders)
         ]
         metrics = [job.result() for job in jobs]
-    record(name, metrics, json.loads((folders[0] / "config.json").read_text()))
+    epochs = [len((folder / "metrics.csv").read_text().splitlines()) - 1 for folder in folders]
+    record(name, metrics, epochs, json.loads((folders[0] / "config.json").read_text()))
     for source, target in KEPT.get(name, {}).items():
         shutil.copy(folders[0] / source, ROOT / target)
 
 
-def record(name, metrics, config):
-    """Put the row into results.json; metrics: the metrics.json of each seed, from 0."""
+def record(name, metrics, epochs, config):
+    """Put the row into results.json; metrics: the metrics.json of each seed, from 0; epochs: that each one trained."""
     command, published = ROWS[name]
     row = {
         "command": f"python {command}",
         "published": published,
-        "epochs_trained": config["options"]["epochs"],
+        "epochs_trained": epochs[0],
         "epochs_evaluated": [seed["epochs"] for seed in metrics],  # best.pt's, where images are held out
     }
     if "test_accuracy" in metrics[0]:
