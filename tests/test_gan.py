@@ -113,7 +113,7 @@ def test_paper_networks_have_the_papers_layers():
 
 @pytest.mark.parametrize("script", PAIRS)
 def test_paper_init_has_the_papers_limits_and_starts_at_the_pixel_means(script):
-    _, state, _ = build(script, "--recipe", "paper")
+    _, state, _ = build(script, "--recipe", "paper", "--init", "paper")
     for name, limit in (("generator", 0.05), ("discriminator", 0.005)):
         for weight in state[name].parameters():
             if weight.dim() == 2 and weight.shape[1] != 10:
@@ -186,6 +186,20 @@ def test_losses_are_the_slides_formulas(script, loss, monkeypatch):
         d_g = discriminator.probability(fakes, *given)
     by_hand = -d_g.log().mean() if loss == "non-saturating" else (1 - d_g).log().mean()
     assert metrics["loss_g"].item() == pytest.approx(by_hand.item(), rel=1e-5)
+
+
+def test_real_images_under_wrong_labels_weigh_as_asked(monkeypatch):
+    _, state, train_step = build("cgan", "--mismatched", "0.25")
+    z = without_chance(state, "cgan", monkeypatch)
+    monkeypatch.setattr(torch, "randint_like", lambda labels, low, high: torch.full_like(labels, high - 1))
+    generator, discriminator = state["generator"], state["discriminator"]
+    images, labels = torch.rand(6, 1, 28, 28), torch.tensor([0, 1, 9, 5, 5, 7])
+    wrong = torch.tensor([9, 0, 8, 4, 4, 6])
+    with torch.no_grad():
+        d_x, d_wrong = discriminator.probability(images, labels), discriminator.probability(images, wrong)
+        d_g = discriminator.probability(generator(z, labels), labels)
+    by_hand = -(d_x.log() + 0.75 * (1 - d_g).log() + 0.25 * (1 - d_wrong).log()).mean()
+    assert train_step(images, labels)["loss_d"].item() == pytest.approx(by_hand.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("script", PAIRS)
