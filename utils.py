@@ -580,26 +580,27 @@ def new_folder(wanted, name):
 
 
 def lock(folder):
-    """An open file that keeps other processes from training in `folder`, until it is closed or this process ends.
+    """An open file descriptor that keeps other processes from training in `folder` until it is closed.
 
-    Raises UserError where one does so already.
+    Raises UserError where one does so already. The end of a process closes it too, whatever ends it.
     """
-    file = open(folder / ".lock", "w")  # noqa: SIM115 (closed when the training ends)
     try:
-        if os.name == "nt":
+        if os.name == "nt":  # which locks files alone
             import msvcrt
 
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
         else:
             import fcntl
 
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            descriptor = os.open(folder, os.O_RDONLY)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
-        file.close()
+        os.close(descriptor)
         raise UserError(f"{folder} is being trained by another process; wait for it, or stop it first") from error
     except OSError:
         pass  # a file system without locks
-    return file
+    return descriptor
 
 
 def environment():
@@ -649,8 +650,9 @@ def train(run, train_step, batches, validate=None, score="val_accuracy", after_e
     try:
         train_epochs(run, train_step, batches, validate, score, after_epoch, patience)
     finally:
-        if run.lock:
-            run.lock.close()
+        if run.lock is not None:
+            os.close(run.lock)
+            run.lock = None
 
 
 def train_epochs(run, train_step, batches, validate, score, after_epoch, patience):
