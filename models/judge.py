@@ -56,8 +56,9 @@ def failure_signs(row, digits=None, asked=None):
         yield f"D's loss is near zero ({row['loss_d']:.4f}): it tells all fakes, and G learns nothing; try --r1 0.5"
     if digits is None:
         return
+    remedy = "if that lasts, try --recipe best, or there a larger --r1"
     share, digit = digits.bincount(minlength=10).div(len(digits)).max(0)
     if share > 0.5:
-        yield f"{share:.0%} of the samples are read as the digit {digit}; if that lasts, try --recipe best"
+        yield f"{share:.0%} of the samples are read as the digit {digit}; {remedy}"
     if asked is not None and (right := (digits == asked).float().mean()) < 0.5:
-        yield f"only {right:.0%} of the samples are read as the digit asked for; if that lasts, try --recipe best"
+        yield f"only {right:.0%} of the samples are read as the digit asked for; {remedy}"
