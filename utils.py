@@ -308,7 +308,7 @@ def from_all(value):
 
 
 def part_of(batch):
-    """This process's part of a batch, a tuple of tensors with as many rows each; none is empty or in two parts."""
+    """This process's share of the rows of a batch, a tuple of tensors with as many rows each."""
     return tuple(tensor.tensor_split(world_size())[rank()] for tensor in batch)
 
 
@@ -584,16 +584,16 @@ def lock(folder):
 
     Raises UserError where one does so already. The end of a process closes it too, whatever ends it.
     """
+    on_windows = os.name == "nt"  # which locks files alone
+    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT) if on_windows else os.open(folder, os.O_RDONLY)
     try:
-        if os.name == "nt":  # which locks files alone
+        if on_windows:
             import msvcrt
 
-            descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
             msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
         else:
             import fcntl
 
-            descriptor = os.open(folder, os.O_RDONLY)
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
         os.close(descriptor)
