@@ -6,6 +6,7 @@ python evaluate.py runs/gan-mnist                              # a generator: FI
 python evaluate.py runs/cgan-mnist --samples 100 --digit 7     # draw from it
 """
 
+import io
 import json
 import math
 import sys
@@ -96,7 +97,7 @@ def print_report(metrics):
 
 
 def save_figure(figure, path):
-    figure.savefig(path, dpi=120)
+    utils.save_figure(figure, path)
     print(f"wrote {path}")
 
 
@@ -225,7 +226,9 @@ def write_samples(generator, options, args, folder):
     arrays = {"images": images[:, 0].numpy(), "z": z.numpy()}
     if conditional:
         arrays["labels"] = labels.numpy()
-    np.savez_compressed(path.with_suffix(".npz"), **arrays)
+    packed = io.BytesIO()
+    np.savez_compressed(packed, **arrays)
+    utils.write_whole(path.with_suffix(".npz"), packed.getvalue())
     print(f"wrote {path.with_suffix('.npz')}: images {list(arrays['images'].shape)}, pixels from 0 to 1")
 
 
@@ -393,7 +396,7 @@ def main(argv=None):
 
     run = Path(args.run)
     folder = (run if run.is_dir() else run.parent) / "evaluation"
-    folder.mkdir(exist_ok=True)
+    utils.make_folder(folder, exist_ok=True)
     if args.samples is not None:
         write_samples(network, options, args, folder)
         draw_walks(network, options, args, folder)

@@ -12,7 +12,6 @@ import itertools
 import json
 import math
 import os
-import pickle
 import platform
 import signal
 import struct
@@ -20,7 +19,7 @@ import subprocess
 import sys
 import time
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -46,6 +45,7 @@ def run_script(main):
     """Call `main()`; turn what a user can meet into one line and exit status 1. Bugs keep their traceback."""
     if TORCHRUN and os.environ["RANK"] != "0":
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (one process speaks for all)
+    signal.signal(signal.SIGTERM, interrupt)
     try:
         main()
         leave_processes()
@@ -55,8 +55,9 @@ def run_script(main):
             print(message, file=sys.stderr)
         leave_processes()
         sys.exit(128 + number)
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
+    except KeyboardInterrupt as error:
+        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
+        sys.exit(128 + (error.args[0] if error.args else signal.SIGINT))
     except (UserError, OSError) as error:
         fail(error)
     except (MemoryError, RuntimeError) as error:
@@ -69,6 +70,11 @@ def run_script(main):
         if not isinstance(error, MemoryError) and not any(sign in str(error) for sign in signs):
             raise
         fail("out of memory; start a new run with a smaller --batch-size")
+
+
+def interrupt(number, _):
+    """A signal handler: what Ctrl-C does, for any signal, so that nothing half-done is left behind."""
+    raise KeyboardInterrupt(number)
 
 
 def fail(reason):
@@ -342,7 +348,7 @@ def is_sealed(content):
 def write_whole(path, content):
     """Write the bytes to `path` wholly or not at all, and onto the disk before the name points at them.
 
-    A sound checkpoint.pt becomes previous.pt first. Of several processes, the first one writes.
+    A sound checkpoint.pt becomes previous.pt first. Of several processes, the first one writes. Raises UserError.
     """
     if rank() > 0:
         return
@@ -355,8 +361,14 @@ def write_whole(path, content):
         if path.name == "checkpoint.pt" and path.exists() and is_sealed(path.read_bytes()):
             os.replace(path, path.with_name("previous.pt"))
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError):
+            raise UserError(
+                f"{path} could not be written ({error.strerror}); free space there or allow writing; "
+                "what was saved before is as it was"
+            ) from error
         raise
 
 
@@ -379,14 +391,18 @@ def load_checkpoint(path):
 
 def read_checkpoint(path):
     if not path.is_file():
-        raise UserError(f"{path} does not exist; name a folder that a training script has written")
+        raise UserError(f"{path} does not exist: this is no run, or it ended before anything was saved; start it anew")
     content = path.read_bytes()
     if not is_sealed(content):
         raise UserError(f"{path} is damaged or no checkpoint of this repository (its SHA-256 does not fit)")
+    foreign = UserError(f"{path} is no checkpoint of this repository: it holds other things, or more than plain values")
     try:
-        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path} is no checkpoint of this repository: it holds more than tensors and values") from error
+        checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # of many kinds, where it meets no archive of tensors
+        raise foreign from error
+    if not isinstance(checkpoint, dict) or not checkpoint.keys() >= {"options", "state", "processes", *Run.POSITION}:
+        raise foreign
+    return checkpoint
 
 
 # Run folder -----------------------------------------------------------------------------------------------------------
@@ -566,17 +582,25 @@ def new_folder(wanted, name):
         folder = Path(wanted)
         if folder.exists() and not folder.is_dir():
             raise UserError(f"--output-dir {folder} is a file; name a new folder")
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder, exist_ok=True)
         if any(folder.iterdir()) and not RESTARTED:
             raise UserError(f"--output-dir {folder} is not empty; name a new folder, or go on with --resume {folder}")
         return folder
     for i in itertools.count(1):
         folder = Path("runs") / (name if i == 1 else f"{name}-{i}")
-        try:
-            folder.mkdir(parents=True)
+        with suppress(FileExistsError):
+            make_folder(folder)
             return folder
-        except FileExistsError:
-            pass
+
+
+def make_folder(folder, exist_ok=False):
+    try:
+        folder.mkdir(parents=True, exist_ok=exist_ok)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        reason = f"{folder} cannot be made ({error.strerror}); allow writing there, or use another folder"
+        raise UserError(reason) from error
 
 
 def lock(folder):
@@ -805,9 +829,9 @@ def caught_signals():
     """A list that SIGINT and SIGTERM append to instead of ending the process; the second one ends it at once."""
     caught = []
 
-    def catch(number, _):
+    def catch(number, frame):
         if caught and not TORCHRUN:  # torchrun passes on what the terminal has already sent
-            raise KeyboardInterrupt
+            interrupt(number, frame)
         caught.append(number)
 
     before = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -850,9 +874,13 @@ def draw_curves(run):
         axis.set(xlabel="epoch", ylabel=name)
         axis.grid(alpha=0.3)
         axis.legend()
+    save_figure(figure, run.folder / "curves.png")
+
+
+def save_figure(figure, path):
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=120)
-    write_whole(run.folder / "curves.png", picture.getvalue())
+    write_whole(path, picture.getvalue())
 
 
 @contextmanager

@@ -82,7 +82,7 @@ def parse(case, flags, device, folder):
 def ordinary_loader(data_dir, folder, transform, batch_size, steps, workers, device):
     """So many batches of torchvision's MNIST (None: all), unpacked below `folder`, in a DataLoader."""
     for stem in part_stems("MNIST", "train") + part_stems("MNIST", "t10k"):
-        source, target = find_idx(Path(data_dir) / stem), Path(folder) / stem
+        source, target = find_idx(Path(data_dir), stem), Path(folder) / stem
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(gzip.decompress(source.read_bytes()) if source.suffix == ".gz" else source.read_bytes())
     data = MNIST(folder, train=True, transform=transform)

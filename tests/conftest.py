@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process of the tests runs on each core already
+
 import pytest
 import torch
 

@@ -3,8 +3,12 @@
 import gzip
 import hashlib
 import http.server
+import json
 import shutil
+import subprocess
+import sys
 import threading
+import time
 import tracemalloc
 from functools import partial
 
@@ -12,22 +16,24 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import ROOT
 from torchvision import datasets as tv
 
 from datasets import DATASETS, DataError, load
-from datasets.mnist import find_idx
+from datasets.mnist import MIRRORS, SHA256, find_idx
 
 TRAIN_IMAGES, TRAIN_LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
 TEST_IMAGES, TEST_LABELS = "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"
 FILES = [TRAIN_IMAGES, TRAIN_LABELS, TEST_IMAGES, TEST_LABELS]
+PUBLISHED = dict(MIRRORS)
 
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch):
-    """Nothing leaves the machine: torchvision's mirrors are a closed local port."""
+    """Nothing leaves the machine: the mirrors are a closed local port."""
     monkeypatch.setenv("no_proxy", "*")
-    for dataset in (tv.MNIST, tv.FashionMNIST, tv.KMNIST):
-        monkeypatch.setattr(dataset, "mirrors", ["http://127.0.0.1:1/"])
+    for folder in MIRRORS:
+        monkeypatch.setitem(MIRRORS, folder, ["http://127.0.0.1:1/"])
 
 
 def idx(array):
@@ -49,7 +55,15 @@ def write_fake(folder, gz=False, train=5, test=3):
 
 
 @pytest.fixture
-def fake(tmp_path):
+def unpinned(monkeypatch):
+    """Fashion-MNIST and KMNIST are read whatever their SHA-256, raw or gzipped: the other checks' turn."""
+    for name in list(SHA256):
+        if name.endswith(".gz"):
+            monkeypatch.delitem(SHA256, name)
+
+
+@pytest.fixture
+def fake(tmp_path, unpinned):
     """A tiny Fashion-MNIST, raw: the folder of its four files. `tmp_path` is its --data-dir."""
     write_fake(tmp_path / "FashionMNIST" / "raw")
     return tmp_path / "FashionMNIST" / "raw"
@@ -112,7 +126,7 @@ def raw_mnist(data_dir, tmp_path_factory):
     root = tmp_path_factory.mktemp("raw")
     (root / "MNIST" / "raw").mkdir(parents=True)
     for name in FILES:
-        source = find_idx(data_dir / "MNIST" / "raw" / name)
+        source = find_idx(data_dir, f"MNIST/raw/{name}")
         content = source.read_bytes()
         (root / "MNIST" / "raw" / name).write_bytes(gzip.decompress(content) if source.suffix == ".gz" else content)
     return root
@@ -164,7 +178,7 @@ def test_each_set_has_a_folder_of_its_own(tmp_path, name, folder):
 
 
 @pytest.mark.parametrize("gz", [False, True])
-def test_one_part_is_enough_to_read_that_part(tmp_path, gz):
+def test_one_part_is_enough_to_read_that_part(tmp_path, unpinned, gz):
     write_fake(tmp_path / "KMNIST" / "raw", gz)
     for path in (tmp_path / "KMNIST" / "raw").glob("train*"):
         path.unlink()
@@ -231,7 +245,7 @@ GZ_DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", GZ_DAMAGE)
-def test_damaged_gzip_is_named_with_a_remedy(tmp_path, damage):
+def test_damaged_gzip_is_named_with_a_remedy(tmp_path, unpinned, damage):
     write_fake(tmp_path / "FashionMNIST" / "raw", gz=True)
     path = tmp_path / "FashionMNIST" / "raw" / f"{TRAIN_IMAGES}.gz"
     path.write_bytes(GZ_DAMAGE[damage](path.read_bytes()))
@@ -287,7 +301,7 @@ def test_folder_in_a_files_place_is_named(fake, tmp_path, serve, online):
     (fake / TRAIN_LABELS).mkdir()
     if online:
         write_fake(tmp_path / "server", gz=True)
-        serve(tmp_path / "server", tv.FashionMNIST)
+        serve(tmp_path / "server", tv.FashionMNIST, pin=False)
     message = error_of("fashion-mnist", tmp_path)
     assert str(fake / TRAIN_LABELS) in message
     assert "--data-dir" in message
@@ -311,19 +325,29 @@ class BreakingHandler(QuietHandler):
         self.wfile.write(b"FF\r\nonly the beginning")
 
 
+class SilentHandler(QuietHandler):
+    """Takes the question and says nothing."""
+
+    def do_GET(self):
+        time.sleep(5)
+
+
 @pytest.fixture
 def serve(monkeypatch):
-    """serve(folder, dataset): torchvision gets `dataset` from `folder`, and expects the MD5 that its files have now."""
+    """serve(folder, dataset): `dataset` comes from `folder`, and is published with the sums that its files have now."""
     servers = []
 
-    def start(folder, dataset, handler=QuietHandler):
+    def start(folder, dataset, handler=QuietHandler, pin=True):
         server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=folder))
         threading.Thread(target=server.serve_forever, daemon=True).start()
         servers.append(server)
         names = [f"{name}.gz" for name in FILES]
         sums = [hashlib.md5((folder / name).read_bytes()).hexdigest() for name in names]
-        monkeypatch.setattr(dataset, "mirrors", [f"http://127.0.0.1:{server.server_port}/"])
+        monkeypatch.setitem(MIRRORS, dataset.__name__, [f"http://127.0.0.1:{server.server_port}/"])
         monkeypatch.setattr(dataset, "resources", list(zip(names, sums, strict=True)))
+        for name in names if pin and dataset is not tv.MNIST else []:
+            sha256 = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+            monkeypatch.setitem(SHA256, f"{dataset.__name__}/raw/{name}", sha256)
 
     yield start
     for server in servers:
@@ -346,12 +370,18 @@ def test_relatives_are_downloaded_too(tmp_path, serve, name, dataset):
     write_fake(tmp_path / "server", gz=True)
     serve(tmp_path / "server", dataset)
     assert len(load(name, tmp_path / "data")[0]) == 5
-    assert files_below(tmp_path / "data") == sorted(FILES)
+    assert files_below(tmp_path / "data") == sorted(f"{file}.gz" for file in FILES)
+
+
+def test_downloads_go_over_https_and_are_pinned():
+    for folder, mirrors in PUBLISHED.items():
+        assert all(mirror.startswith("https://") for mirror in mirrors)
+        assert len([name for name in SHA256 if name.startswith(f"{folder}/")]) == 4
 
 
 def test_what_is_there_already_is_not_replaced_by_a_download(fake, tmp_path, serve):
     write_fake(tmp_path / "server", gz=True)
-    serve(tmp_path / "server", tv.FashionMNIST)
+    serve(tmp_path / "server", tv.FashionMNIST, pin=False)
     (fake / TRAIN_LABELS).unlink()
     (fake / TRAIN_IMAGES).write_bytes(idx(np.full((5, 28, 28), 7, np.uint8)))
     assert load("fashion-mnist", tmp_path)[0].eq(7).all()
@@ -367,6 +397,47 @@ def test_download_that_is_not_the_published_mnist_leaves_nothing_behind(gzipped_
     assert TEST_LABELS in message
     assert "SHA-256" in message
     assert files_below(tmp_path / "data") == []
+
+
+@pytest.mark.parametrize(("name", "dataset"), [("fashion-mnist", tv.FashionMNIST), ("kmnist", tv.KMNIST)])
+def test_download_of_a_relative_that_is_not_the_published_one_leaves_nothing_behind(tmp_path, serve, name, dataset):
+    write_fake(tmp_path / "server", gz=True)
+    serve(tmp_path / "server", dataset, pin=False)
+    assert "SHA-256" in error_of(name, tmp_path / "data")
+    assert files_below(tmp_path / "data") == []
+
+
+def test_an_unpacked_relative_is_not_read_without_its_published_gz(tmp_path):
+    """There is no published sum to tell it from an altered one."""
+    write_fake(tmp_path / "KMNIST" / "raw")
+    assert f"{TRAIN_IMAGES}.gz is missing" in error_of("kmnist", tmp_path)
+
+
+def test_a_silent_server_does_not_keep_one_waiting(tmp_path, serve, monkeypatch):
+    write_fake(tmp_path / "server", gz=True)
+    serve(tmp_path / "server", tv.KMNIST, SilentHandler)
+    monkeypatch.setattr("datasets.mnist.PATIENCE", 0.2)
+    assert "timed out" in error_of("kmnist", tmp_path / "data")
+    assert files_below(tmp_path / "data") == []
+
+
+DOWNLOAD = """
+import json, sys
+from torchvision.datasets import MNIST
+from datasets import mnist
+mnist.MIRRORS["MNIST"], MNIST.resources = json.loads(sys.argv[1])
+print(len(mnist.load_mnist("mnist", sys.argv[2], train=False)[0]))
+"""
+
+
+def test_two_processes_that_download_into_the_same_folder_leave_one_good_copy(gzipped_mnist, tmp_path, serve):
+    serve(gzipped_mnist, tv.MNIST)
+    source = json.dumps([MIRRORS["MNIST"], tv.MNIST.resources])
+    command = [sys.executable, "-c", DOWNLOAD, source, tmp_path / "data"]
+    processes = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [process.communicate(timeout=300)[0] for process in processes] == ["10000\n", "10000\n"]
+    assert files_below(tmp_path) == sorted(FILES)
+    assert len(load("mnist", tmp_path / "data")[0]) == 60_000
 
 
 def test_download_with_another_md5_leaves_nothing_behind(tmp_path, serve):

@@ -124,7 +124,7 @@ def test_amp_sees_weights_updated_within_the_step(tmp_path):
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
     utils.write_whole(tmp_path / "file", b"old")
     monkeypatch.setattr(utils.os, "fsync", lambda number: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(utils.UserError, match=r"file could not be written \(No space left on device\)"):
         utils.write_whole(tmp_path / "file", b"new")
     assert (tmp_path / "file").read_bytes() == b"old"
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

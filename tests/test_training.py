@@ -1,6 +1,5 @@
 """The training scripts as their user runs them: real files, and real processes where one dies, speaks or exits."""
 
-import copy
 import csv
 import json
 import os
@@ -106,45 +105,6 @@ def test_a_generator_that_never_ended_an_epoch_can_be_drawn_from(tmp_path):
     kill_at((0, 3), 0, tmp_path, DIGITS, "train_gan.py")
     run("evaluate.py", "run", "--samples", "4", cwd=tmp_path)
     assert (tmp_path / "run" / "evaluation" / "samples-4-seed0.npz").exists()
-
-
-def zero_tensors(state):
-    return {key: zero_tensors(value) if isinstance(value, dict) else value * 0 for key, value in state.items()}
-
-
-SPOILS = {
-    "model": lambda c: c["state"].update(model=zero_tensors(c["state"]["model"])),
-    "optimizer": lambda c: c["state"]["optimizer"].update(state={}),
-    "schedule": lambda c: c["state"]["schedule"].update(last_epoch=0),
-    "average": lambda c: c["state"].update(average=zero_tensors(c["state"]["average"])),
-    "random": lambda c: c["processes"][0]["random"].update(cpu=torch.Generator().manual_seed(9).get_state()),
-    "epoch": lambda c: c.update(epoch=0),
-    "batch": lambda c: c.update(batch=c["batch"] - 1),
-    "sums": lambda c: c["processes"][0].update(sums=zero_tensors(c["processes"][0]["sums"])),
-    "count": lambda c: c.update(count=c["count"] - 1),
-    "reported": lambda c: c.update(reported={"count": 0, **dict.fromkeys(c["processes"][0]["sums"], 1.0)}),
-    "history": lambda c: c["history"][0].update(loss=0.0),
-    "curve": lambda c: c.update(curve=[]),
-}
-
-
-@pytest.fixture(scope="module")
-def halfway(tmp_path_factory):
-    """A checkpoint from the middle of the second epoch."""
-    folder = tmp_path_factory.mktemp("halfway")
-    kill_at((1, 4), 0, folder)
-    return load(folder / "run" / "checkpoint.pt")
-
-
-@pytest.mark.parametrize("part", SPOILS)
-def test_resume_needs_every_saved_part(undisturbed, halfway, tmp_path, part):
-    """The control of the tests above: they notice when any one part is not restored."""
-    checkpoint = copy.deepcopy(halfway)
-    SPOILS[part](checkpoint)
-    save_sealed(checkpoint, tmp_path / "run" / "checkpoint.pt")
-    train("--resume", tmp_path / "run")
-    with pytest.raises(AssertionError):
-        assert_same_run(undisturbed, tmp_path / "run")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -1,0 +1,505 @@
+"""Kill and stop trainings, leave out parts of what they saved, change bytes of files: is it made good, or noticed?
+
+python tests/reliability.py kills --count 200
+python tests/reliability.py signals --count 90
+python tests/reliability.py dropped
+python tests/reliability.py changes --count 1000 --data-dir data
+
+kills: Each of the three scripts trains for two epochs on a few small gzipped images and saves after each step. A first
+run counts the points it passes; then one process for each chosen point is killed there (SIGKILL), another one resumes,
+and its run is compared with the first one. Processes are forked from this one, which saves them importing torch.
+signals: SIGINT, SIGTERM and two SIGINT in a row at such points: the script finishes the step, saves, and says how to go
+on.
+dropped: The control of these. Of a checkpoint from the middle of the second epoch, each part in turn is put back to
+what it was before the first step; the run that goes on from there must differ from the undisturbed one.
+changes: Checkpoints and MNIST's files are cut short, and one byte at a time is changed.
+--record puts the table into results/reliability.md.
+"""
+
+import argparse
+import collections
+import contextlib
+import gzip
+import hashlib
+import io
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import signal
+import struct
+import sys
+import tempfile
+import zipfile
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # a process with threads could not be forked
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import matplotlib.figure  # noqa: F401 (as the next, imported here so that the forked processes need not)
+import torch
+import torch._dynamo
+from helpers import load, same, save_sealed
+
+import train_cgan
+import train_classifier
+import train_gan
+import utils
+from datasets import mnist
+
+FLAGS = ["--dataset", "fashion-mnist", "--device", "cpu", "--epochs", "2", "--save-interval", "0", "--batch-size", "32"]
+FLAGS += ["--log-interval", "2"]
+SCRIPTS = {
+    "train_classifier.py": (train_classifier, ["--model", "mlp", "--recipe", "best", "--val-size", "20"]),
+    "train_gan.py": (train_gan, ["--average", "0.9", "--val-size", "20"]),
+    "train_cgan.py": (train_cgan, ["--recipe", "paper", "--val-size", "0"]),
+}
+
+
+def write_images(folder, count=120):
+    """Random images in Fashion-MNIST's files, which this process then takes for the published ones."""
+    raw = Path(folder) / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (count, 28, 28), generator=generator, dtype=torch.uint8)
+    labels = (torch.arange(count) % 10).to(torch.uint8)
+    for kind, header, items in (
+        ("images-idx3", struct.pack(">4I", 0x803, count, 28, 28), pixels),
+        ("labels-idx1", struct.pack(">2I", 0x801, count), labels),
+    ):
+        name = f"FashionMNIST/raw/train-{kind}-ubyte.gz"
+        content = gzip.compress(header + items.numpy().tobytes())
+        (Path(folder) / name).write_bytes(content)
+        mnist.SHA256[name] = hashlib.sha256(content).hexdigest()
+
+
+# Kills ----------------------------------------------------------------------------------------------------------------
+
+
+class Points:
+    """Counts the points that a process passes, and sends it the signal `at[number]` at each number there."""
+
+    def __init__(self, at):
+        self.at, self.passed = at, []
+
+    def reach(self, name):
+        number = len(self.passed)
+        self.passed.append(name)
+        if number in self.at:
+            os.kill(os.getpid(), self.at[number])
+
+    def around(self, module, name, before=None, after=None):
+        """Make `module.name` pass the points named `before` and `after` whenever it is called."""
+        function = getattr(module, name)
+
+        def wrapped(*args, **kwargs):
+            if before:
+                self.reach(before)
+            result = function(*args, **kwargs)
+            if after:
+                self.reach(after)
+            return result
+
+        setattr(module, name, wrapped)
+
+    def set_up(self):
+        self.around(gzip.GzipFile, "read", "data is unpacked")
+        self.around(torch.Tensor, "backward", after="in a step, before the update")
+        self.around(utils.Run, "add", "in a step, after the update")
+        self.around(os, "fsync", "a file is written, before the flush", "after the flush")
+        self.around(os, "replace", "before a rename", "after a rename")
+        evaluating, whole_open, points = utils.evaluating, open, self
+
+        @contextmanager
+        def evaluating_with_point(model):
+            with evaluating(model):
+                points.reach("in an evaluation")
+                yield
+
+        def open_with_point(path, mode="r"):
+            file = whole_open(path, mode)
+            if mode == "wb":
+                write = file.write
+                kind = "checkpoint" if ".pt" in Path(path).name else "table or picture"
+                file = Halfway(file, write, lambda: points.reach(f"half of a {kind} is written"))
+            return file
+
+        utils.evaluating, utils.open = evaluating_with_point, open_with_point
+
+
+class Halfway:
+    """A file whose `write` reports when half is on its way to the disk."""
+
+    def __init__(self, file, write, report):
+        self.file, self.whole_write, self.report = file, write, report
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.file.close()
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def write(self, content):
+        self.whole_write(content[: len(content) // 2])
+        self.file.flush()
+        self.report()
+        self.whole_write(content[len(content) // 2 :])
+
+
+def fork(function, errors=os.devnull):
+    """Run `function()` in a process of its own: its exit status, negative for a signal. errors: the file for stderr."""
+    process = os.fork()
+    if process == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
+        status = 1
+        try:
+            utils.run_script(function)
+            status = 0
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else print(end.code, file=sys.stderr) or 1
+        finally:
+            sys.stderr.flush()
+            os._exit(status)
+    _, status = os.waitpid(process, 0)
+    return os.waitstatus_to_exitcode(status)
+
+
+def train(script, flags, at=None, names=None):
+    """A function for `fork`: train, get signals at points, and write the names of the points passed into a file."""
+
+    def run():
+        points = Points(at or {})
+        points.set_up()
+        try:
+            script.main(flags)
+        finally:
+            if names:
+                names.write_text("\n".join(points.passed))
+
+    return run
+
+
+def same_run(a, b):
+    """Whether checkpoints, table and samples of two runs are equal, byte by byte or tensor by tensor."""
+    names = sorted(path.relative_to(a) for path in a.rglob("*") if path.suffix in (".pt", ".csv", ".png", ".gif"))
+    for name in names:
+        if not (b / name).exists():
+            return False
+        if name.suffix == ".pt":
+            if not same(load(a / name), load(b / name)):
+                return False
+        elif name.name != "curves.png" and (a / name).read_bytes() != (b / name).read_bytes():
+            return False
+    return not list(b.rglob("*.tmp"))
+
+
+def places_of(points):
+    """Name of a point -> the numbers at which it was passed."""
+    places = collections.defaultdict(list)
+    for number, name in enumerate(points):
+        places[name].append(number)
+    return places
+
+
+def spread(points, count):
+    """`count` numbers of points: of each name in turn, at 1/2, 1/4, 3/4, 1/8, ... of its occurrences."""
+    chosen = {}  # as an ordered set
+    for turn in range(1, len(points) + 1):
+        share = int(f"{turn:016b}"[::-1], 2) / 2**16
+        for numbers in places_of(points).values():
+            chosen[numbers[int(share * len(numbers))]] = None
+    return list(chosen)[:count]
+
+
+def undisturbed(name, folder):
+    """Train the script `name` without a kill: its run folder, its flags, and the names of the points it passed."""
+    script, flags = SCRIPTS[name]
+    flags = [*FLAGS, *flags, "--data-dir", str(folder / "data")]
+    run, names = folder / f"{name}-whole", folder / f"{name}-points"
+    assert fork(train(script, [*flags, "--output-dir", str(run)], names=names)) == 0
+    return run, flags, names.read_text().splitlines()
+
+
+def undisturbed_runs(folder, pool):
+    return dict(zip(SCRIPTS, pool.map(undisturbed, SCRIPTS, [folder] * len(SCRIPTS))))
+
+
+def kill_and_resume(name, number, whole, flags, points):
+    """Name of the point, whether the resumed run equals the undisturbed one, whether it had to start anew."""
+    script, run = SCRIPTS[name][0], whole.with_name(f"{name}-{number}")
+    status = fork(train(script, [*flags, "--output-dir", str(run)], {number: signal.SIGKILL}))
+    assert status == -signal.SIGKILL, (points[number], status)
+    anew = not list(run.glob("*.pt"))
+    if anew:  # killed before the first step was saved
+        shutil.rmtree(run, ignore_errors=True)
+        resumed = fork(train(script, [*flags, "--output-dir", str(run)]))
+    else:
+        resumed = fork(train(script, ["--resume", str(run)]))
+    good = resumed == 0 and same_run(whole, run)
+    shutil.rmtree(run)
+    return name, points[number], good, anew
+
+
+def kills(args, folder, pool):
+    """A table of all kills, and whether every run was made good."""
+    trials = []
+    for i, (name, run) in enumerate(undisturbed_runs(folder, pool).items()):
+        share = args.count // len(SCRIPTS) + (i < args.count % len(SCRIPTS))
+        trials += [pool.submit(kill_and_resume, name, number, *run) for number in spread(run[-1], share)]
+    survived, killed, anew = collections.Counter(), collections.Counter(), collections.Counter()
+    for trial in trials:
+        name, point, good, started_anew = trial.result()
+        killed[name, point] += 1
+        survived[name, point] += good
+        anew[name, point] += started_anew
+    rows = [(*key, count, survived[key], anew[key]) for key, count in killed.items()]
+    rows.append(("all", "", killed.total(), survived.total(), anew.total()))
+    columns = ("script", "killed", "times", "resumed to the same run", "of these before anything was saved")
+    return table(columns, rows), survived == killed
+
+
+# Signals --------------------------------------------------------------------------------------------------------------
+
+
+def signal_and_resume(name, number, sent, whole, flags, points):
+    """A row of the table: what came of the signals `sent` from point `number` on, one at each point."""
+    script, stem = SCRIPTS[name][0], "-".join(map(str, (name, number, *sent)))
+    run, errors, names = (whole.with_name(f"{stem}-{kind}") for kind in ("run", "errors", "names"))
+    at = {number + i: signal_number for i, signal_number in enumerate(sent)}
+    status = fork(train(script, [*flags, "--output-dir", str(run)], at, names), errors)
+    steps = names.read_text().splitlines()[number + 1 :].count("in a step, after the update")
+    started = "in a step, before the update" in points[:number]
+    line = errors.read_text()
+    good = status == 128 + sent[0] and line.count("\n") == 1
+    if len(sent) == 1 and started:
+        good &= f"--resume {run}" in line
+    if list(run.glob("*.pt")):
+        good &= fork(train(script, ["--resume", str(run)])) == 0 and same_run(whole, run)
+    else:
+        good &= len(sent) > 1 or not started
+    shutil.rmtree(run, ignore_errors=True)
+    named = " ".join(signal.Signals(number).name for number in sent)
+    return name, points[number], named, status, steps, "yes" if good else "no"
+
+
+def signals(args, folder, pool):
+    """A table of signals at every kind of point, and whether each run saved, said so, and went on to the same end."""
+    kinds = [[signal.SIGINT], [signal.SIGTERM], [signal.SIGINT, signal.SIGINT]]
+    trials = []
+    for name, run in undisturbed_runs(folder, pool).items():
+        for numbers in places_of(run[-1]).values():
+            number = numbers[len(numbers) // 3]
+            trials += [(signal_and_resume, name, number, sent, *run) for sent in kinds]
+    every = -(-len(trials) // args.count)
+    every += every % len(kinds) == 0 and every > 0  # not always the first kind
+    rows = [trial.result() for trial in [pool.submit(*trial) for trial in trials[::every]]]
+    columns = ("script", "signal", "sent", "exit status", "steps after it", "went on to the same run")
+    return table(columns, rows), all(row[-1] == "yes" and row[-2] <= 1 for row in rows)
+
+
+# Dropped parts --------------------------------------------------------------------------------------------------------
+
+
+def parts(checkpoint):
+    """Where each part of a checkpoint stands, as the keys that lead to it."""
+    yield from (("state", name) for name in checkpoint["state"])
+    for number, process in enumerate(checkpoint["processes"]):
+        yield from (("processes", number, "random", name) for name in process["random"])
+        yield ("processes", number, "sums")
+    yield from ((name,) for name in utils.Run.POSITION)
+
+
+def drop(checkpoint, fresh, part):
+    """The checkpoint with this part as it was before the first step."""
+    inner, source = checkpoint, fresh
+    for key in part[:-1]:
+        inner, source = inner[key], source[key]
+    inner[part[-1]] = source[part[-1]]
+    return checkpoint
+
+
+def save_only(script, flags):
+    """A function for `fork`: save the run before its first step."""
+
+    def run():
+        utils.train = lambda run, *_, **__: run.save()
+        script.main(flags)
+
+    return run
+
+
+def stop_in_second_epoch(name, whole, flags, points):
+    """The folders of a run that was killed after seven of eight steps, and of one that is saved before the first."""
+    script = SCRIPTS[name][0]
+    at = [number for number, point in enumerate(points) if point == "in a step, after the update"][7]
+    killed, fresh = whole.with_name(f"{name}-killed"), whole.with_name(f"{name}-fresh")
+    assert fork(train(script, [*flags, "--output-dir", str(killed)], {at: signal.SIGKILL})) == -signal.SIGKILL
+    assert fork(save_only(script, [*flags, "--output-dir", str(fresh)])) in (0, 1)  # no epoch, no samples.gif
+    return killed, fresh
+
+
+def goes_on_without(part, name, whole, killed, fresh):
+    """Whether the run `killed` without this part of its checkpoint (None: with all) goes on to the undisturbed run."""
+    run = killed.with_name("-".join(map(str, (name, "without", *(part or ())))))
+    shutil.copytree(killed, run)
+    if part:
+        checkpoint = drop(load(killed / "checkpoint.pt"), load(fresh / "checkpoint.pt"), part)
+        save_sealed(checkpoint, run / "checkpoint.pt")
+    good = fork(train(SCRIPTS[name][0], ["--resume", str(run)])) == 0 and same_run(whole, run)
+    shutil.rmtree(run)
+    return good
+
+
+def dropped(args, folder, pool):
+    """A table of all parts of all scripts' checkpoints, and whether the loss of each one showed."""
+    trials = []
+    for name, (whole, flags, points) in undisturbed_runs(folder, pool).items():
+        killed, fresh = stop_in_second_epoch(name, whole, flags, points)
+        checkpoint = load(killed / "checkpoint.pt")
+        assert (checkpoint["epoch"], checkpoint["batch"]) == (1, 3)
+        for part in (None, *parts(checkpoint)):
+            trials.append((name, part, pool.submit(goes_on_without, part, name, whole, killed, fresh)))
+    rows = [
+        (name, " ".join(map(str, part or ["nothing"])), "no" if trial.result() else "yes")
+        for name, part, trial in trials
+    ]
+    good = all(row[-1] == ("no" if row[1] == "nothing" else "yes") for row in rows)
+    return table(("script", "part left out", "noticed"), rows), good
+
+
+# Changed files --------------------------------------------------------------------------------------------------------
+
+
+def edges(path):
+    """Where a file's parts begin and end: those of a zip archive or an IDX file, and some within each."""
+    size = path.stat().st_size
+    places = {*range(min(40, size)), *range(max(0, size - 40), size), *range(0, size, size // 100 + 1)}
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            for item in archive.infolist():
+                places |= {item.header_offset, item.header_offset + 30, item.header_offset + 30 + len(item.filename)}
+            places.add(archive.start_dir)
+    return sorted(places)
+
+
+def spoil(path, count):
+    """Cut the file short at up to `count` edges, change one byte at `count` places, and yield the kind each time."""
+    content = path.read_bytes()
+    places = edges(path)
+    for place in places[:: -(-len(places) // count)]:
+        os.truncate(path, place)
+        yield "cut short"
+        path.write_bytes(content)
+    draw = random.Random(0)
+    for _ in range(count):
+        place, new = draw.randrange(len(content)), draw.randrange(1, 256)
+        with open(path, "r+b") as file:
+            file.seek(place)
+            file.write(bytes([content[place] ^ new]))
+            file.flush()
+            yield "one byte changed"
+            file.seek(place)
+            file.write(content[place : place + 1])
+
+
+def changed_data(args, folder):
+    """Yield (file, kind of change, what came of it) for MNIST's files, raw and gzipped."""
+    for part in mnist.LARGEST:
+        for stem in mnist.part_stems("MNIST", part):
+            source = mnist.find_idx(Path(args.data_dir), stem)
+            raw = gzip.decompress(source.read_bytes()) if source.suffix == ".gz" else source.read_bytes()
+            shape = (28, 28) if "images" in stem else ()
+            for suffix, content in (("", raw), (".gz", gzip.compress(raw, mtime=0))):
+                path = folder / (stem + suffix)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content)
+                read = partial(mnist.read_idx, folder, stem, shape, mnist.LARGEST[part])
+                whole = read()
+                for kind in spoil(path, args.count):
+                    yield path.name, kind, outcome(path, whole, read)
+                path.unlink()
+
+
+def outcome(path, whole, read):
+    """What came of reading a spoilt file: noticed with a line that names it, without effect, or wrong."""
+    try:
+        return "without effect" if same(read(), whole) else "wrong"
+    except (mnist.DataError, utils.UserError) as error:
+        line = str(error)
+        return "noticed" if str(path) in line and len(line.splitlines()) == 1 else "wrong"
+
+
+def changed_checkpoints(args, folder):
+    """Yield (file, kind of change, what came of it): checkpoint.pt must give way to previous.pt."""
+    run, _, _ = undisturbed("train_classifier.py", folder)
+    previous = load(run / "previous.pt")
+    for name in ("checkpoint.pt", "best.pt"):
+        path = run / name
+        for kind in spoil(path, args.count):
+            result = outcome(path, None, partial(utils.read_checkpoint, path))
+            if name == "checkpoint.pt":
+                said = io.StringIO()
+                with contextlib.redirect_stderr(said):
+                    used = utils.load_checkpoint(run)
+                if not same(used, previous) or str(run / "previous.pt") not in said.getvalue():
+                    result = "wrong"
+            yield name, kind, result
+
+
+def changes(args, folder, pool):
+    """A table of all changes, and whether none went by with a wrong result."""
+    results = collections.defaultdict(collections.Counter)
+    for yielded in (changed_checkpoints(args, folder), changed_data(args, folder)):
+        for name, kind, result in yielded:
+            results[name, kind][result] += 1
+    rows = [(*key, n.total(), n["noticed"], n["without effect"], n["wrong"]) for key, n in results.items()]
+    columns = ("file", "change", "times", "noticed", "read as if unchanged, rightly", "wrong")
+    return table(columns, rows), not any(count["wrong"] for count in results.values())
+
+
+# Reports --------------------------------------------------------------------------------------------------------------
+
+
+def table(columns, rows):
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def record(command, text):
+    """Put the table and the command that made it into its section of results/reliability.md."""
+    path = ROOT / "results" / "reliability.md"
+    name = command.split()[0]
+    machine = "{processor}, Python {python}, torch {torch}, commit {commit}".format(**utils.environment())
+    section = f"<!-- {name} -->\n`python tests/reliability.py {command}`; {machine}\n\n{text}\n<!-- /{name} -->"
+    pattern = rf"<!-- {name} -->.*<!-- /{name} -->"
+    path.write_text(re.sub(pattern, lambda _: section, path.read_text(), flags=re.DOTALL))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=["kills", "signals", "dropped", "changes"], help="what to do to the runs")
+    parser.add_argument("--count", type=int, default=200, help="kills or signals; changes of each file (default: 200)")
+    parser.add_argument("--data-dir", default="data", help="folder that holds MNIST (default: data)")
+    parser.add_argument("--record", action="store_true", help="put the table into results/reliability.md")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        write_images(Path(folder) / "data")
+        with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("fork")) as pool:
+            text, good = globals()[args.what](args, Path(folder), pool)
+    print(text)
+    if args.record:
+        record(args.what if args.what == "dropped" else f"{args.what} --count {args.count}", text)
+    return good
+
+
+if __name__ == "__main__":
+    sys.exit(not main())

@@ -1,0 +1,63 @@
+"""The slides' arithmetic by hand, against what one step of train_classifier.py does."""
+
+import pytest
+import torch
+from helpers import DIGITS
+
+import train_classifier
+import utils
+
+
+@pytest.fixture
+def step():
+    """The MLP, its train_step with plain SGD at rate rho = 0.1, and one batch."""
+    flags = [*DIGITS, "--model", "mlp", "--optimizer", "sgd", "--lr", "0.1"]
+    args, _ = utils.parse_args(train_classifier.get_args_parser(), train_classifier.RECIPES, argv=flags)
+    _, train_step, model = train_classifier.build(args, torch.device("cpu"), epoch_length=1)
+    images, labels = torch.rand(4, 1, 28, 28) * 2 - 1, torch.tensor([3, 1, 4, 1])
+    return model, train_step, images, labels
+
+
+def test_forward_path_loss_backward_path_and_update_are_the_slides(step):
+    model, train_step, images, labels = step
+    w = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    # Forward path: each layer's output is relu(W x + b); L = -sum_k t_k log Z_k with Z = softmax.
+    h1 = (images.flatten(1) @ w["linear1.weight"].T + w["linear1.bias"]).clamp(min=0)
+    h2 = (h1 @ w["linear2.weight"].T + w["linear2.bias"]).clamp(min=0)
+    h3 = (h2 @ w["linear3.weight"].T + w["linear3.bias"]).clamp(min=0)
+    y = h3 @ w["linear4.weight"].T + w["linear4.bias"]
+    z = y.exp() / y.exp().sum(1, keepdim=True)
+    t = torch.eye(10)[labels]
+    loss = -(t * z.log()).sum(1).mean()
+
+    # Backward path: dL/dW = dL/dY dY/dW. For softmax and cross-entropy dL/dY = (Z - t) / N, and dY/dW is the input.
+    dy4 = (z - t) / len(images)
+    dy3 = (dy4 @ w["linear4.weight"]) * (h3 > 0)
+
+    metrics = train_step(images, labels)
+    torch.testing.assert_close(metrics["loss"], loss)
+    torch.testing.assert_close(model.linear4.weight.grad, dy4.T @ h3)
+    torch.testing.assert_close(model.linear3.weight.grad, dy3.T @ h2)
+    torch.testing.assert_close(model.linear3.bias.grad, dy3.sum(0))
+
+    # Update: W = W - rho dL/dW.
+    for name in ("linear3.weight", "linear4.weight", "linear4.bias"):
+        torch.testing.assert_close(model.state_dict()[name], w[name] - 0.1 * model.get_parameter(name).grad)
+
+
+def test_one_number_of_the_gradient_is_the_slope_of_the_loss(step):
+    """dL/dW_00 by its definition: (L(W_00 + e) - L(W_00 - e)) / 2e."""
+    model, train_step, images, labels = step
+    model.double()
+
+    def loss(change):
+        with torch.no_grad():
+            model.linear1.weight[0, 0] += change
+            value = torch.nn.functional.cross_entropy(model(images.double()), labels).item()
+            model.linear1.weight[0, 0] -= change
+        return value
+
+    slope = (loss(1e-4) - loss(-1e-4)) / 2e-4
+    train_step(images.double(), labels)
+    assert model.linear1.weight.grad[0, 0].item() == pytest.approx(slope, rel=1e-4)
