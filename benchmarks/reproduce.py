@@ -2,6 +2,7 @@
 
 python benchmarks/reproduce.py --list
 python benchmarks/reproduce.py mlp-lecture --seeds 5 --data-dir data
+python benchmarks/reproduce.py --quick --data-dir data    # minutes: do short forms fall where they fell before?
 
 Interrupted, it goes on where it was when started again. With --jobs 2, two seeds train side by side.
 """
@@ -13,16 +14,25 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results" / "results.json"
+BANDS = ROOT / "results" / "quick.json"
 
 # name -> command, and what has been published for it.
 ROWS = {
     "mlp-lecture": ("train_classifier.py --model mlp --recipe lecture", "92.46 % (the lecture's code, one seed)"),
     "cnn-lecture": ("train_classifier.py --model cnn --recipe lecture", "97.76 % (the lecture's code, one seed)"),
+    "mlp-leaky-relu": ("train_classifier.py --model mlp --activation leaky-relu", ""),
+    "mlp-tanh": ("train_classifier.py --model mlp --activation tanh", ""),
+    "mlp-sigmoid": ("train_classifier.py --model mlp --activation sigmoid", ""),
+    "mlp-bce": ("train_classifier.py --model mlp --loss bce", ""),
+    "mlp-mse": ("train_classifier.py --model mlp --loss mse", ""),
+    "mlp-mae": ("train_classifier.py --model mlp --loss mae", ""),
+    "cnn-batch-norm": ("train_classifier.py --model cnn --batch-norm", ""),
     "mlp-best": ("train_classifier.py --model mlp --recipe best", ""),
     "cnn-best": ("train_classifier.py --model cnn --recipe best --amp", ""),
     "maxout-paper": (
@@ -43,6 +53,14 @@ ROWS = {
         "Parzen 132 ± 1.8 (Mirza & Osindero 2014)",
     ),
     "cgan-paper": ("train_cgan.py --recipe paper --amp", "Parzen 132 ± 1.8 (Mirza & Osindero 2014)"),
+}
+
+# name -> flags that shorten the row for --quick, and what is compared.
+QUICK = {
+    "mlp-lecture": ("", "test_accuracy"),
+    "digits-best": ("--epochs 10", "test_accuracy"),
+    "gan-best": ("--dataset digits --epochs 40", "fid"),
+    "cgan-best": ("--dataset digits --epochs 40", "conditional_accuracy"),
 }
 
 # What the README shows of the first seed's run.
@@ -122,15 +140,44 @@ def record(name, metrics, epochs, config):
     RESULTS.write_text(json.dumps(rows, indent=2) + "\n")
 
 
+def quick(args):
+    """Train the short forms; whether each falls in its band. With --record: make the bands, from three seeds each."""
+    bands, good = {} if args.record else json.loads(BANDS.read_text()), True
+    for name, (flags, metric) in QUICK.items():
+        if "digits" not in f"{name} {flags}" and not (Path(args.data_dir) / "MNIST").is_dir():
+            print(f"{name}: skipped, there is no MNIST in {args.data_dir}")
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            values = [
+                run_seed(f"{ROWS[name][0]} {flags}", seed, Path(folder) / str(seed), args.data_dir, os.cpu_count())[
+                    metric
+                ]
+                for seed in range(3 if args.record else 1)
+            ]
+        if args.record:  # three values say little about the spread: twice their range on either side
+            spread = 2 * (max(values) - min(values))
+            bands[name] = {"flags": flags, "metric": metric, "low": min(values) - spread, "high": max(values) + spread}
+        low, high = bands[name]["low"], bands[name]["high"]
+        good &= low <= values[0] <= high
+        print(f"{name} {flags}: {metric} {values[0]:.4f}, band {low:.4f} to {high:.4f}", flush=True)
+    if args.record:
+        BANDS.write_text(json.dumps(bands, indent=2) + "\n")
+    return good
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", metavar="NAME", nargs="*", choices=[[], *ROWS], help="rows to run")
     parser.add_argument("--list", action="store_true", help="print the rows and their commands")
+    parser.add_argument("--quick", action="store_true", help="train short forms and compare with their bands")
+    parser.add_argument("--record", action="store_true", help="with --quick: make the bands anew")
     parser.add_argument("--seeds", type=int, default=5, help="number of seeds, from 0 (default: 5)")
     parser.add_argument("--jobs", type=int, default=1, help="seeds side by side (default: 1)")
     parser.add_argument("--data-dir", default="data", help="folder of the data sets (default: data)")
     parser.add_argument("--output-dir", default="runs/reproduce", help="folder of the runs (default: runs/reproduce)")
     args = parser.parse_args()
+    if args.quick:
+        sys.exit(0 if quick(args) else "a short form falls outside its band in results/quick.json")
     if args.list or not args.names:
         print("\n".join(f"{name:14} python {command}" for name, (command, _) in ROWS.items()))
     for name in args.names:

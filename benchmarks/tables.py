@@ -1,4 +1,4 @@
-"""The README's tables, made from the measured results: no figure in them is typed by hand.
+"""The README's tables and one chart, made from the measured results and the code: no figure in them is typed by hand.
 
 python benchmarks/tables.py
 """
@@ -12,6 +12,36 @@ README = ROOT / "README.md"
 RESULTS = ROOT / "results" / "results.json"
 SPEED = ROOT / "results" / "speed-cpu.json"
 RACE = ROOT / "results" / "race-cpu.json"
+CHOICES = ROOT / "assets" / "choices.png"
+
+# Slide -> where it stands in the code: file, and the beginning of a line.
+SLIDES = [
+    ("How does it work? Forward path, loss, backward path, iteration", "train_classifier.py", "def train_step("),
+    ("Forward path", "models/mlp.py", "x = self.activation(self.bn1(self.linear1(x)))"),
+    ("Backward path (∂L/∂W)", "train_classifier.py", "loss.backward()"),
+    ("Update (W = W - rate · ∂L/∂W)", "train_classifier.py", "optimizer.step()"),
+    ("Cross-entropy loss", "train_classifier.py", '"cross-entropy":'),
+    ("Convolution", "models/cnn.py", "self.conv1 = nn.Conv2d("),
+    (
+        "Convolutional neural network (CONV, BN, ReLU, FC)",
+        "models/cnn.py",
+        "x = self.activation(self.bn1(self.conv1(x)))",
+    ),
+    ("MNIST database", "datasets/mnist.py", "def load_mnist("),
+    ("Code snippet: MLP", "models/mlp.py", "class MLP("),
+    ("Code snippet: CNN", "models/cnn.py", "class CNN("),
+    ("How does GAN work? Generator", "train_gan.py", "fakes = generator("),
+    ("How does GAN work? Update D", "train_gan.py", "# (1) update D"),
+    ("How does GAN work? Update G", "train_gan.py", "# (2) update G"),
+    ("Code snippet: Generator", "models/gan.py", "class Generator("),
+    ("Code snippet: Discriminator", "models/gan.py", "class Discriminator("),
+    ("Code snippet: Maxout", "models/maxout.py", "class Maxout("),
+    ("What is cGAN?", "train_cgan.py", "fakes = generator("),
+    ("CPU vs. GPU", "utils.py", "def pick_device("),
+    ("Activation functions", "models/__init__.py", "ACTIVATIONS = {"),
+    ("Loss functions", "train_classifier.py", "LOSSES = {"),
+    ("Convolution arithmetic (o = i - k + 2p + 1, stride)", "models/cnn.py", "def conv_output_size("),
+]
 
 
 def results_table(rows):
@@ -77,6 +107,35 @@ def race_table(race):
     return "\n".join([*lines, "", f"{machine(race)}; means."])
 
 
+def slides_table():
+    """Each slide with a link to its line. Raises StopIteration where the code has no such line any more."""
+    lines = ["| slide | code | |", "|---|---|---|"]
+    for slide, file, start in SLIDES:
+        code = (ROOT / file).read_text().splitlines()
+        number, line = next((i, line.strip()) for i, line in enumerate(code, 1) if line.strip().startswith(start))
+        lines.append(f"| {slide} | [{file}:{number}]({file}#L{number}) | `{line.split('  #')[0]}` |")
+    return "\n".join(lines)
+
+
+def draw_choices(rows, path):
+    """The lecturer's comparison: the MLP's test accuracy with each activation and each loss, mean and deviation."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    panels = {
+        "activation": {"relu": "mlp-lecture", **{name: f"mlp-{name}" for name in ("leaky-relu", "tanh", "sigmoid")}},
+        "loss": {"cross-entropy": "mlp-lecture", **{name: f"mlp-{name}" for name in ("bce", "mse", "mae")}},
+    }
+    for i, (title, names) in enumerate(panels.items()):
+        axis = figure.add_subplot(1, 2, i + 1)
+        means = [100 * rows[name]["test_accuracy_mean"] for name in names.values()]
+        deviations = [100 * rows[name]["test_accuracy_sd"] for name in names.values()]
+        bars = axis.bar(list(names), means, yerr=deviations, capsize=4, color="#4a7fb5")
+        axis.bar_label(bars, fmt="%.1f", label_type="center", color="white")
+        axis.set(title=title, ylabel="test accuracy, %", ylim=(0, 105))
+    figure.savefig(path, dpi=120)
+
+
 def machine(results):
     return f"{results['processor']}, {results['cores']} cores, torch {results['torch']}"
 
@@ -88,12 +147,16 @@ def fill(text):
         "generators": generators_table(json.loads(RESULTS.read_text())),
         "speed": speed_table(json.loads(SPEED.read_text())),
         "race": race_table(json.loads(RACE.read_text())),
+        "slides": slides_table(),
     }
     for name, table in sections.items():
-        pattern = rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)"
-        text = re.sub(pattern, lambda match, table=table: match[1] + table + match[2], text, flags=re.DOTALL)
+        pattern = rf"<!-- {name} -->\n.*?<!-- /{name} -->"
+        section = f"<!-- {name} -->\n{table}\n<!-- /{name} -->"
+        text, count = re.subn(pattern, lambda _, section=section: section, text, flags=re.DOTALL)
+        assert count == 1, f"{README} has {count} sections {name}"
     return text
 
 
 if __name__ == "__main__":
     README.write_text(fill(README.read_text()))
+    draw_choices(json.loads(RESULTS.read_text()), CHOICES)

@@ -142,14 +142,18 @@ class Canary:
         return (os.mkdir, (str(self.path),))
 
 
-def test_nothing_in_a_foreign_file_is_executed(tmp_path):
-    path = tmp_path / "run" / "checkpoint.pt"
-    save_sealed({"options": Canary(tmp_path / "executed")}, path)
-    _, errors = run("evaluate.py", "run", cwd=tmp_path, code=1)
-    assert_one_line(errors, "checkpoint.pt")
-    path.write_bytes(pickle.dumps(Canary(tmp_path / "executed")))
-    _, errors = run("evaluate.py", "run", cwd=tmp_path, code=1)
-    assert_one_line(errors, "checkpoint.pt")
+@pytest.mark.parametrize("name", ["checkpoint.pt", "previous.pt", "best.pt"])
+@pytest.mark.parametrize("sealed", [False, True])
+@pytest.mark.parametrize("script", ["train_classifier.py", "evaluate.py"])
+def test_nothing_in_a_foreign_file_is_executed(tmp_path, script, sealed, name):
+    canary, path = Canary(tmp_path / "executed"), tmp_path / "run" / name
+    if sealed:
+        save_sealed({"options": canary}, path)
+    else:
+        path.parent.mkdir()
+        path.write_bytes(pickle.dumps(canary))
+    with pytest.raises(evaluate.utils.UserError, match=r"run/\w+\.pt "):
+        evaluate.main([str(path.parent)]) if script == "evaluate.py" else train("--resume", path.parent)
     assert not (tmp_path / "executed").exists()
 
 
@@ -230,7 +234,8 @@ def test_pictures_that_cannot_be_read_get_one_line_each(small_run, tmp_path):
     (tmp_path / "cut.png").write_bytes((tmp_path / "good.png").read_bytes()[:-100])
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "squeezed.png").write_bytes(gzip.compress((tmp_path / "good.png").read_bytes()))
-    bad = ["text.png", "blank.png", "cut.png", "folder.png", "squeezed.png", "missing.png"]
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")  # 400 megapixels in 50 kB
+    bad = ["bomb.png", "text.png", "blank.png", "cut.png", "folder.png", "squeezed.png", "missing.png"]
     if hasattr(os, "mkfifo"):
         os.mkfifo(tmp_path / "fifo.png")
         bad.append("fifo.png")
