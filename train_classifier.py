@@ -2,12 +2,14 @@
 
 python train_classifier.py --dataset digits --recipe best      # a minute, no network
 python train_classifier.py --model mlp                         # the lecture's recipe on MNIST
-python train_classifier.py --recipe paper                      # Maxout, Goodfellow et al. 2013
+python train_classifier.py --recipe paper                      # Maxout, Goodfellow et al. 2013: first stage
+python train_classifier.py --recipe paper --second-stage runs/maxout-mnist
 python train_classifier.py --resume runs/mlp-mnist             # go on where it stopped
 """
 
 import argparse
 import math
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +33,7 @@ RECIPES = {
         model="cnn", epochs=1, batch_size=128, optimizer="adamw", lr=1e-2, weight_decay=0.05, schedule="cosine",
         label_smoothing=0.1, average=0.99, batch_norm=True, val_size=0,
     ),
-    # Goodfellow et al. 2013, section 5.1, the first of its two stages.
+    # Goodfellow et al. 2013, section 5.1; --second-stage is the second of its two stages.
     "paper": dict(
         model="maxout", epochs=500, patience=100, batch_size=100, optimizer="sgd", lr=0.1, momentum=0.5,
         schedule="maxout", max_norm=1.9365, black=0.0, val_size=10_000,
@@ -69,6 +71,7 @@ def get_args_parser():
     add("--schedule", choices=["constant", "cosine", "maxout"], default="constant", help="learning rate over time")
     add("--augment", action=argparse.BooleanOptionalAction, default=False, help="distort each training image anew")
     add("--average", type=number(float, 0, 1), help="decay per step of averaged weights, which are then the result")
+    add("--second-stage", metavar="RUN", help="go on from RUN's best epoch with the held-out images too")
     add("--patience", type=number(int, 1), help="stop after so many epochs without a better validation accuracy")
     return parser
 
@@ -124,6 +127,22 @@ def build(args, device, epoch_length):
     return state, train_step, state["average"].model if args.average is not None else model
 
 
+def begin_second_stage(args, state, network, loss_of, batches):
+    """Load what --second-stage had at its best epoch, and return its loss on the images that it was trained on.
+
+    Goodfellow et al. 2013, section 5.1: the second stage ends when the images once held out are learnt as well.
+    """
+    first = utils.load_checkpoint(Path(args.second_stage) / "best.pt")
+    for name in ("dataset", "model", "val_size", "schedule", "average"):
+        if first["options"].get(name) != getattr(args, name):
+            reason = f"{args.second_stage} was trained with another --{name.replace('_', '-')}"
+            raise utils.UserError(f"--second-stage: {reason}; give both the same options")
+    for name, item in state.items():
+        item.load_state_dict(first["state"][name])
+    logits, labels = utils.predict(network, batches)
+    return loss_of(logits, target_probabilities(args, logits.device)[labels]).item()
+
+
 def target_probabilities(args, device):
     """Row t is what the loss wants the network to say of label t: one-hot, perhaps smoothed; [10, 10]."""
     return torch.eye(10, device=device) * (1 - args.label_smoothing) + args.label_smoothing / 10
@@ -136,7 +155,9 @@ def main(argv=None):
     device = utils.pick_device(args.device)
     torch.manual_seed(args.seed)
 
-    train_set, val_set = hold_out(*load(args.dataset, args.data_dir, train=True), args.val_size)
+    everything = load(args.dataset, args.data_dir, train=True)
+    first_set, val_set = hold_out(*everything, args.val_size)
+    train_set = everything if args.second_stage else first_set
     count = len(train_set[0])
     if args.batch_norm and (count % args.batch_size or args.batch_size) == 1:
         raise utils.UserError(f"--batch-norm: the last of {count} images would be a batch alone; change --batch-size")
@@ -149,10 +170,15 @@ def main(argv=None):
         loss = LOSSES[args.loss](logits, target_probabilities(args, device)[labels])
         return {"val_loss": loss.item(), "val_accuracy": (logits.argmax(1) == labels).float().mean().item()}
 
+    options = {}
+    if args.second_stage:
+        seen = Batches(*first_set, 1000, device, low=args.black, shuffle=False)
+        goal = begin_second_stage(args, state, network, LOSSES[args.loss], seen)
+        options = {"score": "epoch", "enough": lambda row: row["val_loss"] <= goal}  # the last epoch is the result
+    elif args.val_size and args.patience:
+        options = {"enough": lambda row: row["epoch"] - run.best_epoch("val_accuracy") >= args.patience}
     run = utils.Run(args, state, checkpoint, name=f"{args.model}-{args.dataset}")
-    utils.train(
-        run, train_step, batches, validate if args.val_size else None, patience=args.patience if args.val_size else None
-    )
+    utils.train(run, train_step, batches, validate if args.val_size else None, **options)
     print(f"now measure it: python evaluate.py {run.folder}")
 
 

@@ -552,9 +552,6 @@ class Run:
         """Number of the first epoch with the highest `score`."""
         return max(self.history, key=lambda row: row[score])["epoch"]
 
-    def out_of_patience(self, score, patience):
-        return bool(patience and self.history and self.epoch - self.best_epoch(score) >= patience)
-
     def write_metrics(self):
         if self.history:
             text = io.StringIO()
@@ -658,7 +655,7 @@ def processor():
 # The loop -------------------------------------------------------------------------------------------------------------
 
 
-def train(run, train_step, batches, validate=None, score="val_accuracy", after_epoch=None, patience=None):
+def train(run, train_step, batches, validate=None, score="val_accuracy", after_epoch=None, enough=None):
     """Run `train_step(images, labels) -> {name: scalar tensor}` over `batches` until the epochs are done.
 
     batches: has a length, and `epoch(e, start)` yields (images, labels) of epoch `e` from batch `start` on. Where it
@@ -666,30 +663,34 @@ def train(run, train_step, batches, validate=None, score="val_accuracy", after_e
     does, taking the images becomes part of the step.
     validate: () -> {name: float} after each epoch; the epoch with the highest `score` among them is kept as best.pt.
     after_epoch: called with the epoch's row of metrics before its checkpoint is written.
-    patience: stop after so many epochs without a better score.
+    enough: stop after an epoch for whose row of metrics `enough(row)` holds.
 
     Writes checkpoint.pt after each epoch, every --save-interval seconds in between, and on SIGINT or SIGTERM,
     after which it raises Stopped. Raises UserError where a metric is not finite.
     """
     try:
-        train_epochs(run, train_step, batches, validate, score, after_epoch, patience)
+        train_epochs(run, train_step, batches, validate, score, after_epoch, enough)
     finally:
         if run.lock is not None:
             os.close(run.lock)
             run.lock = None
 
 
-def train_epochs(run, train_step, batches, validate, score, after_epoch, patience):
+def train_epochs(run, train_step, batches, validate, score, after_epoch, enough):
     args = run.args
     epochs = 1 if args.dry_run else args.epochs
+
+    def finished():
+        return run.epoch >= epochs or (enough and run.history and enough(run.history[-1]))
+
     if args.compile:
         compile_networks(run.state)
     step = GraphedStep(run, whole_step(run, train_step, batches))
     run.restore_random()  # as late as this: what the script did since may have drawn random numbers
-    if run.epoch >= epochs or run.out_of_patience(score, patience):
+    if finished():
         print(f"this run is finished, with {run.epoch} epochs; --epochs N goes on to more")
     with caught_signals() as signals:
-        while run.epoch < epochs and not run.out_of_patience(score, patience):
+        while not finished():
             started = time.monotonic()
             train_epoch(run, step, batches, signals)
             row = run.end_epoch(from_first(validate) if validate else {})
@@ -701,7 +702,7 @@ def train_epochs(run, train_step, batches, validate, score, after_epoch, patienc
                 run.save("best.pt")
             asked, _ = agree(signals, due=True)
             run.save()
-            if asked and run.epoch < epochs:
+            if asked and not finished():
                 stop(run, asked)
     draw_curves(run)
 

@@ -65,6 +65,10 @@ QUICK = {
 
 # What the README shows of the first seed's run.
 KEPT = {
+    "cnn-best": {
+        "evaluation/mistakes.png": "assets/mistakes.png",
+        "evaluation/confusion_matrix.png": "assets/confusion.png",
+    },
     "gan-lecture": {"samples/epoch-0025.png": "assets/gan-lecture.png"},
     "cgan-lecture": {"samples/epoch-0025.png": "assets/cgan-lecture.png"},
     "gan-paper": {"curves.png": "assets/gan-paper-curves.png"},

@@ -60,7 +60,7 @@ def test_reports_cover_the_epoch_without_gap_or_overlap(tmp_path):
     assert run.curve[0]["label"] * 6 + run.curve[1]["label"] * 4 == pytest.approx(45)
 
 
-def test_best_pt_is_the_best_epoch_and_patience_ends_the_run(tmp_path):
+def test_best_pt_is_the_best_epoch_and_the_run_ends_when_it_is_enough(tmp_path):
     accuracies = iter([0.5, 0.9, 0.9, 0.7, 0.8, 0.95])
     position = Position()
     run = start(tmp_path / "run", {"position": position}, epochs=6)
@@ -69,7 +69,13 @@ def test_best_pt_is_the_best_epoch_and_patience_ends_the_run(tmp_path):
         position.steps += 1
         return {"loss": torch.zeros(())}
 
-    utils.train(run, train_step, ten_images(10), lambda: {"val_accuracy": next(accuracies)}, patience=2)
+    def two_epochs_without_a_better_one(row):
+        return row["epoch"] - run.best_epoch("val_accuracy") >= 2
+
+    def validate():
+        return {"val_accuracy": next(accuracies)}
+
+    utils.train(run, train_step, ten_images(10), validate, enough=two_epochs_without_a_better_one)
     assert load(tmp_path / "run" / "best.pt")["state"]["position"]["steps"] == 2
     assert load(tmp_path / "run" / "checkpoint.pt")["state"]["position"]["steps"] == 4
 

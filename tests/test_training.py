@@ -184,6 +184,30 @@ def test_dry_run_takes_two_steps_and_writes_everything(tmp_path, capsys):
         assert (folder / name).stat().st_size > 0
 
 
+def test_the_second_stage_goes_on_from_the_best_epoch_with_all_images_until_they_are_learnt_alike(tmp_path):
+    flags = [*DIGITS, "--model", "mlp", "--val-size", "137", "--lr", "0.002"]
+    train(*flags, "--epochs", 60, "--patience", 5, "--output-dir", "first")
+    history, best = load(tmp_path / "first" / "checkpoint.pt")["history"], load(tmp_path / "first" / "best.pt")
+    assert len(history) == min(60, best["epoch"] + 5)
+    train(*flags, "--epochs", 60, "--second-stage", "first", "--output-dir", "second")
+    second = load(tmp_path / "second" / "checkpoint.pt")
+    steps_of = [checkpoint["state"]["optimizer"]["state"][0]["step"] for checkpoint in (best, second)]
+    assert steps_of == [41 * best["epoch"], 41 * best["epoch"] + 45 * second["epoch"]]  # of 1,300 and 1,437 images
+    losses = [row["val_loss"] for row in second["history"]]
+    assert min(losses[:-1], default=1) > losses[-1]
+    assert second["epoch"] < 60
+    assert same(load(tmp_path / "second" / "best.pt")["state"], second["state"])
+    kill_at((0, 3), 0, tmp_path, [*flags, "--epochs", "60", "--second-stage", "first"])
+    train("--resume", "run")
+    assert_same_run(tmp_path / "second", tmp_path / "run")
+
+
+def test_a_second_stage_of_another_kind_is_refused(tmp_path):
+    train(*DIGITS, "--recipe", "paper", "--dry-run", "--output-dir", "first")
+    with pytest.raises(utils.UserError, match="another --model"):
+        train(*DIGITS, "--recipe", "paper", "--model", "mlp", "--second-stage", "first")
+
+
 def test_new_runs_take_the_next_free_folder(tmp_path):
     for _ in range(2):
         train(*DIGITS, "--dry-run")
