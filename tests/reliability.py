@@ -478,7 +478,7 @@ def record(command, text):
     """Put the table and the command that made it into its section of results/reliability.md."""
     path = ROOT / "results" / "reliability.md"
     name = command.split()[0]
-    machine = "{processor}, Python {python}, torch {torch}, commit {commit}".format(**utils.environment())
+    machine = "{processor}, Python {python}, torch {torch}".format(**utils.environment())
     section = f"<!-- {name} -->\n`python tests/reliability.py {command}`; {machine}\n\n{text}\n<!-- /{name} -->"
     pattern = rf"<!-- {name} -->.*<!-- /{name} -->"
     path.write_text(re.sub(pattern, lambda _: section, path.read_text(), flags=re.DOTALL))

@@ -4,7 +4,9 @@ import gzip
 import hashlib
 import http.server
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -16,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ROOT
+from helpers import ROOT, assert_one_line
 from torchvision import datasets as tv
 
 from datasets import DATASETS, DataError, load
@@ -418,6 +420,32 @@ def test_a_silent_server_does_not_keep_one_waiting(tmp_path, serve, monkeypatch)
     serve(tmp_path / "server", tv.KMNIST, SilentHandler)
     monkeypatch.setattr("datasets.mnist.PATIENCE", 0.2)
     assert "timed out" in error_of("kmnist", tmp_path / "data")
+    assert files_below(tmp_path / "data") == []
+
+
+TRAIN = """
+import sys
+import train_classifier, utils
+from datasets import mnist
+mnist.MIRRORS["MNIST"] = [sys.argv[1]]
+utils.run_script(lambda: train_classifier.main(["--data-dir", sys.argv[2], "--output-dir", sys.argv[2] + "/run"]))
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends POSIX signals")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_during_the_download_leaves_nothing_behind(tmp_path, serve, number):
+    write_fake(tmp_path / "server", gz=True)
+    serve(tmp_path / "server", tv.MNIST, SilentHandler)
+    command = [sys.executable, "-c", TRAIN, *MIRRORS["MNIST"], tmp_path / "data"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("data/.download-*/MNIST/raw")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 128 + number
+    assert_one_line(errors, "interrupted")
     assert files_below(tmp_path / "data") == []
 
 

@@ -192,7 +192,8 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path, before, after)
         if line.startswith("epoch 1/"):
             break
     stopped.send_signal(signal.SIGTERM)
-    stopped.communicate(timeout=120)
+    _, errors = stopped.communicate(timeout=120)
+    assert "stopped and saved; go on with: python train_classifier.py --resume run" in errors
     assert load(tmp_path / "run" / "checkpoint.pt")["epoch"] < 2
     run(after, driven, "--resume", "run", cwd=tmp_path)
     assert_close(tmp_path / "whole", tmp_path / "run")
