@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -212,6 +213,13 @@ def test_new_runs_take_the_next_free_folder(tmp_path):
     for _ in range(2):
         train(*DIGITS, "--dry-run")
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["cnn-digits", "cnn-digits-2"]
+
+
+def test_runs_started_in_the_same_moment_get_folders_of_their_own(tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        folders = list(pool.map(utils.new_folder, [None] * 8, ["cnn-mnist"] * 8))
+    assert len(set(folders)) == 8
+    assert all(folder.is_dir() for folder in folders)
 
 
 def test_more_epochs_go_on_from_a_finished_run(tmp_path, capsys):
