@@ -1,6 +1,7 @@
 """Steps per second of this repository's loop against the ordinary loop that a student would write.
 
 python benchmarks/speed.py --data-dir data
+python benchmarks/speed.py --data-dir data --compile    # our loop with --compile as well, on the CPU
 python benchmarks/speed.py --data-dir data --device cuda
 python benchmarks/speed.py --data-dir data --profile    # where the time of our steps goes: results/profile-DEVICE.txt
 
@@ -309,6 +310,7 @@ def main():
     parser.add_argument("--device", choices=list(LOOPS), default="cpu", help="where to train (default: cpu)")
     parser.add_argument("--steps", type=int, default=150, help="steps of each loop in a turn (default: 150)")
     parser.add_argument("--turns", type=int, default=7, help="turns (default: 7)")
+    parser.add_argument("--compile", action="store_true", help="on the CPU too: our loop with --compile as well")
     parser.add_argument("--profile", action="store_true", help="only show where the time of our steps goes")
     args = parser.parse_args()
     if args.profile:
@@ -321,6 +323,8 @@ def main():
         (ROOT / "results" / f"profile-{args.device}.txt").write_text(text)
         print(text)
         return
+    if args.compile:
+        LOOPS["cpu"]["ours, compiled"] = LOOPS["cuda"]["ours, compiled"]
     rows = {}
     for case in CASES:
         with tempfile.TemporaryDirectory() as folder:
