@@ -227,6 +227,8 @@ def pick_device(name):
     warnings.filterwarnings("ignore", message="The value of the smallest subnormal")  # older numpy remarks on it
     if sys.platform == "linux":
         keep_freed_memory()
+    if name == "cuda":
+        torch.set_float32_matmul_precision("high")  # products of float32 matrices in TF32, as convolutions are anyway
     device = torch.device(name)
     return join_processes(device) if TORCHRUN else device
 
