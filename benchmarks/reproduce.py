@@ -152,10 +152,9 @@ def quick(args):
             print(f"{name}: skipped, there is no MNIST in {args.data_dir}")
             continue
         with tempfile.TemporaryDirectory() as folder:
+            command, threads = f"{ROWS[name][0]} {flags}", os.cpu_count()
             values = [
-                run_seed(f"{ROWS[name][0]} {flags}", seed, Path(folder) / str(seed), args.data_dir, os.cpu_count())[
-                    metric
-                ]
+                run_seed(command, seed, Path(folder) / str(seed), args.data_dir, threads)[metric]
                 for seed in range(3 if args.record else 1)
             ]
         if args.record:  # three values say little about the spread: twice their range on either side
