@@ -85,7 +85,7 @@ def generator_line(name, epochs, row, real):
 
 def speed_table(speed):
     lines = [
-        "| | ordinary loop | this loop | ratio (lowest to highest) | ratio with `--compile` | share of the machine's limit |",
+        "| | ordinary loop | this loop | ratio (lowest to highest) | with `--compile` | share of the machine's limit |",
         "|---|---|---|---|---|---|",
     ]
     for name, row in speed["rows"].items():

@@ -8,12 +8,10 @@ python tests/reliability.py changes --count 1000 --data-dir data
 kills: Each of the three scripts trains for two epochs on a few small gzipped images and saves after each step. A first
 run counts the points it passes; then one process for each chosen point is killed there (SIGKILL), another one resumes,
 and its run is compared with the first one. Processes are forked from this one, which saves them importing torch.
-signals: SIGINT, SIGTERM and two SIGINT in a row at such points: the script finishes the step, saves, and says how to go
-on.
+signals: SIGINT, SIGTERM and two SIGINT in a row there: the script finishes the step, saves, and says how to go on.
 dropped: The control of these. Of a checkpoint from the middle of the second epoch, each part in turn is put back to
 what it was before the first step; the run that goes on from there must differ from the undisturbed one.
 changes: Checkpoints and MNIST's files are cut short, and one byte at a time is changed.
---record puts the table into results/reliability.md.
 """
 
 import argparse
@@ -22,6 +20,7 @@ import contextlib
 import gzip
 import hashlib
 import io
+import itertools
 import multiprocessing
 import os
 import random
@@ -190,14 +189,15 @@ def train(script, flags, at=None, names=None):
 
 def same_run(a, b):
     """Whether checkpoints, table and samples of two runs are equal, byte by byte or tensor by tensor."""
-    names = sorted(path.relative_to(a) for path in a.rglob("*") if path.suffix in (".pt", ".csv", ".png", ".gif"))
-    for name in names:
-        if not (b / name).exists():
-            return False
-        if name.suffix == ".pt":
-            if not same(load(a / name), load(b / name)):
-                return False
-        elif name.name != "curves.png" and (a / name).read_bytes() != (b / name).read_bytes():
+    for path in a.rglob("*"):
+        other = b / path.relative_to(a)
+        if path.suffix == ".pt":
+            equal = other.exists() and same(load(path), load(other))
+        elif path.suffix in (".csv", ".png", ".gif") and path.name != "curves.png":
+            equal = other.exists() and path.read_bytes() == other.read_bytes()
+        else:
+            equal = True
+        if not equal:
             return False
     return not list(b.rglob("*.tmp"))
 
@@ -319,12 +319,10 @@ def parts(checkpoint):
 
 
 def drop(checkpoint, fresh, part):
-    """The checkpoint with this part as it was before the first step."""
-    inner, source = checkpoint, fresh
+    """Put this part of the checkpoint back to what it was before the first step."""
     for key in part[:-1]:
-        inner, source = inner[key], source[key]
-    inner[part[-1]] = source[part[-1]]
-    return checkpoint
+        checkpoint, fresh = checkpoint[key], fresh[key]
+    checkpoint[part[-1]] = fresh[part[-1]]
 
 
 def save_only(script, flags):
@@ -352,7 +350,8 @@ def goes_on_without(part, name, whole, killed, fresh):
     run = killed.with_name("-".join(map(str, (name, "without", *(part or ())))))
     shutil.copytree(killed, run)
     if part:
-        checkpoint = drop(load(killed / "checkpoint.pt"), load(fresh / "checkpoint.pt"), part)
+        checkpoint = load(killed / "checkpoint.pt")
+        drop(checkpoint, load(fresh / "checkpoint.pt"), part)
         save_sealed(checkpoint, run / "checkpoint.pt")
     good = fork(train(SCRIPTS[name][0], ["--resume", str(run)])) == 0 and same_run(whole, run)
     shutil.rmtree(run)
@@ -368,10 +367,8 @@ def dropped(args, folder, pool):
         assert (checkpoint["epoch"], checkpoint["batch"]) == (1, 3)
         for part in (None, *parts(checkpoint)):
             trials.append((name, part, pool.submit(goes_on_without, part, name, whole, killed, fresh)))
-    rows = [
-        (name, " ".join(map(str, part or ["nothing"])), "no" if trial.result() else "yes")
-        for name, part, trial in trials
-    ]
+    told = {True: "no", False: "yes"}
+    rows = [(name, " ".join(map(str, part or ["nothing"])), told[trial.result()]) for name, part, trial in trials]
     good = all(row[-1] == ("no" if row[1] == "nothing" else "yes") for row in rows)
     return table(("script", "part left out", "noticed"), rows), good
 
@@ -456,11 +453,10 @@ def changed_checkpoints(args, folder):
 
 
 def changes(args, folder, pool):
-    """A table of all changes, and whether none went by with a wrong result."""
+    """A table of all changes, and whether none led to a wrong result."""
     results = collections.defaultdict(collections.Counter)
-    for yielded in (changed_checkpoints(args, folder), changed_data(args, folder)):
-        for name, kind, result in yielded:
-            results[name, kind][result] += 1
+    for name, kind, result in itertools.chain(changed_checkpoints(args, folder), changed_data(args, folder)):
+        results[name, kind][result] += 1
     rows = [(*key, n.total(), n["noticed"], n["without effect"], n["wrong"]) for key, n in results.items()]
     columns = ("file", "change", "times", "noticed", "read as if unchanged, rightly", "wrong")
     return table(columns, rows), not any(count["wrong"] for count in results.values())
@@ -476,8 +472,7 @@ def table(columns, rows):
 
 def record(command, text):
     """Put the table and the command that made it into its section of results/reliability.md."""
-    path = ROOT / "results" / "reliability.md"
-    name = command.split()[0]
+    path, name = ROOT / "results" / "reliability.md", command.split()[0]
     machine = "{processor}, Python {python}, torch {torch}".format(**utils.environment())
     section = f"<!-- {name} -->\n`python tests/reliability.py {command}`; {machine}\n\n{text}\n<!-- /{name} -->"
     pattern = rf"<!-- {name} -->.*<!-- /{name} -->"

@@ -32,7 +32,7 @@ PUBLISHED = dict(MIRRORS)
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch):
-    """Nothing leaves the machine: the mirrors are a closed local port."""
+    """The mirrors are a closed local port."""
     monkeypatch.setenv("no_proxy", "*")
     for folder in MIRRORS:
         monkeypatch.setitem(MIRRORS, folder, ["http://127.0.0.1:1/"])
@@ -410,7 +410,6 @@ def test_download_of_a_relative_that_is_not_the_published_one_leaves_nothing_beh
 
 
 def test_an_unpacked_relative_is_not_read_without_its_published_gz(tmp_path):
-    """There is no published sum to tell it from an altered one."""
     write_fake(tmp_path / "KMNIST" / "raw")
     assert f"{TRAIN_IMAGES}.gz is missing" in error_of("kmnist", tmp_path)
 
