@@ -22,11 +22,7 @@ SLIDES = [
     ("Update (W = W - rate · ∂L/∂W)", "train_classifier.py", "optimizer.step()"),
     ("Cross-entropy loss", "train_classifier.py", '"cross-entropy":'),
     ("Convolution", "models/cnn.py", "self.conv1 = nn.Conv2d("),
-    (
-        "Convolutional neural network (CONV, BN, ReLU, FC)",
-        "models/cnn.py",
-        "x = self.activation(self.bn1(self.conv1(x)))",
-    ),
+    ("Convolutional neural network (CONV, BN, ReLU)", "models/cnn.py", "x = self.activation(self.bn1(self.conv1(x)))"),
     ("MNIST database", "datasets/mnist.py", "def load_mnist("),
     ("Code snippet: MLP", "models/mlp.py", "class MLP("),
     ("Code snippet: CNN", "models/cnn.py", "class CNN("),
