@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results" / "results.json"
 BANDS = ROOT / "results" / "quick.json"
 
-# name -> command, and what has been published for it.
+# name -> command, in which a row's name stands for the same seed's run of that row; what has been published for it.
 ROWS = {
     "mlp-lecture": ("train_classifier.py --model mlp --recipe lecture", "92.46 % (the lecture's code, one seed)"),
     "cnn-lecture": ("train_classifier.py --model cnn --recipe lecture", "97.76 % (the lecture's code, one seed)"),
@@ -35,9 +35,10 @@ ROWS = {
     "cnn-batch-norm": ("train_classifier.py --model cnn --batch-norm", ""),
     "mlp-best": ("train_classifier.py --model mlp --recipe best", ""),
     "cnn-best": ("train_classifier.py --model cnn --recipe best --amp", ""),
+    "maxout-first-stage": ("train_classifier.py --recipe paper", ""),
     "maxout-paper": (
-        "train_classifier.py --model maxout --recipe paper --epochs 60",
-        "99.06 % (both stages, Goodfellow et al. 2013)",
+        "train_classifier.py --recipe paper --second-stage maxout-first-stage",
+        "99.06 % (Goodfellow et al. 2013)",
     ),
     "digits-best": ("train_classifier.py --dataset digits --recipe best", ""),
     "gan-lecture": ("train_gan.py --recipe lecture", ""),
@@ -92,7 +93,7 @@ def run_seed(command, seed, folder, data_dir, threads):
         subprocess.run([sys.executable, str(ROOT / script), *map(str, flags)], check=True, env=environment)
 
     metrics = folder / "evaluation" / "metrics.json"
-    script, *flags = command.split()
+    script, *flags = [folder.with_name(f"{word}-{seed}") if word in ROWS else word for word in command.split()]
     if not metrics.is_file():
         if any(folder.glob("*.pt")):
             call(script, "--resume", folder, "--data-dir", data_dir)
