@@ -19,6 +19,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import utils
+
 RESULTS = ROOT / "results" / "results.json"
 BANDS = ROOT / "results" / "quick.json"
 
@@ -90,7 +94,8 @@ def run_seed(command, seed, folder, data_dir, threads):
 
     def call(script, *flags):
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        subprocess.run([sys.executable, str(ROOT / script), *map(str, flags)], check=True, env=environment)
+        if subprocess.run([sys.executable, str(ROOT / script), *map(str, flags)], env=environment).returncode:
+            raise utils.UserError(f"{script} stopped; mend what it says, and the same command goes on with {folder}")
 
     metrics = folder / "evaluation" / "metrics.json"
     script, *flags = [folder.with_name(f"{word}-{seed}") if word in ROWS else word for word in command.split()]
@@ -126,7 +131,7 @@ def record(name, metrics, epochs, config):
     row = {
         "command": f"python {command}",
         "published": published,
-        "epochs_trained": epochs[0],
+        "epochs_trained": epochs,
         "epochs_evaluated": [seed["epochs"] for seed in metrics],  # best.pt's, where images are held out
     }
     if "test_accuracy" in metrics[0]:
@@ -183,10 +188,11 @@ def main():
     if args.quick:
         sys.exit(0 if quick(args) else "a short form falls outside its band in results/quick.json")
     if args.list or not args.names:
-        print("\n".join(f"{name:14} python {command}" for name, (command, _) in ROWS.items()))
+        width = max(map(len, ROWS))
+        print("\n".join(f"{name:{width}}  python {command}" for name, (command, _) in ROWS.items()))
     for name in args.names:
         run_row(name, args)
 
 
 if __name__ == "__main__":
-    main()
+    utils.run_script(main)

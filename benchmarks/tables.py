@@ -46,7 +46,8 @@ def results_table(rows):
     for name, row in rows.items():
         accuracy = f"{100 * row['test_accuracy_mean']:.2f} ± {100 * row['test_accuracy_sd']:.2f} %"
         errors = ", ".join(map(str, row["test_errors"]))
-        cells = [name, f"`{row['command']}`", str(row["epochs_trained"]), accuracy, errors, row["published"]]
+        epochs = " to ".join(map(str, sorted({min(row["epochs_trained"]), max(row["epochs_trained"])})))
+        cells = [name, f"`{row['command']}`", epochs, accuracy, errors, row["published"]]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
