@@ -133,7 +133,7 @@ def begin_second_stage(args, state, network, loss_of, batches):
     Goodfellow et al. 2013, section 5.1: the second stage ends when the images once held out are learnt as well.
     """
     first = utils.load_checkpoint(Path(args.second_stage) / "best.pt")
-    for name in ("dataset", "model", "val_size", "schedule", "average"):
+    for name in ("dataset", "model", "activation", "batch_norm", "val_size", "optimizer", "schedule", "average", "amp"):
         if first["options"].get(name) != getattr(args, name):
             reason = f"{args.second_stage} was trained with another --{name.replace('_', '-')}"
             raise utils.UserError(f"--second-stage: {reason}; give both the same options")

@@ -24,7 +24,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
@@ -155,7 +154,7 @@ def adversarial_args_parser(*args):
 
 
 # What may differ when a run goes on; everything else would make it another run.
-FREE_ON_RESUME = {"resume", "data_dir", "device", "epochs", "log_interval", "save_interval"}
+FREE_ON_RESUME = {"resume", "data_dir", "device", "cuda_graph", "epochs", "log_interval", "save_interval"}
 
 
 def parse_args(parser, recipes, variants=None, argv=None):
@@ -194,8 +193,9 @@ def parse_args(parser, recipes, variants=None, argv=None):
     changed = [name for name, value in vars(args).items() if value != parser.get_default(name)]
     if checkpoint:
         for name in set(changed) - FREE_ON_RESUME:
-            was, flag = defaults.get(name), f"--{name.replace('_', '-')}"
-            raise UserError(f"{flag} {getattr(args, name)}: {first.resume} was trained with {was}; leave {flag} out")
+            value, flag = getattr(args, name), name.replace("_", "-")
+            flag = f"--no-{flag}" if value is False else f"--{flag}" if value is True else f"--{flag} {value}"
+            raise UserError(f"{flag}: {first.resume} was trained with {name}={defaults.get(name)}; leave {flag} out")
     if args.compile and getattr(args, "r1", 0):
         raise UserError("--compile cannot differentiate twice, as --r1 does; leave one out, or --r1 0")
     if args.schedule == "maxout" and args.optimizer != "sgd":
@@ -426,6 +426,8 @@ class Run:
         self.history, self.curve = [], []  # a row of means per epoch; a row per report
         self.random = {}  # state of the random generators that the training goes on with
         self.share = 1.0  # of the batch, that is this process's part
+        if args.batch_size < world_size():
+            raise UserError(f"--batch-size {args.batch_size}: less than the {world_size()} processes; raise it to that")
         for optimizer in self.optimizers():
             optimizer.register_step_pre_hook(self.add_up_gradients)
         self.folder = Path(args.resume or from_first(lambda: str(new_folder(args.output_dir, name))))
@@ -447,9 +449,11 @@ class Run:
         """Before an update by several processes: the gradients of the whole batch's mean loss."""
         if world_size() > 1:
             gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-            total = parameters_to_vector(gradients) * self.share
+            total = torch.cat([gradient.flatten() for gradient in gradients]) * self.share
             dist.all_reduce(total)
-            vector_to_parameters(total, gradients)
+            parts = total.split([gradient.numel() for gradient in gradients])
+            for gradient, part in zip(gradients, parts):  # in place: a fused update needs its weights' memory layout
+                gradient.copy_(part.view_as(gradient))
 
     def save(self, name="checkpoint.pt"):
         """Write the whole state. Raises UserError instead where a metric or a weight is not finite."""
@@ -478,8 +482,6 @@ class Run:
             for optimizer in self.optimizers():
                 for group in optimizer.param_groups:
                     group["lr"] = float(group["lr"])  # a tensor, where a CUDA graph needed one
-                    if "capturable" in group:
-                        group["capturable"] = False
             processes = checkpoint["processes"]
         except (KeyError, RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())
@@ -532,6 +534,8 @@ class Run:
         """Add the means since the last report to the curve, and return them."""
         now = {"count": self.count, **self.totals()}
         count = now["count"] - self.reported["count"]
+        if not count:  # a last batch of fewer images than processes, which is left out
+            return {}
         means = {name: (now[name] - self.reported.get(name, 0)) / count for name in self.sums}
         self.reported = now
         self.curve.append({"epoch": self.epoch + self.batch / epoch_length, **means})
@@ -690,7 +694,7 @@ def train_epochs(run, train_step, batches, validate, score, after_epoch, enough)
     step = GraphedStep(run, whole_step(run, train_step, batches))
     run.restore_random()  # as late as this: what the script did since may have drawn random numbers
     if finished():
-        print(f"this run is finished, with {run.epoch} epochs; --epochs N goes on to more")
+        print(f"this run is finished at epoch {run.epoch}; --epochs N goes on to more")
     with caught_signals() as signals:
         while not finished():
             started = time.monotonic()
@@ -764,8 +768,9 @@ class GraphedStep:
     """`step(*tensors)` as one CUDA graph where that can be had: captured at the fourth call, replayed from then on.
 
     A replay costs one launch instead of hundreds, and draws new random numbers. The learning rate becomes a tensor, so
-    that a schedule reaches it. Inputs of another shape (the short last batch) take the ordinary way; so does everything
-    on other devices, with several processes, with --no-cuda-graph, and where the capture fails, which is said.
+    that a schedule reaches it. A short last batch takes the ordinary way; so does everything on other devices, with
+    several processes, with --no-cuda-graph, and where a schedule changes more than the learning rate, which is said.
+    Raises UserError where the step cannot be captured.
     """
 
     WARM_UP = 3
@@ -776,14 +781,13 @@ class GraphedStep:
         self.wanted = run.args.cuda_graph and world_size() == 1
 
     def __call__(self, *inputs):
-        if not self.wanted or inputs[0].device.type != "cuda":
+        whole = len(inputs[0]) == self.run.args.batch_size
+        if not self.wanted or not whole or inputs[0].device.type != "cuda":
             return self.step(*inputs)
         if self.inputs is None:
             self.inputs = [tensor.clone() for tensor in inputs]
             self.make_learning_rates_tensors()
             self.settings = self.baked_in()
-        if any(mine.shape != its.shape for mine, its in zip(self.inputs, inputs)):
-            return self.step(*inputs)
         if self.calls == self.WARM_UP:
             self.capture()
         if self.graph is None:
@@ -803,28 +807,38 @@ class GraphedStep:
         torch.cuda.current_stream().wait_stream(stream)
 
     def capture(self):
+        if self.baked_in() != self.settings:
+            self.wanted = False
+            print("the step is not replayed as a CUDA graph: the optimiser's settings change from step to step")
+            return
+        groups = [group for group in self.groups() if "capturable" in group]
+        graph = torch.cuda.CUDAGraph()
         try:
-            if self.baked_in() != self.settings:
-                raise RuntimeError("the optimiser's settings change from step to step")
-            graph = torch.cuda.CUDAGraph()
+            for group in groups:
+                group["capturable"] = True
             with torch.cuda.graph(graph):
                 self.step(*self.inputs)
-            self.graph = graph
-        except RuntimeError as error:
-            self.wanted = False
-            print(f"the step is not replayed as a CUDA graph: {str(error).splitlines()[0]}")
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # what the attempt has left behind is not to be gone on with
+            reason = str(error).splitlines()[0]
+            raise UserError(f"the step cannot be a CUDA graph ({reason}); start again with --no-cuda-graph") from error
+        finally:
+            for group in groups:
+                group["capturable"] = False
+        self.graph = graph
 
     def make_learning_rates_tensors(self):
-        for optimizer in self.run.optimizers():
-            for group in optimizer.param_groups:
-                group["lr"] = torch.tensor(float(group["lr"]), device=self.inputs[0].device)
-                if "capturable" in group:
-                    group["capturable"] = True
+        for group in self.groups():
+            group["lr"] = torch.tensor(float(group["lr"]), device=self.inputs[0].device)
 
     def baked_in(self):
         """The optimisers' settings that a graph would keep as they are at its capture."""
-        groups = [group for optimizer in self.run.optimizers() for group in optimizer.param_groups]
-        return [{name: group[name] for name in group.keys() - {"params", "lr", "initial_lr"}} for group in groups]
+        changing = {"params", "lr", "initial_lr"}
+        return [{name: group[name] for name in group.keys() - changing} for group in self.groups()]
+
+    def groups(self):
+        return [group for optimizer in self.run.optimizers() for group in optimizer.param_groups]
 
 
 @contextmanager

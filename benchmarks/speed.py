@@ -211,6 +211,7 @@ def compare(case, device, data_dir, folder, steps, turns):
         arguments = (case, device, more, data_dir, tempfile.mkdtemp(dir=folder), steps)
         # No daemon, since the ordinary loop's workers are its children.
         context.Process(target=work, args=(prepare, arguments, there)).start()
+        there.close()  # so that recv fails, instead of waiting for ever, where that process has died
     costs = [pipe.recv() for pipe in pipes.values()]
     cost = next(cost for cost in costs if cost)
     limits = []
@@ -313,6 +314,7 @@ def main():
     parser.add_argument("--compile", action="store_true", help="on the CPU too: our loop with --compile as well")
     parser.add_argument("--profile", action="store_true", help="only show where the time of our steps goes")
     args = parser.parse_args()
+    utils.pick_device(args.device)  # the machine's limit is measured with its settings too
     if args.profile:
         tables = []
         for case in CASES:

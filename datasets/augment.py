@@ -6,15 +6,14 @@ import torch
 import torch.nn.functional as F
 
 
-def distort(images, degrees=10.0, scale=0.1, shear=10.0, shift=2.0, elastic=0.0):
-    """Each image [N, 1, H, W] under a random affine map and a random smooth warp of its own; same shape.
+def distort(images, degrees=10.0, scale=0.1, shear=10.0, shift=2.0):
+    """Each image [N, 1, H, W] under a random affine map of its own; same shape.
 
     degrees, shear: largest rotation and shear, in degrees. scale: largest relative change of width and of height.
-    shift: largest translation, in pixels. elastic: standard deviation of the warp's displacements, in pixels,
-    drawn on a 5x5 grid and smoothed in between (after Simard, Steinkraus & Platt, ICDAR 2003).
+    shift: largest translation, in pixels.
     """
     with torch.autocast(images.device.type, enabled=False):  # bfloat16 is too coarse for coordinates
-        grid = random_grid(images, degrees, scale, shear, shift, elastic)
+        grid = random_grid(images, degrees, scale, shear, shift)
         # Within the centres of the border pixels, so that the border, the background, repeats: padding_mode="border",
         # which not every device has.
         height, width = images.shape[2:]
@@ -23,7 +22,7 @@ def distort(images, degrees=10.0, scale=0.1, shear=10.0, shift=2.0, elastic=0.0)
         return F.grid_sample(images, torch.stack([x, y], dim=-1), align_corners=False)
 
 
-def random_grid(images, degrees, scale, shear, shift, elastic):
+def random_grid(images, degrees, scale, shear, shift):
     """Where each pixel of the result is taken from: x and y in [-1, 1], [N, H, W, 2]."""
     n, _, height, width = images.shape
 
@@ -37,9 +36,4 @@ def random_grid(images, degrees, scale, shear, shift, elastic):
     # grid_sample's coordinates run from -1 to 1, so one pixel is 2 / side.
     row_x = torch.stack([cos * stretch_x, (slant * cos - sin) * stretch_y, uniform(shift * 2 / width)], dim=1)
     row_y = torch.stack([sin * stretch_x, (slant * sin + cos) * stretch_y, uniform(shift * 2 / height)], dim=1)
-    grid = F.affine_grid(torch.stack([row_x, row_y], dim=1), images.shape, align_corners=False)  # [N, H, W, 2]
-    if elastic:
-        knots = torch.randn(n, 2, 5, 5, device=images.device) * (elastic * 2 / width)
-        warp = F.interpolate(knots, size=(height, width), mode="bicubic", align_corners=True)
-        grid = grid + warp.permute(0, 2, 3, 1)
-    return grid
+    return F.affine_grid(torch.stack([row_x, row_y], dim=1), images.shape, align_corners=False)

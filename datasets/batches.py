@@ -7,14 +7,14 @@ class Batches:
     """A whole data set as a uint8 tensor on the device, drawn in batches and normalised one batch at a time.
 
     images: uint8 [N, 1, 28, 28]; labels: int64 [N]. Batches are float32 images [B, 1, 28, 28] with black at
-    `low` and white at `high`, and labels [B]; the last batch of an epoch may be shorter.
+    `low` and white at 1, and labels [B]; the last batch of an epoch may be shorter.
     """
 
-    def __init__(self, images, labels, batch_size, device, low=-1.0, high=1.0, shuffle=True, seed=0):
+    def __init__(self, images, labels, batch_size, device, low=-1.0, shuffle=True, seed=0):
         self.images = images.to(device)
         self.labels = labels.to(device)
         self.batch_size = batch_size
-        self.low, self.high = low, high
+        self.low = low
         self.shuffle = shuffle
         self.seed = seed
 
@@ -33,7 +33,7 @@ class Batches:
 
     def take(self, rows):
         """The images and labels of these rows."""
-        scale = (self.high - self.low) / 255
+        scale = (1 - self.low) / 255
         return self.images[rows].float().mul_(scale).add_(self.low), self.labels[rows]
 
     def order(self, epoch):

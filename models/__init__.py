@@ -45,5 +45,6 @@ def build_classifier(name, activation=None, batch_norm=False):
     if batch_norm:
         options["batch_norm"] = True
     for option in sorted(options.keys() - inspect.signature(CLASSIFIERS[name]).parameters.keys()):
-        raise ValueError(f"the model {name} has no option --{option.replace('_', '-')}")
+        flag = option.replace("_", "-")
+        raise ValueError(f"the model {name} has no option --{flag}; leave it out (--no-{flag} if the recipe sets it)")
     return CLASSIFIERS[name](**options)

@@ -4,7 +4,7 @@ import csv
 
 import pytest
 import torch
-from helpers import DIGITS, load, run
+from helpers import DIGITS, ROOT, load, run
 from test_loop import Position, start, ten_images
 
 import train_cgan
@@ -77,20 +77,49 @@ def test_every_replay_draws_new_noise(tmp_path, capsys):
 
     batches = ten_images(batch_size=5)
     batches = Batches(batches.images, batches.labels, 5, "cuda")
-    utils.train(start(tmp_path / "run", {"position": position}, epochs=6), train_step, batches)
+    utils.train(start(tmp_path / "run", {"position": position}, epochs=6, batch_size=5), train_step, batches)
     assert len(set(drawn.tolist())) == 12
     assert "not replayed" not in capsys.readouterr().out
 
 
-def test_a_step_that_cannot_be_captured_runs_as_it_is_and_says_so_once(tmp_path, capsys):
-    def train_step(images, labels):
-        return {"label": torch.tensor(labels.sum().item() / len(labels), device="cuda")}  # waits for the device
+# A loss that waits for the device, in G's stage of the step too, where D is frozen.
+WAITS = """
+import sys
+sys.path.insert(0, {root!r})
+import torch.nn.functional as F
+import train_gan, utils
+softplus = F.softplus
+F.softplus = lambda logits: softplus(logits) + 0 * logits.sum().item()
+utils.run_script(train_gan.main)
+"""
 
-    batches = ten_images(batch_size=2)
-    run = start(tmp_path / "run", {"position": Position().cuda()})
-    utils.train(run, train_step, Batches(batches.images, batches.labels, 2, "cuda"))
-    assert [row["label"] for row in run.history] == pytest.approx([4.5, 4.5])
-    assert capsys.readouterr().out.count("not replayed as a CUDA graph") == 1
+
+def test_a_step_that_cannot_be_captured_ends_with_a_line_and_trains_without_graphs(tmp_path):
+    driven = tmp_path / "train_gan.py"
+    driven.write_text(WAITS.format(root=str(ROOT)))
+    _, errors = run(driven, *CUDA, "--recipe", "best", cwd=tmp_path, code=1)
+    assert "cannot be a CUDA graph" in errors
+    assert "--no-cuda-graph" in errors
+    assert "Traceback" not in errors
+    run(driven, *CUDA, "--recipe", "best", "--no-cuda-graph", cwd=tmp_path)
+
+
+def test_graphs_can_be_turned_off_when_a_run_goes_on(tmp_path):
+    run("train_gan.py", *CUDA, "--recipe", "best", "--epochs", "1", "--output-dir", "run", cwd=tmp_path)
+    run("train_gan.py", "--resume", "run", "--no-cuda-graph", "--epochs", "2", cwd=tmp_path)
+
+
+def test_a_schedule_of_the_momentum_takes_the_ordinary_way_and_says_so_once(tmp_path):
+    output, _ = run("train_gan.py", *CUDA, "--recipe", "paper", cwd=tmp_path)
+    assert output.count("not replayed as a CUDA graph") == 1
+
+
+@pytest.mark.parametrize("recipe", [["train_classifier.py", "--model", "mlp"], ["train_gan.py"]])
+def test_nothing_is_remarked_on(tmp_path, recipe):
+    script, *flags = recipe
+    output, errors = run(script, *CUDA, *flags, "--recipe", "best", cwd=tmp_path)
+    assert "not replayed" not in output
+    assert not errors
 
 
 def test_a_run_from_the_gpu_goes_on_on_the_cpu_and_back(tmp_path):

@@ -26,6 +26,7 @@ class Position(torch.nn.Module):
 def start(folder, state, **options):
     defaults = {
         "epochs": 2,
+        "batch_size": 2,
         "amp": False,
         "compile": False,
         "cuda_graph": True,

@@ -23,18 +23,20 @@ pytestmark = pytest.mark.skipif(os.name == "nt", reason="kills processes with PO
 FLAGS = [*DIGITS, "--epochs", "2", "--batch-size", "32", "--val-size", "29", "--optimizer", "sgd", "--lr", "0.01"]
 SCRIPTS = {
     "mlp": ("train_classifier.py", ["--model", "mlp", *FLAGS, "--batch-size", "33"]),  # parts of 17 and 16
-    "cnn": ("train_classifier.py", ["--model", "cnn", *FLAGS]),
+    "cnn": ("train_classifier.py", ["--model", "cnn", "--amp", *FLAGS]),  # whose weights lie channels last then
     "gan": ("train_gan.py", [*FLAGS, "--r1", "0.5", "--average", "0.99"]),
     "cgan": ("train_cgan.py", FLAGS),
 }
 
-# Runs a script without dropout and with noise that is drawn for the whole batch, whatever the number of processes.
+# Runs a script without dropout and with noise that is drawn for the whole batch, whatever the number of processes, and
+# --amp without its rounding.
 WITHOUT_CHANCE = """
-import runpy, sys
+import contextlib, runpy, sys
 sys.path.insert(0, {root!r})
 import torch
 import models.gan, utils
 torch.nn.Dropout.forward = lambda self, x: x
+torch.autocast = lambda *args, **options: contextlib.nullcontext()
 drawn, calls = models.gan.draw_noise, 0
 def draw_noise(n, kind, device, generator=None):
     global calls
@@ -74,8 +76,8 @@ import torch
 import utils
 from datasets import Batches
 args = argparse.Namespace(
-    epochs=1, amp=False, compile=False, cuda_graph=True, seed=0, log_interval=1, save_interval=1000.0, dry_run=False,
-    script="x.py", output_dir="run", resume=None,
+    epochs=1, batch_size=4, amp=False, compile=False, cuda_graph=True, seed=0, log_interval=1, save_interval=1000.0,
+    dry_run=False, script="x.py", output_dir="run", resume=None,
 )
 device = utils.pick_device("cpu")
 torch.manual_seed(0)
@@ -143,6 +145,19 @@ def test_restarts_need_a_folder_that_they_find_again(tmp_path):
     _, errors = torchrun(2, script, *SCRIPTS["mlp"][1], cwd=tmp_path, more=["--max-restarts", "1"], code=1)
     assert "torchrun --max-restarts needs --output-dir" in errors
     assert not (tmp_path / "runs").exists()
+
+
+def test_fewer_images_in_a_batch_than_processes_is_one_line(tmp_path):
+    flags = [*DIGITS, "--batch-size", "1", "--output-dir", "run"]
+    _, errors = torchrun(2, ROOT / "train_classifier.py", *flags, cwd=tmp_path, code=1)
+    assert "--batch-size 1: less than the 2 processes" in errors
+
+
+def test_a_last_batch_that_is_left_out_is_in_no_report(tmp_path):
+    """With a report after every step; of 1,437 images, batches of 4 leave one."""
+    flags = [*DIGITS, "--model", "mlp", "--batch-size", "4", "--log-interval", "1", "--output-dir", "run"]
+    run(2, ROOT / "train_classifier.py", *flags, "--epochs", "1", cwd=tmp_path)
+    assert len(load(tmp_path / "run" / "checkpoint.pt")["curve"]) == 359
 
 
 def tensors(state, name=""):
