@@ -174,6 +174,7 @@ def main(argv=None):
     if args.second_stage:
         seen = Batches(*first_set, 1000, device, low=args.black, shuffle=False)
         goal = begin_second_stage(args, state, network, LOSSES[args.loss], seen)
+        print(f"second stage: until val_loss is at most {goal:.4g}, the first one's loss on its training images")
         options = {"score": "epoch", "enough": lambda row: row["val_loss"] <= goal}  # the last epoch is the result
     elif args.val_size and args.patience:
         options = {"enough": lambda row: row["epoch"] - run.best_epoch("val_accuracy") >= args.patience}

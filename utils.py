@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from filelock import FileLock, Timeout
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
@@ -607,27 +608,18 @@ def make_folder(folder, exist_ok=False):
 
 
 def lock(folder):
-    """An open file descriptor that keeps other processes from training in `folder` until it is closed.
+    """Keep other processes from training in `folder`, until the lock is released or this process ends in any way.
 
-    Raises UserError where one does so already. The end of a process closes it too, whatever ends it.
+    Raises UserError where one trains there already.
     """
-    on_windows = os.name == "nt"  # which locks files alone
-    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT) if on_windows else os.open(folder, os.O_RDONLY)
+    mine = FileLock(folder / ".lock")
     try:
-        if on_windows:
-            import msvcrt
-
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as error:
-        os.close(descriptor)
+        mine.acquire(blocking=False)
+    except Timeout as error:
         raise UserError(f"{folder} is being trained by another process; wait for it, or stop it first") from error
-    except OSError:
+    except (OSError, NotImplementedError):
         pass  # a file system without locks
-    return descriptor
+    return mine
 
 
 def environment():
@@ -678,8 +670,7 @@ def train(run, train_step, batches, validate=None, score="val_accuracy", after_e
         train_epochs(run, train_step, batches, validate, score, after_epoch, enough)
     finally:
         if run.lock is not None:
-            os.close(run.lock)
-            run.lock = None
+            run.lock.release()
 
 
 def train_epochs(run, train_step, batches, validate, score, after_epoch, enough):

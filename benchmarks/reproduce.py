@@ -49,7 +49,7 @@ ROWS = {
     "gan-best": ("train_gan.py --recipe best --amp", ""),
     "gan-best-no-r1": ("train_gan.py --recipe best --amp --r1 0", ""),
     "gan-best-large": ("train_gan.py --recipe best --networks large --amp", "Parzen 225 ± 2 (Goodfellow et al. 2014)"),
-    "gan-paper": ("train_gan.py --recipe paper --amp", "Parzen 225 ± 2 (Goodfellow et al. 2014)"),
+    "gan-paper": ("train_gan.py --recipe paper --epochs 124 --amp", "Parzen 225 ± 2 (Goodfellow et al. 2014)"),
     "cgan-lecture": ("train_cgan.py --recipe lecture", ""),
     "cgan-best": ("train_cgan.py --recipe best --amp", ""),
     "cgan-best-no-mismatched": ("train_cgan.py --recipe best --amp --mismatched 0", ""),
@@ -57,7 +57,7 @@ ROWS = {
         "train_cgan.py --recipe paper --noise unit --init paper --r1 0 --dropout-g .5 --dropout-d .5 --epochs 20 --amp",
         "Parzen 132 ± 1.8 (Mirza & Osindero 2014)",
     ),
-    "cgan-paper": ("train_cgan.py --recipe paper --amp", "Parzen 132 ± 1.8 (Mirza & Osindero 2014)"),
+    "cgan-paper": ("train_cgan.py --recipe paper --epochs 45 --amp", "Parzen 132 ± 1.8 (Mirza & Osindero 2014)"),
 }
 
 # name -> flags that shorten the row for --quick, and what is compared.
@@ -103,7 +103,8 @@ def run_seed(command, seed, folder, data_dir, threads):
         if any(folder.glob("*.pt")):
             call(script, "--resume", folder, "--data-dir", data_dir)
         else:
-            (folder / "config.json").unlink(missing_ok=True)  # of a run that never reached a checkpoint
+            for name in ("config.json", ".lock"):  # of a run that never reached a checkpoint
+                (folder / name).unlink(missing_ok=True)
             call(script, *flags, "--seed", seed, "--data-dir", data_dir, "--output-dir", folder)
         call("evaluate.py", folder, "--data-dir", data_dir)
     return json.loads(metrics.read_text())

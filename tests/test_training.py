@@ -126,11 +126,15 @@ def test_signal_saves_says_how_to_go_on_and_loses_nothing(undisturbed, tmp_path,
     assert_same_run(undisturbed, tmp_path / "run")
 
 
+def test_the_large_networks_train_on_the_digits_too():
+    train_gan.main([*DIGITS, "--recipe", "best", "--networks", "large", "--dry-run"])
+
+
 @pytest.mark.parametrize("script", [train_gan, train_cgan])
 @pytest.mark.parametrize("recipe", train_gan.RECIPES)
 def test_every_recipe_of_a_generator_writes_everything_in_a_dry_run(tmp_path, script, recipe):
     script.main([*DIGITS, "--recipe", recipe, "--dry-run", "--output-dir", "run"])
-    expected = {"config.json", "metrics.csv", "curves.png", "checkpoint.pt", "samples", "samples.gif"}
+    expected = {".lock", "config.json", "metrics.csv", "curves.png", "checkpoint.pt", "samples", "samples.gif"}
     validated = recipe == "paper"
     assert {path.name for path in (tmp_path / "run").iterdir()} == expected | ({"best.pt"} if validated else set())
     assert [path.name for path in (tmp_path / "run" / "samples").iterdir()] == ["epoch-0001.png"]
@@ -157,7 +161,7 @@ def interrupted(epoch):
 
 
 def test_run_folder_holds_what_is_promised(undisturbed):
-    names = {"config.json", "metrics.csv", "checkpoint.pt", "previous.pt", "best.pt", "curves.png"}
+    names = {".lock", "config.json", "metrics.csv", "checkpoint.pt", "previous.pt", "best.pt", "curves.png"}
     assert {path.name for path in undisturbed.iterdir()} == names
     config = json.loads((undisturbed / "config.json").read_text())
     assert config["options"]["epochs"] == 3
@@ -203,10 +207,12 @@ def test_the_second_stage_goes_on_from_the_best_epoch_with_all_images_until_they
     assert_same_run(tmp_path / "second", tmp_path / "run")
 
 
-def test_a_second_stage_of_another_kind_is_refused(tmp_path):
-    train(*DIGITS, "--recipe", "paper", "--dry-run", "--output-dir", "first")
-    with pytest.raises(utils.UserError, match="another --model"):
-        train(*DIGITS, "--recipe", "paper", "--model", "mlp", "--second-stage", "first")
+@pytest.mark.parametrize("flags", [["--model", "mlp"], ["--batch-norm"], ["--amp"]])
+def test_a_second_stage_of_another_kind_is_refused(flags):
+    first = [*DIGITS, "--val-size", "137"]
+    train(*first, "--dry-run", "--output-dir", "first")
+    with pytest.raises(utils.UserError, match=f"another {flags[0]}"):
+        train(*first, *flags, "--second-stage", "first")
 
 
 def test_new_runs_take_the_next_free_folder(tmp_path):
