@@ -1,9 +1,12 @@
 """What several test files share."""
 
 import os
+import signal
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process of the tests runs on each core already
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell has it in the background; processes inherit that
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 import torch
