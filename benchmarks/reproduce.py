@@ -39,6 +39,7 @@ ROWS = {
     "cnn-batch-norm": ("train_classifier.py --model cnn --batch-norm", ""),
     "mlp-best": ("train_classifier.py --model mlp --recipe best", ""),
     "cnn-best": ("train_classifier.py --model cnn --recipe best --amp", ""),
+    "cnn-best-all-images": ("train_classifier.py --model cnn --recipe best --val-size 0 --amp", ""),
     "maxout-first-stage": ("train_classifier.py --recipe paper", ""),
     "maxout-paper": (
         "train_classifier.py --recipe paper --second-stage maxout-first-stage",
