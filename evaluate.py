@@ -116,13 +116,13 @@ def draw_confusion(matrix, folder):
     save_figure(figure, folder / "confusion_matrix.png")
 
 
-def draw_mistakes(images, logits, labels, folder, most=30):
-    """The wrongly read images that the network was surest of, the surest first."""
+def draw_mistakes(images, logits, labels, folder):
+    """The 30 wrongly read images that the network was surest of, the surest first."""
     from matplotlib.figure import Figure
 
     probabilities, guesses = logits.softmax(1).max(1)
     wrong = (guesses != labels).nonzero().flatten()
-    worst = wrong[probabilities[wrong].argsort(descending=True)][:most].tolist()
+    worst = wrong[probabilities[wrong].argsort(descending=True)][:30].tolist()
     rows = max(1, -(-len(worst) // 10))
     figure = Figure(figsize=(10, 0.3 + 1.5 * rows), layout="constrained")
     figure.suptitle(f"the {len(worst)} surest of {len(wrong)} mistakes: predicted (probability), true")
@@ -134,14 +134,14 @@ def draw_mistakes(images, logits, labels, folder, most=30):
     save_figure(figure, folder / "mistakes.png")
 
 
-def draw_filters(model, folder, most=64):
-    """Weights into the first layer's units: 3x3 kernels of a CNN, 28x28 images of what an MLP looks for.
+def draw_filters(model, folder):
+    """Weights into the first layer's first 64 units: 3x3 kernels of a CNN, 28x28 images of what an MLP looks for.
 
     Draws nothing for a network whose first layer has no such picture.
     """
     from matplotlib.figure import Figure
 
-    weight = next(p for p in model.parameters() if p.dim() > 1).detach().cpu()[:most]
+    weight = next(p for p in model.parameters() if p.dim() > 1).detach().cpu()[:64]
     if weight.dim() == 4:
         filters = weight[:, 0]
     elif weight.shape[1:] == (28 * 28,):

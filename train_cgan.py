@@ -26,8 +26,8 @@ RECIPES = {
         noise="centred", init="he", epochs=100, batch_size=200, optimizer="adam", lr=1e-3, betas=[0.0, 0.9], val_size=0,
         r1=0.5, mismatched=0.1, dropout_g=0.0, dropout_d=0.2, average=0.9999,
     ),
-    # Mirza & Osindero 2014, section 4.1: networks, batch, SGD and its schedule. The rest is ours, since with dropout of
-    # .5, z on [0, 1) and no penalty D wins: G's first weights, centred z, R1, less dropout, the averaged weights.
+    # Mirza & Osindero 2014, section 4.1: networks, batch, SGD and its schedule. The rest is ours, to hold D back: G's
+    # first weights, centred z, R1, less dropout than their .5, the averaged weights.
     "paper": dict(
         noise="centred", init="he", epochs=100, batch_size=100, optimizer="sgd", lr=0.1, momentum=0.5,
         schedule="maxout", simultaneous=True, val_size=10_000, r1=0.5, dropout_g=0.0, dropout_d=0.2, average=0.9999,
@@ -61,8 +61,8 @@ def build(args, device, epoch_length, pixel_means):
         "generator": generator, "discriminator": discriminator, "optimizer_g": optimizer_g, "optimizer_d": optimizer_d,
     }  # fmt: skip
     if args.schedule == "maxout":
-        state["schedule_g"] = MaxoutSchedule(optimizer_g, decay=1.00004, final_momentum=0.7, ramp=250 * epoch_length)
-        state["schedule_d"] = MaxoutSchedule(optimizer_d, decay=1.00004, final_momentum=0.7, ramp=250 * epoch_length)
+        state["schedule_g"] = MaxoutSchedule(optimizer_g, 1.00004, epoch_length)
+        state["schedule_d"] = MaxoutSchedule(optimizer_d, 1.00004, epoch_length)
     if args.average is not None:
         state["average"] = Average(generator, args.average)
 
@@ -107,7 +107,7 @@ def build(args, device, epoch_length, pixel_means):
 
 
 def main(argv=None):
-    args, checkpoint = utils.parse_args(get_args_parser(), RECIPES, VARIANTS, argv)
+    args = utils.parse_args(get_args_parser(), RECIPES, VARIANTS, argv)
     device = utils.pick_device(args.device)
     torch.manual_seed(args.seed)
 
@@ -116,7 +116,7 @@ def main(argv=None):
     val_images = val_images[:1000].to(device) / 255
     pixel_means = train_set[0].float().mean(0).flatten() / 255
     state, train_step, sampler = build(args, device, len(batches), pixel_means)
-    run = utils.Run(args, state, checkpoint, name=f"cgan-{args.dataset}")
+    run = utils.Run(args, state, name=f"cgan-{args.dataset}")
     # A thousand z, each under all ten digits.
     noise = draw_noise(1000, args.noise, "cpu", torch.Generator().manual_seed(args.seed)).to(device)
     noise = noise.repeat_interleave(10, dim=0)

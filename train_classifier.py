@@ -88,7 +88,7 @@ def build_schedule(args, optimizer, epoch_length):
     if args.schedule == "cosine":
         return torch.optim.lr_scheduler.LambdaLR(optimizer, cosine)
     if args.schedule == "maxout":
-        return MaxoutSchedule(optimizer, decay=1.000004, final_momentum=0.7, ramp=250 * epoch_length)
+        return MaxoutSchedule(optimizer, 1.000004, epoch_length)
     return None
 
 
@@ -133,8 +133,11 @@ def begin_second_stage(args, state, network, loss_of, batches):
     Goodfellow et al. 2013, section 5.1: the second stage ends when the images once held out are learnt as well.
     """
     first = utils.load_checkpoint(Path(args.second_stage) / "best.pt")
-    for name in ("dataset", "model", "activation", "batch_norm", "val_size", "optimizer", "schedule", "average", "amp"):
-        if first["options"].get(name) != getattr(args, name):
+    if args.schedule == "cosine":
+        raise utils.UserError("--second-stage: a cosine ends at a learning rate of 0; use --schedule constant in both")
+    free = utils.FREE_ON_RESUME | {"second_stage", "recipe", "seed", "patience", "dry_run"}
+    for name, value in first["options"].items():
+        if name not in free and value != getattr(args, name):
             reason = f"{args.second_stage} was trained with another --{name.replace('_', '-')}"
             raise utils.UserError(f"--second-stage: {reason}; give both the same options")
     for name, item in state.items():
@@ -149,9 +152,7 @@ def target_probabilities(args, device):
 
 
 def main(argv=None):
-    args, checkpoint = utils.parse_args(get_args_parser(), RECIPES, VARIANTS, argv)
-    if checkpoint and args.schedule == "cosine" and args.epochs != checkpoint["options"]["epochs"]:
-        raise utils.UserError(f"--epochs {args.epochs}: the learning rate of this run has its end fixed; leave it out")
+    args = utils.parse_args(get_args_parser(), RECIPES, VARIANTS, argv)
     device = utils.pick_device(args.device)
     torch.manual_seed(args.seed)
 
@@ -159,8 +160,11 @@ def main(argv=None):
     first_set, val_set = hold_out(*everything, args.val_size)
     train_set = everything if args.second_stage else first_set
     count = len(train_set[0])
-    if args.batch_norm and (count % args.batch_size or args.batch_size) == 1:
-        raise utils.UserError(f"--batch-norm: the last of {count} images would be a batch alone; change --batch-size")
+    sizes = {min(args.batch_size, count), count % args.batch_size}  # of the batches; each process takes its part
+    if args.batch_norm and any(size // utils.world_size() == 1 for size in sizes):
+        raise utils.UserError(f"--batch-norm: one of {count} images would be a batch alone; change --batch-size")
+    if args.patience and not args.val_size:
+        raise utils.UserError("--patience needs held-out images to watch; leave --val-size 0 out")
     batches = Batches(*train_set, args.batch_size, device, low=args.black, seed=args.seed)
     held_out = Batches(*val_set, 1000, device, low=args.black, shuffle=False)
     state, train_step, network = build(args, device, len(batches))
@@ -173,12 +177,13 @@ def main(argv=None):
     options = {}
     if args.second_stage:
         seen = Batches(*first_set, 1000, device, low=args.black, shuffle=False)
-        goal = begin_second_stage(args, state, network, LOSSES[args.loss], seen)
-        print(f"second stage: until val_loss is at most {goal:.4g}, the first one's loss on its training images")
-        options = {"score": "epoch", "enough": lambda row: row["val_loss"] <= goal}  # the last epoch is the result
-    elif args.val_size and args.patience:
+        if not args.resume:
+            args.goal = begin_second_stage(args, state, network, LOSSES[args.loss], seen)
+        print(f"second stage: until val_loss is at most {args.goal:.4g}, the first one's loss on its training images")
+        options = {"score": None, "enough": lambda row: row["val_loss"] <= args.goal}  # the last epoch is the result
+    elif args.patience:
         options = {"enough": lambda row: row["epoch"] - run.best_epoch("val_accuracy") >= args.patience}
-    run = utils.Run(args, state, checkpoint, name=f"{args.model}-{args.dataset}")
+    run = utils.Run(args, state, name=f"{args.model}-{args.dataset}")
     utils.train(run, train_step, batches, validate if args.val_size else None, **options)
     print(f"now measure it: python evaluate.py {run.folder}")
 

@@ -55,8 +55,8 @@ def build(args, device, epoch_length, pixel_means):
         "generator": generator, "discriminator": discriminator, "optimizer_g": optimizer_g, "optimizer_d": optimizer_d,
     }  # fmt: skip
     if args.schedule == "maxout":
-        state["schedule_g"] = MaxoutSchedule(optimizer_g, decay=1.000004, final_momentum=0.7, ramp=250 * epoch_length)
-        state["schedule_d"] = MaxoutSchedule(optimizer_d, decay=1.000004, final_momentum=0.7, ramp=250 * epoch_length)
+        state["schedule_g"] = MaxoutSchedule(optimizer_g, 1.000004, epoch_length)
+        state["schedule_d"] = MaxoutSchedule(optimizer_d, 1.000004, epoch_length)
     if args.average is not None:
         state["average"] = Average(generator, args.average)
 
@@ -96,7 +96,7 @@ def build(args, device, epoch_length, pixel_means):
 
 
 def main(argv=None):
-    args, checkpoint = utils.parse_args(get_args_parser(), RECIPES, VARIANTS, argv)
+    args = utils.parse_args(get_args_parser(), RECIPES, VARIANTS, argv)
     device = utils.pick_device(args.device)
     torch.manual_seed(args.seed)
 
@@ -105,7 +105,7 @@ def main(argv=None):
     val_images = val_images[:1000].to(device) / 255
     pixel_means = train_set[0].float().mean(0).flatten() / 255
     state, train_step, sampler = build(args, device, len(batches), pixel_means)
-    run = utils.Run(args, state, checkpoint, name=f"gan-{args.dataset}")
+    run = utils.Run(args, state, name=f"gan-{args.dataset}")
     noise = draw_noise(10_000, args.noise, "cpu", torch.Generator().manual_seed(args.seed)).to(device)
 
     judge = load_judge(device) if args.dataset in SHOW_DIGITS else None

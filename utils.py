@@ -34,7 +34,7 @@ class UserError(Exception):
 
 
 TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ  # this is one of several processes that train together
-RESTARTED = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # by torchrun, after one of them died
+RESTARTS = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))  # of all of them, after one of them died
 
 
 class Stopped(Exception):
@@ -129,7 +129,8 @@ def shared_args_parser(script, description, recipes, datasets):
     add("--seed", type=number(int, 0, 2**31), default=0, help="of weights, order and noise")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to train")
     add("--cuda-graph", action=argparse.BooleanOptionalAction, default=True, help="replay the step as one CUDA graph")
-    add("--compile", action="store_true", help="compile the networks (needs a C++ compiler, or Triton on CUDA)")
+    help_compile = "compile the networks (needs a C++ compiler, or Triton on CUDA)"
+    add("--compile", action=argparse.BooleanOptionalAction, default=False, help=help_compile)
     add("--amp", action=argparse.BooleanOptionalAction, default=False, help="mixed precision (bfloat16)")
     add("--val-size", type=number(int, 0), default=5000, help="last training images held out for validation")
     add("--log-interval", type=number(int, 1), default=100, help="steps between two progress reports")
@@ -155,11 +156,11 @@ def adversarial_args_parser(*args):
 
 
 # What may differ when a run goes on; everything else would make it another run.
-FREE_ON_RESUME = {"resume", "data_dir", "device", "cuda_graph", "epochs", "log_interval", "save_interval"}
+FREE_ON_RESUME = {"resume", "data_dir", "device", "cuda_graph", "compile", "epochs", "log_interval", "save_interval"}
 
 
 def parse_args(parser, recipes, variants=None, argv=None):
-    """Parsed flags, and the checkpoint to go on from (None without --resume).
+    """Parsed flags.
 
     recipes: name -> defaults. variants: (recipe, model, networks or data set) -> what the recipe sets differently then.
     A flag given explicitly wins over the recipe; with --resume the run's own options take the recipe's place.
@@ -167,19 +168,20 @@ def parse_args(parser, recipes, variants=None, argv=None):
     """
     argv = sys.argv[1:] if argv is None else argv
     without_help = [word for word in argv if word not in ("-h", "--help")]
-    checkpoint = None
     first, _ = parser.parse_known_args(without_help)
-    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not (first.output_dir or first.resume):
+    if RESTARTS and not (first.output_dir or first.resume):
         raise UserError("torchrun --max-restarts needs --output-dir, by which a restart finds the run")
-    if RESTARTED and first.output_dir and any(Path(first.output_dir).glob("*.pt")):
+    if RESTARTS and first.output_dir and os.environ["TORCHELASTIC_RUN_ID"] == "none":
+        reason = "torchrun --max-restarts needs --standalone, or a --rdzv-id by which a restart knows its own run"
+        raise UserError(reason)
+    if first.output_dir and is_of_this_job(Path(first.output_dir)) and any(Path(first.output_dir).glob("*.pt")):
         argv = [*argv, "--resume", first.output_dir]
         parser.set_defaults(output_dir=first.output_dir)
         first.resume = first.output_dir
     if first.resume:
         if not Path(first.resume).is_dir():
             raise UserError(f"--resume {first.resume}: there is no such run folder")
-        checkpoint = load_checkpoint(first.resume)
-        defaults = checkpoint["options"]
+        defaults = load_checkpoint(first.resume, warn=False)["options"]
         if defaults["script"] != parser.prog:
             raise UserError(f"{first.resume} is a run of {defaults['script']}, not of {parser.prog}")
         parser.set_defaults(**defaults)
@@ -192,7 +194,10 @@ def parse_args(parser, recipes, variants=None, argv=None):
         parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
     changed = [name for name, value in vars(args).items() if value != parser.get_default(name)]
-    if checkpoint:
+    if args.resume:
+        if args.schedule == "cosine" and "epochs" in changed:
+            reason = "the learning rate of this run has its end fixed; leave it out"
+            raise UserError(f"--epochs {args.epochs}: {reason}")
         for name in set(changed) - FREE_ON_RESUME:
             value, flag = getattr(args, name), name.replace("_", "-")
             flag = f"--no-{flag}" if value is False else f"--{flag}" if value is True else f"--{flag} {value}"
@@ -202,7 +207,7 @@ def parse_args(parser, recipes, variants=None, argv=None):
     if args.schedule == "maxout" and args.optimizer != "sgd":
         raise UserError("--schedule maxout needs --optimizer sgd, whose momentum it sets")
     print_options(args, changed)
-    return args, checkpoint
+    return args
 
 
 def print_options(args, changed):
@@ -248,7 +253,7 @@ def keep_freed_memory():
 def random_generators():
     """The modules whose random generator a step may draw from, by name."""
     modules = {"cpu": torch}
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # not where one trains on the CPU because the GPU is taken
         modules["cuda"] = torch.cuda
     if torch.backends.mps.is_available():
         modules["mps"] = torch.mps
@@ -375,8 +380,8 @@ def write_whole(path, content):
         raise
 
 
-def load_checkpoint(path):
-    """Read a run folder's checkpoint.pt (previous.pt where that is damaged), or one checkpoint file, onto the CPU.
+def load_checkpoint(path, warn=True):
+    """Read a run folder's checkpoint.pt (previous.pt where that is damaged, which is said), or one checkpoint file.
 
     Reads tensors and plain values only: nothing in the file is executed. Raises UserError.
     """
@@ -388,7 +393,8 @@ def load_checkpoint(path):
     except UserError as error:
         if not (path / "previous.pt").is_file():
             raise
-        print(f"warning: {error}; using {path / 'previous.pt'}", file=sys.stderr)
+        if warn:
+            print(f"warning: {error}; using {path / 'previous.pt'}", file=sys.stderr)
         return read_checkpoint(path / "previous.pt")
 
 
@@ -419,7 +425,7 @@ class Run:
 
     POSITION = ("epoch", "batch", "count", "reported", "history", "curve")
 
-    def __init__(self, args, state, checkpoint=None, name="run"):
+    def __init__(self, args, state, name="run"):
         self.args, self.state = args, state
         self.epoch, self.batch = 0, 0  # done so far: whole epochs, and batches of the epoch begun
         self.count, self.sums = 0, {}  # images of the epoch begun, and this process's metric sums, on the device
@@ -432,13 +438,28 @@ class Run:
         for optimizer in self.optimizers():
             optimizer.register_step_pre_hook(self.add_up_gradients)
         self.folder = Path(args.resume or from_first(lambda: str(new_folder(args.output_dir, name))))
-        self.lock = lock(self.folder) if rank() == 0 else None
-        if checkpoint:
-            self.restore(checkpoint)
+        self.lock = None
+        from_first(self.take_lock)
+        if args.resume:  # read once more: whoever had the lock before may have saved since
+            self.restore(load_checkpoint(self.folder))
             self.write_metrics()
-        config = {"options": self.options(), **environment()}
-        write_whole(self.folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+        if rank() == 0:
+            self.write_config()
         print(f"run folder: {self.folder}", flush=True)
+
+    def take_lock(self):
+        self.lock = lock(self.folder)
+
+    def write_config(self):
+        config = {"options": self.options(), "device": self.device(), **environment()}
+        before = read_config(self.folder).get("commit")
+        if self.args.resume and before and config["commit"]:
+            config["commit"] = before if config["commit"] in before else f"{before}, then {config['commit']}"
+        write_whole(self.folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+
+    def device(self):
+        networks = [item for item in self.state.values() if isinstance(item, torch.nn.Module)]
+        return next((str(weight.device) for network in networks for weight in network.parameters()), None)
 
     def options(self):
         return {name: value for name, value in vars(self.args).items() if name not in ("resume", "output_dir")}
@@ -513,7 +534,7 @@ class Run:
             self.sums[name] = total.add_(value, alpha=count)
 
     def read_sums(self):
-        """The epoch's sums as floats: the one place that waits for the device. Raises UserError on NaN or infinity."""
+        """The epoch's sums as floats: with `save`, what waits for the device. Raises UserError on NaN or infinity."""
         sums = dict(zip(self.sums, torch.stack(list(self.sums.values())).tolist())) if self.sums else {}
         for name, value in sums.items():
             if not math.isfinite(value):
@@ -521,10 +542,9 @@ class Run:
         return sums
 
     def not_finite(self, name):
-        return UserError(
-            f"{name} is not finite at or shortly before step {self.batch} of epoch {self.epoch + 1}; "
-            "start a new run with a lower --lr, or without --amp"
-        )
+        place = f"step {self.batch} of epoch {self.epoch + 1}" if self.batch else f"the end of epoch {self.epoch}"
+        remedy = "start a new run with a lower --lr, or without --amp"
+        return UserError(f"{name} is not finite at or shortly before {place}; {remedy}")
 
     def totals(self):
         """Sums over all processes."""
@@ -587,7 +607,7 @@ def new_folder(wanted, name):
         if folder.exists() and not folder.is_dir():
             raise UserError(f"--output-dir {folder} is a file; name a new folder")
         make_folder(folder, exist_ok=True)
-        if any(folder.iterdir()) and not RESTARTED:
+        if any(path.name != ".lock" for path in folder.iterdir()) and not is_of_this_job(folder):
             raise UserError(f"--output-dir {folder} is not empty; name a new folder, or go on with --resume {folder}")
         return folder
     for i in itertools.count(1):
@@ -595,6 +615,19 @@ def new_folder(wanted, name):
         with suppress(FileExistsError):
             make_folder(folder)
             return folder
+
+
+def read_config(folder):
+    """What config.json holds; nothing, where there is none or it is damaged."""
+    try:
+        return json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def is_of_this_job(folder):
+    """Whether processes of this same torchrun, before it started them anew, have begun the run in `folder`."""
+    return RESTARTS > 0 and read_config(folder).get("job") == os.environ["TORCHELASTIC_RUN_ID"]
 
 
 def make_folder(folder, exist_ok=False):
@@ -624,9 +657,11 @@ def lock(folder):
 
 def environment():
     """Versions, hardware and git commit, so that a figure can be traced."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    git = ["git", "--no-optional-locks", "-C", str(Path(__file__).parent), "status", "--porcelain=v2", "--branch"]
     try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+        lines = subprocess.run([*git, "--", "*.py"], capture_output=True, text=True, check=True).stdout.splitlines()
+        changed = any(not line.startswith("#") for line in lines)
+        commit = lines[0].removeprefix("# branch.oid ") + "-dirty" * changed
     except (OSError, subprocess.CalledProcessError):
         commit = None
     return {
@@ -637,8 +672,9 @@ def environment():
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "processes": world_size(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "commit": commit,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_initialized() else None,
+        "commit": commit,  # of every time that the run was gone on with, where it changed
+        "job": os.environ.get("TORCHELASTIC_RUN_ID"),
     }
 
 
@@ -659,7 +695,8 @@ def train(run, train_step, batches, validate=None, score="val_accuracy", after_e
     batches: has a length, and `epoch(e, start)` yields (images, labels) of epoch `e` from batch `start` on. Where it
     also has `rows(e, start)`, which yields (row numbers,), and `take(rows) -> (images, labels)`, as datasets.Batches
     does, taking the images becomes part of the step.
-    validate: () -> {name: float} after each epoch; the epoch with the highest `score` among them is kept as best.pt.
+    validate: () -> {name: float} after each epoch; the epoch with the highest `score` among them is kept as best.pt,
+        where there is a `score`.
     after_epoch: called with the epoch's row of metrics before its checkpoint is written.
     enough: stop after an epoch for whose row of metrics `enough(row)` holds.
 
@@ -685,7 +722,7 @@ def train_epochs(run, train_step, batches, validate, score, after_epoch, enough)
     step = GraphedStep(run, whole_step(run, train_step, batches))
     run.restore_random()  # as late as this: what the script did since may have drawn random numbers
     if finished():
-        print(f"this run is finished at epoch {run.epoch}; --epochs N goes on to more")
+        print(f"this run is finished at epoch {run.epoch}")
     with caught_signals() as signals:
         while not finished():
             started = time.monotonic()
@@ -694,11 +731,11 @@ def train_epochs(run, train_step, batches, validate, score, after_epoch, enough)
             print_row(row, epochs, time.monotonic() - started)
             if after_epoch and rank() == 0:
                 after_epoch(row)
-            run.write_metrics()
-            if validate and run.best_epoch(score) == run.epoch:
+            if validate and score and run.best_epoch(score) == run.epoch:
                 run.save("best.pt")
             asked, _ = agree(signals, due=True)
             run.save()
+            run.write_metrics()
             if asked and not finished():
                 stop(run, asked)
     draw_curves(run)
@@ -862,7 +899,7 @@ def print_row(row, epochs, seconds):
 
 def draw_curves(run):
     """Write curves.png: one panel per metric, reports as a line, validation after each epoch as dots."""
-    if not run.curve:
+    if not run.curve or rank() > 0:
         return
     from matplotlib.figure import Figure  # takes a while to import and is only needed here
 

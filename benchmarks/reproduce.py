@@ -40,6 +40,7 @@ ROWS = {
     "mlp-best": ("train_classifier.py --model mlp --recipe best", ""),
     "cnn-best": ("train_classifier.py --model cnn --recipe best --amp", ""),
     "cnn-best-all-images": ("train_classifier.py --model cnn --recipe best --val-size 0 --amp", ""),
+    "cnn-best-60-epochs": ("train_classifier.py --model cnn --recipe best --val-size 0 --epochs 60 --amp", ""),
     "maxout-first-stage": ("train_classifier.py --recipe paper", ""),
     "maxout-paper": (
         "train_classifier.py --recipe paper --second-stage maxout-first-stage",
@@ -54,10 +55,6 @@ ROWS = {
     "cgan-lecture": ("train_cgan.py --recipe lecture", ""),
     "cgan-best": ("train_cgan.py --recipe best --amp", ""),
     "cgan-best-no-mismatched": ("train_cgan.py --recipe best --amp --mismatched 0", ""),
-    "cgan-paper-plain": (
-        "train_cgan.py --recipe paper --noise unit --init paper --r1 0 --dropout-g .5 --dropout-d .5 --epochs 20 --amp",
-        "Parzen 132 ± 1.8 (Mirza & Osindero 2014)",
-    ),
     "cgan-paper": ("train_cgan.py --recipe paper --epochs 45 --amp", "Parzen 132 ± 1.8 (Mirza & Osindero 2014)"),
 }
 
@@ -68,6 +65,8 @@ QUICK = {
     "gan-best": ("--dataset digits --epochs 40", "fid"),
     "cgan-best": ("--dataset digits --epochs 40", "conditional_accuracy"),
 }
+
+PATHS = ("data_dir", "second_stage")  # options that say where on the machine something lay
 
 # What the README shows of the first seed's run.
 KEPT = {
@@ -104,8 +103,8 @@ def run_seed(command, seed, folder, data_dir, threads):
         if any(folder.glob("*.pt")):
             call(script, "--resume", folder, "--data-dir", data_dir)
         else:
-            for name in ("config.json", ".lock"):  # of a run that never reached a checkpoint
-                (folder / name).unlink(missing_ok=True)
+            for path in (folder / "config.json", *folder.glob("*.tmp")):  # of a run that never reached a checkpoint
+                path.unlink(missing_ok=True)
             call(script, *flags, "--seed", seed, "--data-dir", data_dir, "--output-dir", folder)
         call("evaluate.py", folder, "--data-dir", data_dir)
     return json.loads(metrics.read_text())
@@ -120,7 +119,10 @@ def run_row(name, args):
             pool.submit(run_seed, ROWS[name][0], seed, folder, args.data_dir, threads)
             for seed, folder in enumerate(folders)
         ]
-        metrics = [job.result() for job in jobs]
+        try:
+            metrics = [job.result() for job in jobs]
+        finally:  # where one has failed, no more are begun
+            pool.shutdown(cancel_futures=True)
     epochs = [len((folder / "metrics.csv").read_text().splitlines()) - 1 for folder in folders]
     record(name, metrics, epochs, json.loads((folders[0] / "config.json").read_text()))
     for source, target in KEPT.get(name, {}).items():
@@ -133,6 +135,7 @@ def record(name, metrics, epochs, config):
     row = {
         "command": f"python {command}",
         "published": published,
+        "options": {key: value for key, value in config["options"].items() if key not in PATHS},
         "epochs_trained": epochs,
         "epochs_evaluated": [seed["epochs"] for seed in metrics],  # best.pt's, where images are held out
     }

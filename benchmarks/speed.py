@@ -72,7 +72,7 @@ def parse(case, flags, device, folder):
         flags = [*mine, *flags, "--device", device, "--output-dir", str(Path(folder) / "run")]
         if script is not train_classifier:
             flags += ["--r1", "0"]
-        args, _ = utils.parse_args(script.get_args_parser(), script.RECIPES, argv=flags)
+        args = utils.parse_args(script.get_args_parser(), script.RECIPES, argv=flags)
     args.average = args.max_norm = None
     return script, args
 

@@ -27,12 +27,12 @@ class Judge(CNN):
 
     @torch.no_grad()
     def look(self, images, block=1000):
-        """What the judge sees in images [N, 1, 28, 28]: features [N, 256], the last convolution's outputs averaged
-        over their places, and the digits [N] that it reads; both on the CPU."""
+        """What the judge sees in images [N, 1, 28, 28], wherever they are: features [N, 256], the last convolution's
+        outputs averaged over their places, and the digits [N] that it reads; both on the CPU."""
         features, digits = [], []
         hook = self.bn3.register_forward_hook(lambda _, __, out: features.append(out.relu().mean((2, 3)).cpu()))
         for part in images.split(block):
-            digits.append(self(part).argmax(1).cpu())
+            digits.append(self(part.to(self.fc.weight.device)).argmax(1).cpu())
         hook.remove()
         return torch.cat(features), torch.cat(digits)
 

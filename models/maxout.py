@@ -65,16 +65,16 @@ def limit_column_norms(network, max_norm):
 
 class MaxoutSchedule(LRScheduler):
     """What Goodfellow et al. trained with: the learning rate divided by `decay` at every step, not below 1e-6, and
-    SGD's momentum rising linearly from its value at the start to `final_momentum` over `ramp` steps.
+    SGD's momentum rising linearly from its value at the start to 0.7 over 250 epochs of `epoch_length` steps.
     """
 
-    def __init__(self, optimizer, decay, final_momentum, ramp):
-        self.decay, self.final_momentum, self.ramp = decay, final_momentum, ramp
+    def __init__(self, optimizer, decay, epoch_length):
+        self.decay, self.ramp = decay, 250 * epoch_length
         self.momentum = optimizer.param_groups[0]["momentum"]
         super().__init__(optimizer)
 
     def get_lr(self):
         done = min(1, self.last_epoch / self.ramp)
         for group in self.optimizer.param_groups:
-            group["momentum"] = self.momentum + done * (self.final_momentum - self.momentum)
+            group["momentum"] = self.momentum + done * (0.7 - self.momentum)
         return [max(1e-6, base / self.decay**self.last_epoch) for base in self.base_lrs]

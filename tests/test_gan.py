@@ -24,7 +24,7 @@ def build(script, *flags):
     """The state and the step of a training script, as (args, state, train_step)."""
     module = PAIRS[script]
     with contextlib.redirect_stdout(None):
-        args, _ = utils.parse_args(module.get_args_parser(), module.RECIPES, argv=[*DIGITS, *flags])
+        args = utils.parse_args(module.get_args_parser(), module.RECIPES, argv=[*DIGITS, *flags])
     state, train_step, _ = module.build(args, torch.device("cpu"), 100, pixel_means=torch.full((784,), 0.2))
     return args, state, train_step
 

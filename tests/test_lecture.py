@@ -12,7 +12,7 @@ import utils
 def step():
     """The MLP, its train_step with plain SGD at rate rho = 0.1, and one batch."""
     flags = [*DIGITS, "--model", "mlp", "--optimizer", "sgd", "--lr", "0.1"]
-    args, _ = utils.parse_args(train_classifier.get_args_parser(), train_classifier.RECIPES, argv=flags)
+    args = utils.parse_args(train_classifier.get_args_parser(), train_classifier.RECIPES, argv=flags)
     _, train_step, model = train_classifier.build(args, torch.device("cpu"), epoch_length=1)
     images, labels = torch.rand(4, 1, 28, 28) * 2 - 1, torch.tensor([3, 1, 4, 1])
     return model, train_step, images, labels

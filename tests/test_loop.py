@@ -155,7 +155,7 @@ def test_average_follows_its_formula():
 
 def test_maxout_schedule_is_the_papers():
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1, momentum=0.5)
-    schedule = MaxoutSchedule(optimizer, decay=1.000004, final_momentum=0.7, ramp=1000)
+    schedule = MaxoutSchedule(optimizer, decay=1.000004, epoch_length=4)
     optimizer.step()
     for step in range(1, 1500):
         schedule.step()

@@ -134,6 +134,12 @@ def test_features_are_the_last_convolutions_averaged_outputs():
     assert torch.equal(digits, judge.fc(x.flatten(1)).argmax(1))
 
 
+def test_the_judge_looks_on_its_own_device():
+    """Here the meta device, which takes the images from the CPU but has no results to copy back."""
+    with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
+        load_judge("meta").look(torch.zeros(1, 1, 28, 28))
+
+
 def test_another_judge_is_refused(tmp_path, monkeypatch):
     changed = bytearray(judge_module.WEIGHTS.read_bytes())
     changed[1000] ^= 1

@@ -147,6 +147,30 @@ def test_restarts_need_a_folder_that_they_find_again(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("name", ["theirs.txt", "checkpoint.pt"])
+def test_a_restart_takes_over_nothing_that_another_job_left(tmp_path, name):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).write_text("theirs")
+    (tmp_path / "run" / "config.json").write_text('{"job": "another"}')
+    flags = [*DIGITS, "--output-dir", "run"]
+    _, errors = torchrun(2, ROOT / "train_classifier.py", *flags, cwd=tmp_path, more=["--max-restarts", "1"], code=1)
+    assert errors.count("--output-dir run is not empty") == 2  # at the start, and when it was started anew
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {name, "config.json"}
+
+
+def test_restarts_need_a_name_that_is_the_jobs_own(tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--max-restarts", "1", "--master-port", "0"]
+    command = [*launcher, str(ROOT / "train_classifier.py"), *DIGITS, "--output-dir", "run"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert "--max-restarts needs --standalone" in done.stderr
+
+
+def test_batch_norm_over_a_part_of_one_image_is_one_line(tmp_path):
+    flags = [*DIGITS, "--model", "mlp", "--batch-norm", "--batch-size", "6"]  # the last 3 in parts of 2 and 1
+    _, errors = torchrun(2, ROOT / "train_classifier.py", *flags, cwd=tmp_path, code=1)
+    assert "--batch-norm: one of 1437 images would be a batch alone" in errors
+
+
 def test_fewer_images_in_a_batch_than_processes_is_one_line(tmp_path):
     flags = [*DIGITS, "--batch-size", "1", "--output-dir", "run"]
     _, errors = torchrun(2, ROOT / "train_classifier.py", *flags, cwd=tmp_path, code=1)

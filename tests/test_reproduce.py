@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+import time
 from argparse import Namespace
 
 import pytest
@@ -42,6 +43,21 @@ def test_a_rows_second_stage_goes_on_from_the_same_seeds_first(args, tmp_path):
     reproduce.run_row("first", args)
     assert (tmp_path / "first-0" / "metrics.csv").read_bytes() == metrics
     assert json.loads(reproduce.RESULTS.read_text()) == rows
+
+
+def test_after_a_seed_that_failed_no_other_is_begun(args, monkeypatch):
+    begun = []
+
+    def run_seed(command, seed, *_):
+        begun.append(seed)
+        time.sleep(0.1)
+        raise utils.UserError(f"seed {seed}")
+
+    monkeypatch.setattr(reproduce, "run_seed", run_seed)
+    args.seeds = 5
+    with pytest.raises(utils.UserError, match="seed 0"):
+        reproduce.run_row("first", args)
+    assert len(begun) < 5
 
 
 def test_a_seed_that_fails_is_one_line(args):

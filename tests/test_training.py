@@ -50,7 +50,7 @@ def in_tmp_path(tmp_path, monkeypatch):
 
 def assert_same_run(a, b):
     """Weights, optimiser, schedule, averages, random state, position, history; and the table, byte for byte."""
-    for name in ("checkpoint.pt", "best.pt"):
+    for name in sorted({path.name for path in a.glob("*.pt")} - {"previous.pt"}):
         first, second = (load(folder / name) for folder in (a, b))
         for key in first.keys() - {"options"}:  # save_interval may differ
             assert same(first[key], second[key]), key
@@ -201,18 +201,26 @@ def test_the_second_stage_goes_on_from_the_best_epoch_with_all_images_until_they
     losses = [row["val_loss"] for row in second["history"]]
     assert min(losses[:-1], default=1) > losses[-1]
     assert second["epoch"] < 60
-    assert same(load(tmp_path / "second" / "best.pt")["state"], second["state"])
+    assert not (tmp_path / "second" / "best.pt").exists()  # the last epoch is the result
     kill_at((0, 3), 0, tmp_path, [*flags, "--epochs", "60", "--second-stage", "first"])
+    (tmp_path / "first").rename("moved")
     train("--resume", "run")
     assert_same_run(tmp_path / "second", tmp_path / "run")
 
 
-@pytest.mark.parametrize("flags", [["--model", "mlp"], ["--batch-norm"], ["--amp"]])
+@pytest.mark.parametrize("flags", [["--model", "mlp"], ["--batch-norm"], ["--amp"], ["--lr", "1"]])
 def test_a_second_stage_of_another_kind_is_refused(flags):
     first = [*DIGITS, "--val-size", "137"]
     train(*first, "--dry-run", "--output-dir", "first")
     with pytest.raises(utils.UserError, match=f"another {flags[0]}"):
         train(*first, *flags, "--second-stage", "first")
+
+
+def test_a_second_stage_cannot_go_on_from_the_end_of_a_cosine():
+    flags = [*DIGITS, "--val-size", "137", "--schedule", "cosine"]
+    train(*flags, "--dry-run", "--output-dir", "first")
+    with pytest.raises(utils.UserError, match="--schedule constant"):
+        train(*flags, "--second-stage", "first")
 
 
 def test_new_runs_take_the_next_free_folder(tmp_path):
@@ -291,6 +299,7 @@ def test_amp_trains(tmp_path):
         ([*DIGITS, "--schedule", "maxout"], 1, ["--schedule maxout", "--optimizer sgd"]),
         ([*DIGITS, "--model", "mlp", "--batch-norm", "--batch-size", "1"], 1, ["--batch-norm", "--batch-size"]),
         (["--dataset", "digits", "--val-size", "5000"], 1, ["--val-size", "1437"]),
+        ([*DIGITS, "--patience", "3"], 1, ["--patience", "--val-size"]),
         ([*DIGITS, "--model", "maxout", "--batch-norm"], 1, ["maxout", "--batch-norm"]),
         ([*DIGITS, "--model", "mlp", "--batch-norm", "--batch-size", "4"], 1, ["--batch-norm", "--batch-size"]),
         pytest.param(
@@ -324,6 +333,13 @@ def test_resume_with_another_recipe_is_refused(undisturbed, tmp_path):
     assert_one_line(errors, "--recipe lecture", "best")
 
 
+def test_a_run_goes_on_without_compile(undisturbed, tmp_path):
+    checkpoint = load(undisturbed / "checkpoint.pt")
+    checkpoint["options"]["compile"] = True
+    save_sealed(checkpoint, tmp_path / "run" / "checkpoint.pt")
+    train("--resume", "run", "--no-compile")
+
+
 def test_resume_with_another_end_of_the_schedule_is_refused(undisturbed, tmp_path):
     _, errors = run("train_classifier.py", "--resume", undisturbed, "--epochs", "9", cwd=tmp_path, code=1)
     assert_one_line(errors, "--epochs 9", "learning rate")
@@ -337,6 +353,48 @@ def test_resume_from_previous_pt_keeps_it_until_a_sound_checkpoint_is_there(undi
     utils.write_whole(tmp_path / "run" / "checkpoint.pt", good)
     assert (tmp_path / "run" / "previous.pt").read_bytes() == good
     assert checkpoint["epoch"] == 2
+
+
+def test_what_another_process_saved_before_it_gave_up_the_lock_is_gone_on_from(tmp_path, monkeypatch):
+    flags = [*DIGITS, "--model", "mlp", "--output-dir", "run"]
+    train(*flags, "--epochs", 1)
+
+    def late(folder, *, lock=utils.lock):
+        monkeypatch.setattr(utils, "lock", lock)
+        train("--resume", "run", "--epochs", 2)
+        return lock(folder)
+
+    monkeypatch.setattr(utils, "lock", late)
+    train("--resume", "run", "--epochs", 3)
+    assert [row["epoch"] for row in load(tmp_path / "run" / "checkpoint.pt")["history"]] == [1, 2, 3]
+    rows = (tmp_path / "run" / "metrics.csv").read_bytes()
+    train(*flags[:-1], "whole", "--epochs", 3)
+    assert (tmp_path / "whole" / "metrics.csv").read_bytes() == rows
+
+
+def test_config_names_every_commit_that_a_run_was_trained_with(tmp_path, monkeypatch):
+    whole = utils.environment
+    train(*DIGITS, "--model", "mlp", "--epochs", 1, "--output-dir", "run")
+    for commit in ("first", "second", "second"):
+        monkeypatch.setattr(utils, "environment", lambda commit=commit: {**whole(), "commit": commit})
+        train("--resume", "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["commit"].endswith(", then first, then second")
+    assert config["device"] == "cpu"
+
+
+def test_results_do_not_make_a_commit_dirty_and_code_does(tmp_path, monkeypatch):
+    git = ["git", "-c", "user.name=A", "-c", "user.email=a@b.c"]
+    for name in ("utils.py", "results.json"):
+        (tmp_path / name).touch()
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *command], check=True)
+    monkeypatch.setattr(utils, "__file__", str(tmp_path / "utils.py"))
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    (tmp_path / "results.json").write_text("{}")
+    assert utils.environment()["commit"] == commit
+    (tmp_path / "utils.py").write_text("edited")
+    assert utils.environment()["commit"] == f"{commit}-dirty"
 
 
 def test_resume_after_the_network_was_edited_is_refused(undisturbed, tmp_path):
