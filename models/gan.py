@@ -41,7 +41,7 @@ def set_first_weights(generator, discriminator, kind, pixel_means):
 def r1_penalty(discriminator, images, *labels):
     """Mean of |d logit / d x|^2 over real images x (Mescheder et al. 2018, arXiv 1801.04406): keeps D from being sure.
 
-    Taken over every fourth image of the batch, as good an estimate at a quarter of the cost.
+    Taken over every fourth image of the batch, an unbiased estimate, noisier, at a quarter of the cost.
     """
     x = images[::4].detach().requires_grad_()
     logits = discriminator(x, *(given[::4] for given in labels))

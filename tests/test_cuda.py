@@ -7,6 +7,7 @@ import torch
 from helpers import DIGITS, ROOT, load, run
 from test_loop import Position, start, ten_images
 
+import evaluate
 import train_cgan
 import train_classifier
 import train_gan
@@ -127,6 +128,20 @@ def test_a_run_from_the_gpu_goes_on_on_the_cpu_and_back(tmp_path):
     run("train_gan.py", "--resume", "run", "--device", "cpu", "--epochs", "2", cwd=tmp_path)
     run("train_gan.py", "--resume", "run", "--device", "cuda", "--epochs", "3", cwd=tmp_path)
     assert load(tmp_path / "run" / "checkpoint.pt")["epoch"] == 3
+
+
+@pytest.mark.parametrize("script", [train_gan, train_cgan])
+def test_a_generator_is_measured_and_drawn_from(tmp_path, script):
+    script.main([*CUDA, "--recipe", "best", "--dry-run", "--output-dir", "run"])
+    evaluate.main(["run", "--device", "cuda"])
+    evaluate.main(["run", "--device", "cuda", "--samples", "4"])
+    assert (tmp_path / "run" / "evaluation" / "metrics.json").is_file()
+
+
+def test_a_classifier_is_measured(tmp_path):
+    train_classifier.main([*CUDA, "--recipe", "best", "--dry-run", "--output-dir", "run"])
+    evaluate.main(["run", "--device", "cuda"])
+    assert (tmp_path / "run" / "evaluation" / "metrics.json").is_file()
 
 
 def test_mixed_precision_trains(tmp_path):
