@@ -247,3 +247,22 @@ def test_after_the_death_of_a_process_torchrun_ends_with_the_same_run(tmp_path):
     whole, again = (load(tmp_path / folder / "checkpoint.pt") for folder in ("whole", "run"))
     assert all(torch.equal(a, b) for (_, a), (_, b) in zip(tensors(whole["state"]), tensors(again["state"])))
     assert (tmp_path / "whole" / "metrics.csv").read_bytes() == (tmp_path / "run" / "metrics.csv").read_bytes()
+
+
+def test_two_machines_end_with_the_same_run_too(tmp_path, monkeypatch):
+    """Two agents, of which only the one whose process died counts a restart."""
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    driven = driver(ONE_DIES, "train_classifier.py", tmp_path)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        place = f"localhost:{probe.getsockname()[1]}"
+    launcher = ["--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "3", "--rdzv-backend", "c10d"]
+    launcher += ["--rdzv-endpoint", place, "--rdzv-id", "mine"]
+    flags = [*SCRIPTS["mlp"][1], "--save-interval", "0", "--output-dir", "run"]
+    command = [sys.executable, "-m", "torch.distributed.run", *launcher, str(driven), *flags]
+    agents = [subprocess.Popen(command, cwd=tmp_path, text=True, stderr=subprocess.PIPE) for _ in range(2)]
+    for agent in agents:
+        _, errors = agent.communicate(timeout=300)
+        assert agent.returncode == 0, errors
+    assert [row["epoch"] for row in load(tmp_path / "run" / "checkpoint.pt")["history"]] == [1, 2]
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["job"] == "mine"
