@@ -34,7 +34,7 @@ class UserError(Exception):
 
 
 TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ  # this is one of several processes that train together
-RESTARTS = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))  # of all of them, after one of them died
+RESTARTS = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))  # how often torchrun may start them all anew
 
 
 class Stopped(Exception):
