@@ -89,7 +89,7 @@ def test_a_folder_that_vanishes_is_named(tmp_path, monkeypatch):
         return whole(self, epoch, start)
 
     monkeypatch.setattr(Batches, "rows", rows)
-    with pytest.raises(utils.UserError, match=r"run/metrics\.csv could not be written \(No such file or directory\)"):
+    with pytest.raises(utils.UserError, match=r"run/checkpoint\.pt could not be written \(No such file or directory\)"):
         train(*FLAGS, "--epochs", 2, "--output-dir", tmp_path / "run")
 
 
