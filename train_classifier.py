@@ -137,7 +137,7 @@ def begin_second_stage(args, state, network, loss_of, batches):
         raise utils.UserError("--second-stage: a cosine ends at a learning rate of 0; use --schedule constant in both")
     free = utils.FREE_ON_RESUME | {"second_stage", "recipe", "seed", "patience", "dry_run"}
     for name, value in first["options"].items():
-        if name not in free and value != getattr(args, name):
+        if name not in free and value != getattr(args, name, None):
             reason = f"{args.second_stage} was trained with another --{name.replace('_', '-')}"
             raise utils.UserError(f"--second-stage: {reason}; give both the same options")
     for name, item in state.items():
@@ -164,7 +164,7 @@ def main(argv=None):
     if args.batch_norm and any(size // utils.world_size() == 1 for size in sizes):
         raise utils.UserError(f"--batch-norm: one of {count} images would be a batch alone; change --batch-size")
     if args.patience and not args.val_size:
-        raise utils.UserError("--patience needs held-out images to watch; leave --val-size 0 out")
+        raise utils.UserError("--patience needs held-out images to watch; add --val-size N")
     batches = Batches(*train_set, args.batch_size, device, low=args.black, seed=args.seed)
     held_out = Batches(*val_set, 1000, device, low=args.black, shuffle=False)
     state, train_step, network = build(args, device, len(batches))

@@ -129,8 +129,10 @@ def shared_args_parser(script, description, recipes, datasets):
     add("--seed", type=number(int, 0, 2**31), default=0, help="of weights, order and noise")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to train")
     add("--cuda-graph", action=argparse.BooleanOptionalAction, default=True, help="replay the step as one CUDA graph")
-    help_compile = "compile the networks (needs a C++ compiler, or Triton on CUDA)"
-    add("--compile", action=argparse.BooleanOptionalAction, default=False, help=help_compile)
+    add(
+        "--compile", action=argparse.BooleanOptionalAction, default=False,
+        help="compile the networks (needs a C++ compiler, or Triton on CUDA)",
+    )  # fmt: skip
     add("--amp", action=argparse.BooleanOptionalAction, default=False, help="mixed precision (bfloat16)")
     add("--val-size", type=number(int, 0), default=5000, help="last training images held out for validation")
     add("--log-interval", type=number(int, 1), default=100, help="steps between two progress reports")
@@ -174,7 +176,7 @@ def parse_args(parser, recipes, variants=None, argv=None):
     if RESTARTS and first.output_dir and os.environ["TORCHELASTIC_RUN_ID"] == "none":
         reason = "torchrun --max-restarts needs --standalone, or a --rdzv-id by which a restart knows its own run"
         raise UserError(reason)
-    if first.output_dir and is_of_this_job(Path(first.output_dir)) and any(Path(first.output_dir).glob("*.pt")):
+    if first.output_dir and is_of_this_job(Path(first.output_dir)) and has_checkpoint(Path(first.output_dir)):
         argv = [*argv, "--resume", first.output_dir]
         parser.set_defaults(output_dir=first.output_dir)
         first.resume = first.output_dir
@@ -623,6 +625,11 @@ def read_config(folder):
         return json.loads((folder / "config.json").read_text())
     except (OSError, ValueError):
         return {}
+
+
+def has_checkpoint(folder):
+    """Whether the run in `folder` can be gone on with; best.pt alone, of its first epoch, does not suffice."""
+    return any((folder / name).is_file() for name in ("checkpoint.pt", "previous.pt"))
 
 
 def is_of_this_job(folder):

@@ -99,10 +99,10 @@ def run_seed(command, seed, folder, data_dir, threads):
     metrics = folder / "evaluation" / "metrics.json"
     script, *flags = [folder.with_name(f"{word}-{seed}") if word in ROWS else word for word in command.split()]
     if not metrics.is_file():
-        if any(folder.glob("*.pt")):
+        if utils.has_checkpoint(folder):
             call(script, "--resume", folder, "--data-dir", data_dir)
         else:
-            for path in (folder / "config.json", *folder.glob("*.tmp")):  # of a run that never reached a checkpoint
+            for path in (folder / "config.json", folder / "best.pt", *folder.glob("*.tmp")):  # of a run without one
                 path.unlink(missing_ok=True)
             call(script, *flags, "--seed", seed, "--data-dir", data_dir, "--output-dir", folder)
         call("evaluate.py", folder, "--data-dir", data_dir)
