@@ -110,7 +110,10 @@ def run_seed(command, seed, folder, data_dir, threads):
 
 
 def run_row(name, args):
-    """Train and evaluate every seed of a row, and put the row into results.json."""
+    """Train and evaluate every seed of a row, after those of a row that it goes on from; put it into results.json."""
+    for word in ROWS[name][0].split():
+        if word in ROWS:
+            run_row(word, args)
     folders = [Path(args.output_dir) / f"{name}-{seed}" for seed in range(args.seeds)]
     threads = max(1, os.cpu_count() // args.jobs)
     with ThreadPoolExecutor(args.jobs) as pool:

@@ -30,7 +30,6 @@ def test_a_rows_second_stage_goes_on_from_the_same_seeds_first(args, tmp_path):
     (tmp_path / "first-0").mkdir()
     for name in ("config.json", "best.pt", "checkpoint.pt.tmp"):  # of a run that was killed before its first checkpoint
         (tmp_path / "first-0" / name).touch()
-    reproduce.run_row("first", args)
     reproduce.run_row("second", args)
     options = json.loads((tmp_path / "second-0" / "config.json").read_text())["options"]
     assert options["second_stage"] == str(tmp_path / "first-0")
