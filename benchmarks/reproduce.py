@@ -40,6 +40,7 @@ ROWS = {
     "mlp-best": ("train_classifier.py --model mlp --recipe best", ""),
     "cnn-best": ("train_classifier.py --model cnn --recipe best --amp", ""),
     "cnn-best-all-images": ("train_classifier.py --model cnn --recipe best --val-size 0 --amp", ""),
+    "cnn-best-60-epochs": ("train_classifier.py --model cnn --recipe best --val-size 0 --epochs 60 --amp", ""),
     "maxout-first-stage": ("train_classifier.py --recipe paper", ""),
     "maxout-paper": (
         "train_classifier.py --recipe paper --second-stage maxout-first-stage",
