@@ -36,6 +36,7 @@ def test_rows_were_made_with_the_options_of_their_commands_classifiers_with_five
     rows = tables.json.loads(tables.RESULTS.read_text())
     assert rows.keys() == reproduce.ROWS.keys()
     for name, row in rows.items():
+        assert row["command"] == f"python {reproduce.ROWS[name][0]}"
         script, *flags = reproduce.ROWS[name][0].split()
         script = importlib.import_module(script.removesuffix(".py"))
         options = vars(utils.parse_args(script.get_args_parser(), script.RECIPES, script.VARIANTS, flags))
