@@ -2,8 +2,8 @@
 
 python train_cgan.py                                  # the lecture's recipe on MNIST
 python train_cgan.py --dataset digits --recipe best   # without a download
-python train_cgan.py --recipe paper                   # the paper's recipe
-python train_cgan.py --resume runs/cgan-mnist         # go on where it stopped
+python train_cgan.py --recipe paper                   # the paper's networks and schedule
+python train_cgan.py --resume runs/cgan-mnist         # continue where it stopped
 """
 
 import torch
@@ -11,12 +11,11 @@ import torch.nn.functional as F
 
 import utils
 from datasets import DATASETS, SHOW_DIGITS, Batches, hold_out, load
-from models.average import Average
+from engine import distributed, errors, flags, optim
+from engine.device import pick_device
+from measures.watch import Watch
 from models.cgan import ConditionalDiscriminator, ConditionalGenerator
-from models.gan import draw_noise, r1_penalty, set_first_weights
-from models.judge import failure_signs, load_judge
-from models.maxout import MaxoutSchedule
-from models.parzen import SIGMAS, parzen_log_likelihood
+from models.gan import draw_noise, init_weights, r1_penalty
 
 RECIPES = {
     # 25 epochs on all 60,000 images; the lecture's published scripts.
@@ -24,47 +23,33 @@ RECIPES = {
     # What drew the digits that it was asked for, in all their shapes.
     "best": dict(
         noise="centred", init="he", epochs=100, batch_size=200, optimizer="adam", lr=1e-3, betas=[0.0, 0.9], val_size=0,
-        r1=0.5, mismatched=0.1, dropout_g=0.0, dropout_d=0.2, average=0.9999,
+        r1=0.5, mismatched=0.1, dropout_g=0.0, dropout_d=0.2, ema=0.9999,
     ),
-    # Mirza & Osindero 2014, section 4.1: networks, batch, SGD and its schedule. The rest is ours, to hold D back: G's
-    # first weights, centred z, R1, less dropout than their .5, the averaged weights.
+    # Mirza & Osindero 2014, section 4.1: networks, batch, SGD and its schedule. To hold D back we add: G's initial
+    # weights, centred z, R1, less dropout than their .5, and the EMA.
     "paper": dict(
         noise="centred", init="he", epochs=100, batch_size=100, optimizer="sgd", lr=0.1, momentum=0.5,
-        schedule="maxout", simultaneous=True, val_size=10_000, r1=0.5, dropout_g=0.0, dropout_d=0.2, average=0.9999,
+        schedule="maxout", simultaneous=True, val_size=10_000, r1=0.5, dropout_g=0.0, dropout_d=0.2, ema=0.9999,
     ),
 }  # fmt: skip
-VARIANTS = {
-    ("best", "digits"): dict(epochs=500),
-    ("paper", "digits"): dict(val_size=137),
-}
+VARIANTS = {("best", "digits"): dict(epochs=500), ("paper", "digits"): dict(val_size=137)}
 
 
 def get_args_parser():
-    parser = utils.adversarial_args_parser("train_cgan.py", __doc__.splitlines()[0], RECIPES, DATASETS)
-    share = utils.number(float, 0, 0.99)
-    parser.add_argument("--dropout-g", type=share, default=0.5, help="share of G's hidden units dropped")
-    parser.add_argument("--dropout-d", type=share, default=0.5, help="share of D's hidden units dropped")
-    parser.add_argument(
-        "--mismatched", type=share, default=0.0, help="weight of real images with wrong labels as fakes"
-    )
+    parser = flags.adversarial_args_parser("train_cgan.py", __doc__.splitlines()[0], RECIPES, DATASETS)
+    add, share = parser.add_argument, flags.number(float, 0, 0.99)
+    add("--dropout-g", type=share, default=0.5, help="share of G's hidden units dropped")
+    add("--dropout-d", type=share, default=0.5, help="share of D's hidden units dropped")
+    add("--mismatched", type=share, default=0.0, help="weight of real images with wrong labels as fakes")
     return parser
 
 
-def build(args, device, epoch_length, pixel_means):
+def build(args, device, batches):
     """The objects to train, by name, the step that trains them, and the generator that draws the samples."""
-    generator = ConditionalGenerator(args.dropout_g).to(device)
-    discriminator = ConditionalDiscriminator(args.dropout_d).to(device)
-    set_first_weights(generator, discriminator, args.init, pixel_means)
-    optimizer_g = utils.build_optimizer(args, generator.parameters())
-    optimizer_d = utils.build_optimizer(args, discriminator.parameters())
-    state = {
-        "generator": generator, "discriminator": discriminator, "optimizer_g": optimizer_g, "optimizer_d": optimizer_d,
-    }  # fmt: skip
-    if args.schedule == "maxout":
-        state["schedule_g"] = MaxoutSchedule(optimizer_g, 1.00004, epoch_length)
-        state["schedule_d"] = MaxoutSchedule(optimizer_d, 1.00004, epoch_length)
-    if args.average is not None:
-        state["average"] = Average(generator, args.average)
+    generator, discriminator = ConditionalGenerator(args.dropout_g), ConditionalDiscriminator(args.dropout_d)
+    init_weights(generator, discriminator, args.init, batches.images)
+    state = optim.adversarial_state(args, generator.to(device), discriminator.to(device), len(batches), decay=1.00004)
+    optimizer_g, optimizer_d = state["optimizer_g"], state["optimizer_d"]
 
     def train_step(images, labels):
         fakes = generator(draw_noise(len(images), args.noise, device), labels)  # G(z|y)
@@ -75,11 +60,11 @@ def build(args, device, epoch_length, pixel_means):
             shown.append((images, (labels + torch.randint_like(labels, 1, 10)) % 10))
         real, fake, *mismatched = discriminator(*map(torch.cat, zip(*shown))).float().split(len(images))
         loss_d = F.softplus(-real).mean() + (1 - args.mismatched) * F.softplus(fake).mean()
-        for logits in mismatched:  # log(1 - D(x|a wrong y)), so that G keeps away from what could be another digit
+        for logits in mismatched:  # log(1 - D(x|a wrong y)) keeps G from shapes that could be another digit
             loss_d = loss_d + args.mismatched * F.softplus(logits).mean()
         penalty = args.r1 / 2 * r1_penalty(discriminator, images, labels) if args.r1 else 0
         optimizer_d.zero_grad()
-        (loss_d / 2 + penalty).backward()  # loss_d / 2: the mean of the two halves, as the paper's SGD has it
+        (loss_d / 2 + penalty).backward()  # loss_d / 2: the mean of the two halves, as in the paper's SGD
         if not args.simultaneous:
             optimizer_d.step()
 
@@ -94,55 +79,30 @@ def build(args, device, epoch_length, pixel_means):
 
         if args.simultaneous:
             optimizer_d.step()
-        if args.average is not None:
-            state["average"].update(generator)
-        return {
-            "loss_d": loss_d.detach(),
-            "loss_g": loss_g.detach(),
-            "D(x)": real.detach().sigmoid().mean(),
-            "D(G(z))": fake.detach().sigmoid().mean(),
-        }
+        d_x, d_g_z = (logits.detach().sigmoid().mean() for logits in (real, fake))
+        return {"loss_d": loss_d.detach(), "loss_g": loss_g.detach(), "D(x)": d_x, "D(G(z))": d_g_z}
 
-    return state, train_step, state["average"].model if args.average is not None else generator
+    return state, train_step, state["ema"].model if "ema" in state else generator
 
 
 def main(argv=None):
-    args = utils.parse_args(get_args_parser(), RECIPES, VARIANTS, argv)
-    device = utils.pick_device(args.device)
+    args = flags.parse_args(get_args_parser(), RECIPES, VARIANTS, argv)
+    device = pick_device(args.device, args.amp)
     torch.manual_seed(args.seed)
+    train_set, val_set = hold_out(*distributed.rank_0_first(lambda: load(args.dataset, args.data_dir)), args.val_size)
+    batches = Batches(*train_set, args.batch_size, device, black=0.0, seed=args.seed)
+    state, train_step, sampler = build(args, device, batches)
+    z = draw_noise(1000, args.noise, "cpu", torch.Generator().manual_seed(args.seed)).to(device)
+    z, digits = z.repeat_interleave(10, dim=0), torch.arange(10, device=device).repeat(1000)  # each z as all ten digits
 
-    train_set, (val_images, _) = hold_out(*load(args.dataset, args.data_dir, train=True), args.val_size)
-    batches = Batches(*train_set, args.batch_size, device, low=0.0, seed=args.seed)
-    val_images = val_images[:1000].to(device) / 255
-    pixel_means = train_set[0].float().mean(0).flatten() / 255
-    state, train_step, sampler = build(args, device, len(batches), pixel_means)
+    def draw(n):
+        with utils.evaluating(sampler):
+            return sampler(z[:n], digits[:n])
+
+    watch = Watch(draw, val_set[0], judge=args.dataset in SHOW_DIGITS, labels=digits)
     run = utils.Run(args, state, name=f"cgan-{args.dataset}")
-    # A thousand z, each under all ten digits.
-    noise = draw_noise(1000, args.noise, "cpu", torch.Generator().manual_seed(args.seed)).to(device)
-    noise = noise.repeat_interleave(10, dim=0)
-    digits = torch.arange(10, device=device).repeat(1000)
-    judge = load_judge(device) if args.dataset in SHOW_DIGITS else None
-
-    def validate():
-        with utils.evaluating(sampler):
-            densities = parzen_log_likelihood(sampler(noise, digits), val_images, SIGMAS)
-        return {"val_log_likelihood": densities.mean(1).max().item()}
-
-    def watch(row):
-        with utils.evaluating(sampler):
-            samples = sampler(noise[:1000], digits[:1000])
-        rows = samples[:100].view(10, 10, 1, 28, 28).transpose(0, 1).flatten(0, 1)  # one row per digit
-        utils.save_grid(rows, run.folder / "samples" / f"epoch-{row['epoch']:04d}.png", columns=10)
-        seen = judge.look(samples)[1] if judge else None
-        for sign in failure_signs(row, seen, digits[:1000].cpu()):
-            print(f"warning: {sign}")
-
-    try:
-        utils.train(run, train_step, batches, validate if args.val_size else None, "val_log_likelihood", watch)
-    finally:
-        utils.save_gif(run.folder)
-    print(f"now measure it: python evaluate.py {run.folder}")
+    utils.train(run, train_step, batches, watch.validate, "val_log_likelihood", watch.grid, watch.warn)
 
 
 if __name__ == "__main__":
-    utils.run_script(main)
+    errors.run_script(main)

@@ -14,9 +14,10 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from models.judge import WEIGHTS, Judge
+
 import utils
 from datasets import load
-from models.judge import WEIGHTS, Judge
 
 
 def main():

@@ -1,25 +1,35 @@
 """MNIST and its same-shaped relatives, by name."""
 
+import torch
+
 from datasets.augment import distort
-from datasets.batches import Batches
+from datasets.batches import Batches, require_images
 from datasets.digits import load_digits
 from datasets.mnist import FOLDERS, DataError, load_mnist
 from datasets.photo import read_photo
 
-__all__ = ["DATASETS", "SHOW_DIGITS", "Batches", "DataError", "distort", "hold_out", "load", "read_photo"]
+__all__ = ["CLASSES", "DATASETS", "SHOW_DIGITS", "Batches", "DataError", "distort", "hold_out", "load", "read_photo"]
 
 DATASETS = (*FOLDERS, "digits")
-SHOW_DIGITS = ("mnist", "digits")  # the judge of models/judge.py can read these
+CLASSES = 10
+SHOW_DIGITS = ("mnist", "digits")  # the judge of measures/judge.py can read these
+
+Images = tuple[torch.Tensor, torch.Tensor]  # uint8 [N, 1, 28, 28], and int64 labels [N]
 
 
-def load(name, data_dir, train=True):
-    """Training or test part of a data set: uint8 images [N, 1, 28, 28], int64 labels [N]. Raises DataError."""
-    return load_digits(train) if name == "digits" else load_mnist(name, data_dir, train)
+def load(name: str, data_dir: str, train: bool = True) -> Images:
+    """Training or test part of a data set. Raises DataError."""
+    images, labels = load_digits(train) if name == "digits" else load_mnist(name, data_dir, train)
+    require_images(images, labels)
+    if labels.min() < 0 or labels.max() >= CLASSES:
+        found = f"labels from {labels.min()} to {labels.max()}"
+        raise DataError(f"the data set {name} has {found}; they must be from 0 to {CLASSES - 1}")
+    return images, labels
 
 
-def hold_out(images, labels, val_size):
-    """(images, labels) to train on, and the last `val_size` (images, labels). Raises DataError where none are left."""
+def hold_out(images: torch.Tensor, labels: torch.Tensor, val_size: int) -> tuple[Images, Images]:
+    """The images to train on, and the last `val_size`, the validation split. Raises DataError if none are left."""
     cut = len(images) - val_size
     if cut <= 0:
-        raise DataError(f"--val-size {val_size} leaves nothing of the {len(images)} images to train on")
+        raise DataError(f"--val-size {val_size} leaves none of the {len(images)} images to train on; lower it")
     return (images[:cut], labels[:cut]), (images[cut:], labels[cut:])

@@ -1,44 +1,71 @@
 """Mini-batches of a data set that lives on the device."""
 
+from collections.abc import Iterator
+
 import torch
+
+from datasets.mnist import DataError
 
 
 class Batches:
     """A whole data set as a uint8 tensor on the device, drawn in batches and normalised one batch at a time.
 
-    images: uint8 [N, 1, 28, 28]; labels: int64 [N]. Batches are float32 images [B, 1, 28, 28] with black at
-    `low` and white at 1, and labels [B]; the last batch of an epoch may be shorter.
+    images: uint8 [N, C, H, W]; labels: int64 [N]. Batches are float32 images [B, C, H, W], in which a black pixel is
+    `black` and a white one is 1, and labels [B]. The last batch of an epoch may be shorter. Raises DataError if images
+    or labels are something else.
     """
 
-    def __init__(self, images, labels, batch_size, device, low=-1.0, shuffle=True, seed=0):
+    def __init__(
+        self,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        batch_size: int,
+        device: torch.device | str,
+        black: float = -1.0,
+        shuffle: bool = True,
+        seed: int = 0,
+    ):
+        require_images(images, labels)
         self.images = images.to(device)
         self.labels = labels.to(device)
         self.batch_size = batch_size
-        self.low = low
+        self.black = black
         self.shuffle = shuffle
         self.seed = seed
 
-    def __len__(self):
+    def __len__(self) -> int:
         return -(-len(self.images) // self.batch_size)
 
-    def epoch(self, epoch, start=0):
-        """Yield the batches of `epoch` from number `start` on, in an order that (seed, epoch) alone decides."""
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield the batches of `epoch` from number `start` on, in an order that depends on (seed, epoch) alone."""
         for (rows,) in self.rows(epoch, start):
             yield self.take(rows)
 
-    def rows(self, epoch, start=0):
+    def rows(self, epoch: int, start: int = 0) -> Iterator[tuple[torch.Tensor]]:
         """Yield (row numbers,) of the same batches, int64 [B], for `take`."""
         for rows in self.order(epoch).split(self.batch_size)[start:]:
             yield (rows,)
 
-    def take(self, rows):
+    def take(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The images and labels of these rows."""
-        scale = (1 - self.low) / 255
-        return self.images[rows].float().mul_(scale).add_(self.low), self.labels[rows]
+        scale = (1 - self.black) / 255
+        return self.images[rows].float().mul_(scale).add_(self.black), self.labels[rows]
 
-    def order(self, epoch):
+    def order(self, epoch: int) -> torch.Tensor:
         if not self.shuffle:
             return torch.arange(len(self.images), device=self.images.device)
         # Drawn on the CPU, so that every device sees the same order.
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         return torch.randperm(len(self.images), generator=generator).to(self.images.device)
+
+
+def require_images(images: torch.Tensor, labels: torch.Tensor) -> None:
+    """Raise DataError unless these are images and labels as `Batches` takes them."""
+    if images.dtype != torch.uint8:
+        remedy = "convert them: (255 * images).round().to(torch.uint8) if they lie in [0, 1]"
+        raise DataError(f"images must be uint8 with pixels from 0 to 255, not {images.dtype}; {remedy}")
+    if images.dim() != 4 or len(images) != len(labels):
+        shapes = f"images {list(images.shape)} and labels {list(labels.shape)}"
+        raise DataError(f"a data set must be images [N, C, H, W] and labels [N], not {shapes}; reshape them")
+    if labels.is_floating_point():
+        raise DataError(f"labels must be whole numbers, not {labels.dtype}; convert them: labels.long()")

@@ -4,6 +4,7 @@ import inspect
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from models.cnn import CNN
 from models.gan import Discriminator, Generator, LargeDiscriminator, PaperDiscriminator, PaperGenerator
@@ -32,10 +33,10 @@ ACTIVATIONS = {
 }
 
 
-def build_classifier(name, activation=None, batch_norm=False):
+def build_classifier(name: str, activation: str | None = None, batch_norm: bool = False) -> nn.Module:
     """The network registered as `name`, with the activation of that name (None: the network's own).
 
-    Raises ValueError where there is no such network, or it has no such option.
+    Raises ValueError if there is no such network or it has no such option.
     """
     if name not in CLASSIFIERS:
         raise ValueError(f"there is no model {name} in models/__init__.py; it has {', '.join(CLASSIFIERS)}")
@@ -46,5 +47,5 @@ def build_classifier(name, activation=None, batch_norm=False):
         options["batch_norm"] = True
     for option in sorted(options.keys() - inspect.signature(CLASSIFIERS[name]).parameters.keys()):
         flag = option.replace("_", "-")
-        raise ValueError(f"the model {name} has no option --{flag}; leave it out (--no-{flag} if the recipe sets it)")
+        raise ValueError(f"the model {name} has no option --{flag}; omit it (--no-{flag} if the recipe sets it)")
     return CLASSIFIERS[name](**options)

@@ -10,13 +10,12 @@ from models.maxout import Maxout
 class ConditionalGenerator(nn.Module):
     """The paper's generator: z -> 200, y -> 1000, both -> 1200, -> 784; ReLU and dropout after each hidden layer.
 
-    Input: noise z [N, 100] and labels [N]. Output: images [N, 1, 28, 28] with
-    pixels in [0, 1].
+    Input: noise z [N, 100] and labels [N]. Output: images [N, 1, 28, 28] with pixels in [0, 1].
 
     dropout: share of the hidden units that training drops; none in eval mode, in which samples are drawn.
     """
 
-    def __init__(self, dropout=0.5):
+    def __init__(self, dropout: float = 0.5):
         super().__init__()
         self.from_z = nn.Linear(100, 200)
         self.from_y = nn.Linear(10, 1000)
@@ -39,7 +38,7 @@ class ConditionalDiscriminator(nn.Module):
     dropout: share of the units dropped before the joint layer and before the last.
     """
 
-    def __init__(self, dropout=0.5):
+    def __init__(self, dropout: float = 0.5):
         super().__init__()
         self.from_x = Maxout(28 * 28, 240, k=5, dropout=False)
         self.from_y = Maxout(10, 50, k=5, dropout=False)

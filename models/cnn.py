@@ -1,10 +1,13 @@
 """The lecture's convolutional network (slides "Convolutional neural network" and "Code snippet")."""
 
+from collections.abc import Callable
+
+import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 
-def conv_output_size(i, k, s=1, p=0):
+def conv_output_size(i: int, k: int, s: int = 1, p: int = 0) -> int:
     """Side of a convolution's output: o = floor((i - k + 2p) / s) + 1 (slide "Convolution").
 
     i: input side, k: kernel side, s: stride, p: padding on each side, all in pixels.
@@ -21,7 +24,7 @@ class CNN(nn.Module):
     batch_norm: CONV-BN-ReLU as on the slide; adds `bn1` to `bn3` to the state dict.
     """
 
-    def __init__(self, activation=F.relu, batch_norm=False):
+    def __init__(self, activation: Callable[[torch.Tensor], torch.Tensor] = F.relu, batch_norm: bool = False):
         super().__init__()
         self.activation = activation
         self.conv1 = nn.Conv2d(in_channels=1, out_channels=64, kernel_size=3, stride=2, padding=1)

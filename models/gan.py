@@ -6,24 +6,24 @@ import torch.nn as nn
 from models.maxout import Maxout, linear_layers
 
 
-def draw_noise(n, kind, device, generator=None):
-    """z [n, 100], for training and for sampling alike.
+def draw_noise(n: int, kind: str, device: torch.device | str, generator: torch.Generator | None = None) -> torch.Tensor:
+    """Noise z [n, 100], for training and for sampling alike.
 
-    kind: `unit` is uniform on [0, 1), `centred` uniform on (-sqrt 3, sqrt 3), of mean 0 and variance 1.
+    kind: `unit` is uniform on [0, 1), `centred` uniform on (-sqrt 3, sqrt 3), with mean 0 and variance 1.
     """
     z = torch.rand(n, 100, device=device, generator=generator)
     return z if kind == "unit" else (2 * z - 1) * 3**0.5
 
 
 @torch.no_grad()
-def set_first_weights(generator, discriminator, kind, pixel_means):
-    """Replace the weights that torch starts with; biases start at 0.
+def init_weights(generator: nn.Module, discriminator: nn.Module, kind: str, images: torch.Tensor) -> None:
+    """Draw the initial weights; biases start at 0. `torch` keeps those that torch draws.
 
-    `he`: G's from N(0, 2 / fan-in) (He et al. 2015, arXiv 1502.01852), so that its first images differ with z. With
-    torch's smaller weights they are nearly one image, and D's gradient moves all of them as one.
-    `paper`: G's from U(-.05, .05), D's from U(-.005, .005), and G's images start at `pixel_means`, the mean of each
-    training pixel, [784] in [0, 1] (Goodfellow et al. 2014). Layers that take labels keep torch's weights, since
-    one-hot vectors would go unheard behind weights as small as these.
+    `he`: G's weights are N(0, 2 / fan-in) (He et al. 2015, arXiv 1502.01852), so that its first images differ with z.
+    With torch's smaller weights they are nearly one image, and D's gradient moves all of them as one.
+    `paper`: G's weights are U(-.05, .05), D's U(-.005, .005), and G's images start at the mean of the training
+    `images`, uint8 [N, 1, 28, 28] (Goodfellow et al. 2014). Layers that take labels keep torch's weights: these small
+    ones would drown out one-hot vectors.
     """
     if kind == "he":
         for layer in linear_layers(generator):
@@ -35,13 +35,15 @@ def set_first_weights(generator, discriminator, kind, pixel_means):
                 if layer.in_features != 10:
                     nn.init.uniform_(layer.weight, -limit, limit)
                     nn.init.zeros_(layer.bias)
-        linear_layers(generator)[-1].bias.copy_(pixel_means.clamp(1e-3, 1 - 1e-3).logit())
+        means = images.flatten(1).sum(0).div(255 * len(images))  # of each pixel, without a float copy of all images
+        linear_layers(generator)[-1].bias.copy_(means.clamp(1e-3, 1 - 1e-3).logit())
 
 
-def r1_penalty(discriminator, images, *labels):
-    """Mean of |d logit / d x|^2 over real images x (Mescheder et al. 2018, arXiv 1801.04406): keeps D from being sure.
+def r1_penalty(discriminator: nn.Module, images: torch.Tensor, *labels: torch.Tensor) -> torch.Tensor:
+    """R1: the mean of |d logit / d x|^2 over real images x (Mescheder et al. 2018, arXiv 1801.04406).
 
-    Taken over every fourth image of the batch, an unbiased estimate, noisier, at a quarter of the cost.
+    It keeps D from becoming certain. Taken over every fourth image of the batch: an unbiased estimate, noisier, at a
+    quarter of the cost.
     """
     x = images[::4].detach().requires_grad_()
     logits = discriminator(x, *(given[::4] for given in labels))
@@ -114,7 +116,7 @@ class PaperGenerator(nn.Module):
 class LargeDiscriminator(Discriminator):
     """The paper's sizes with less dropout: .2 of the hidden units. Input and output as the lecture's.
 
-    R1 already holds this D back; the paper's dropout on top slows both networks down.
+    The R1 penalty already holds this D back; the paper's dropout on top slows both networks down.
     """
 
     def __init__(self):

@@ -1,19 +1,18 @@
-"""Maxout networks (Goodfellow et al. 2013, arXiv 1302.4389), their norm limit and their schedule."""
+"""Maxout networks (Goodfellow et al. 2013, arXiv 1302.4389) and their norm limit."""
 
 import torch
 import torch.nn as nn
-from torch.optim.lr_scheduler import LRScheduler
 
 
 class Maxout(nn.Module):
-    """The lecture's maxout layer: the largest of `k` linear pieces, h_i = max_j (x W_ij + b_ij).
+    """The lecture's maxout layer: the maximum of `k` linear pieces, h_i = max_j (x W_ij + b_ij).
 
     Input: [N, in_features]. Output: [N, out_features].
 
     dropout: put a `Dropout(p)` before the linear layer, as the lecture's discriminator does.
     """
 
-    def __init__(self, in_features, out_features, k=2, dropout=True, p=0.5):
+    def __init__(self, in_features: int, out_features: int, k: int = 2, dropout: bool = True, p: float = 0.5):
         super().__init__()
         self.out_features = out_features
         self.k = k
@@ -29,8 +28,8 @@ class MaxoutMLP(nn.Module):
     """The paper's permutation-invariant MNIST classifier (section 5.1): maxout 240 x 5, maxout 240 x 5, softmax.
 
     Input: images [N, 1, 28, 28]. Output: logits [N, 10]. Dropout keeps .8 of the input and .5 of the hidden units;
-    weights start in U(-.005, .005), biases at 0. As in the authors' published configuration (pylearn2's mnist_pi.yaml)
-    the pixels that are kept are not scaled up.
+    initial weights are U(-.005, .005), biases 0. As in the configuration the authors released (pylearn2's
+    mnist_pi.yaml), the pixels that are kept are not scaled up.
     """
 
     def __init__(self):
@@ -49,32 +48,15 @@ class MaxoutMLP(nn.Module):
         return self.fc(self.maxout2(self.maxout1(x)))
 
 
-def linear_layers(network):
+def linear_layers(network: nn.Module) -> list[nn.Linear]:
     return [module for module in network.modules() if isinstance(module, nn.Linear)]
 
 
 @torch.no_grad()
-def limit_column_norms(network, max_norm):
+def limit_column_norms(network: nn.Module, max_norm: float) -> None:
     """Shrink each unit's incoming weights in every linear layer to a Euclidean norm of at most `max_norm`, in place.
 
     The paper's W is [in, out], so it limits columns; torch's weight is [out, in], so these are rows.
     """
     for layer in linear_layers(network):
         layer.weight.renorm_(p=2, dim=0, maxnorm=max_norm)
-
-
-class MaxoutSchedule(LRScheduler):
-    """What Goodfellow et al. trained with: the learning rate divided by `decay` at every step, not below 1e-6, and
-    SGD's momentum rising linearly from its value at the start to 0.7 over 250 epochs of `epoch_length` steps.
-    """
-
-    def __init__(self, optimizer, decay, epoch_length):
-        self.decay, self.ramp = decay, 250 * epoch_length
-        self.momentum = optimizer.param_groups[0]["momentum"]
-        super().__init__(optimizer)
-
-    def get_lr(self):
-        done = min(1, self.last_epoch / self.ramp)
-        for group in self.optimizer.param_groups:
-            group["momentum"] = self.momentum + done * (0.7 - self.momentum)
-        return [max(1e-6, base / self.decay**self.last_epoch) for base in self.base_lrs]

@@ -1,5 +1,8 @@
 """The lecture's multi-layer perceptron (slides "Forward path" and "Code snippet")."""
 
+from collections.abc import Callable
+
+import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -13,7 +16,7 @@ class MLP(nn.Module):
     batch_norm: normalise before each activation; adds `bn1` to `bn3` to the state dict.
     """
 
-    def __init__(self, activation=F.relu, batch_norm=False):
+    def __init__(self, activation: Callable[[torch.Tensor], torch.Tensor] = F.relu, batch_norm: bool = False):
         super().__init__()
         self.activation = activation
         self.linear1 = nn.Linear(in_features=28 * 28, out_features=256)

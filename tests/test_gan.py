@@ -8,6 +8,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from helpers import DIGITS
+from models.judge import failure_signs
 
 import train_cgan
 import train_gan
@@ -15,7 +16,6 @@ import utils
 from models import GANS
 from models.cgan import ConditionalDiscriminator, ConditionalGenerator
 from models.gan import Discriminator, Generator, PaperDiscriminator, PaperGenerator, draw_noise, r1_penalty
-from models.judge import failure_signs
 
 PAIRS = {"gan": train_gan, "cgan": train_cgan}
 

@@ -6,12 +6,12 @@ import math
 import pytest
 import torch
 from helpers import load
+from models.average import Average
 from PIL import Image
 
 import train_classifier
 import utils
 from datasets import Batches
-from models.average import Average
 from models.maxout import MaxoutSchedule
 
 

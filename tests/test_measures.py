@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 from helpers import ROOT
+from models.judge import load_judge
+from models.parzen import SIGMAS, parzen_log_likelihood
 from sklearn.neighbors import KernelDensity
 
 import evaluate
 from datasets import load
 from models import judge as judge_module
-from models.judge import load_judge
-from models.parzen import SIGMAS, parzen_log_likelihood
 
 
 def test_parzen_is_scikit_learns_kernel_density():

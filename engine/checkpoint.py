@@ -1,0 +1,102 @@
+"""Files that are whole or absent, and checkpoints in which every changed byte is noticed.
+
+A checkpoint is what torch.save writes, a zip archive, with the SHA-256 of everything before as the archive's comment.
+torch.load reads it as it is. It holds tensors and plain values; loading executes nothing.
+"""
+
+import hashlib
+import io
+import os
+import struct
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.distributed import rank
+from engine.errors import UserError
+
+DIGEST_SIZE = hashlib.sha256().digest_size
+POSITION = ("epoch", "batch", "history", "curve")  # where the training is: attributes of engine.run.Run
+KEYS = {"options", "classes", "code", "state", "ranks", *POSITION}
+
+
+def seal(archive: bytes) -> bytes:
+    """The zip `archive`, which has no comment, with its SHA-256 as comment."""
+    body = archive[:-2] + struct.pack("<H", DIGEST_SIZE)
+    return body + hashlib.sha256(body).digest()
+
+
+def is_sealed(content: bytes) -> bool:
+    return hashlib.sha256(content[:-DIGEST_SIZE]).digest() == content[-DIGEST_SIZE:]
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write `content` to `path` entirely or not at all. Only rank 0 writes.
+
+    A valid checkpoint.pt becomes previous.pt first. Raises UserError.
+    """
+    if rank() > 0:
+        return
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # on the disk before the name points to it
+        if path.name == "checkpoint.pt" and path.exists() and is_sealed(path.read_bytes()):
+            os.replace(path, path.with_name("previous.pt"))
+        os.replace(temporary, path)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError):
+            remedy = "free space there or allow writing; everything saved before is unchanged"
+            raise UserError(f"{path} could not be written ({error.strerror}); {remedy}") from error
+        raise
+
+
+def save_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    write_atomically(path, seal(buffer.getvalue()))
+
+
+def has_checkpoint(folder: str | Path) -> bool:
+    return any((Path(folder) / name).is_file() for name in ("checkpoint.pt", "previous.pt"))
+
+
+def load_checkpoint(path: str | Path, warn: bool = True) -> dict[str, Any]:
+    """Read a run folder's checkpoint.pt, or one checkpoint file, onto the CPU. Raises UserError.
+
+    If checkpoint.pt is damaged, falls back to previous.pt with a warning.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return read_checkpoint(path)
+    try:
+        return read_checkpoint(path / "checkpoint.pt")
+    except UserError as error:
+        if not (path / "previous.pt").is_file():
+            raise
+        if warn:
+            print(f"warning: {error}; using {path / 'previous.pt'}", file=sys.stderr)
+        return read_checkpoint(path / "previous.pt")
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: this is not a run, or nothing was saved yet; start a new run")
+    content = path.read_bytes()
+    if not is_sealed(content):
+        raise UserError(f"{path} is damaged or not a checkpoint of this repository (its SHA-256 does not match)")
+    foreign = UserError(f"{path} is not a checkpoint of this version of the repository; train again")
+    try:
+        checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # of many kinds
+        raise foreign from error
+    if not isinstance(checkpoint, dict) or not checkpoint.keys() >= KEYS:
+        raise foreign
+    return checkpoint

@@ -1,0 +1,68 @@
+"""Where to train: the device, its settings, and its random number generators."""
+
+import ctypes
+import sys
+import warnings
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from engine import distributed
+from engine.errors import UserError
+
+
+def pick_device(name: str, amp: bool = False) -> torch.device:
+    """The device for --device; `auto` takes CUDA, then MPS, then the CPU. Raises UserError.
+
+    Under torchrun, joins the process group and takes the GPU of this process's local rank.
+    """
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, found in available.items() if found)
+    if not available[name]:
+        raise UserError(f"--device {name}: this machine or this build of torch has no {name} device; use --device auto")
+    torch.set_flush_denormal(True)  # denormal numbers, which long trainings produce, slow a CPU down
+    warnings.filterwarnings("ignore", message="The value of the smallest subnormal")  # from older versions of numpy
+    if sys.platform == "linux":
+        keep_freed_memory()
+    if name == "cuda":
+        torch.set_float32_matmul_precision("high")  # matrix products in TF32, as convolutions are by default
+        if amp and not torch.cuda.is_bf16_supported(including_emulation=False):
+            print("warning: --amp: this GPU emulates bfloat16, which is slower than float32; omit --amp")
+    device = torch.device(name)
+    return distributed.join(device) if dist.is_torchelastic_launched() else device
+
+
+def keep_freed_memory() -> None:
+    """Keep the C library from returning memory after each step only to fault it in again in the next one."""
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except AttributeError:  # not glibc
+        return
+    mallopt(M_MMAP_THRESHOLD, 32 << 20)
+    mallopt(M_TRIM_THRESHOLD, 512 << 20)
+
+
+def random_generators() -> dict[str, ModuleType]:
+    """The modules with a random number generator that a step may draw from, by name."""
+    modules = {"cpu": torch}
+    if torch.cuda.is_initialized():  # not if this run is on the CPU because the GPU is taken
+        modules["cuda"] = torch.cuda
+    if torch.backends.mps.is_available():
+        modules["mps"] = torch.mps
+    return modules
+
+
+def random_state() -> dict[str, torch.Tensor]:
+    return {name: module.get_rng_state() for name, module in random_generators().items()}
+
+
+def set_random_state(state: dict[str, Any], fresh_seed: int) -> None:
+    """Continue from `state`. A generator it lacks, as after a change of device, starts from `fresh_seed`."""
+    torch.manual_seed(fresh_seed)
+    for name, module in random_generators().items():
+        if name in state:
+            module.set_rng_state(state[name])

@@ -1,0 +1,105 @@
+"""Several processes that torchrun started: each computes its shard of every batch, rank 0 prints and saves.
+
+Gradients are summed over the ranks before each update, so that all ranks keep the same weights. Everything here also
+works in a single process, where it does nothing.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from engine.errors import UserError
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def join(device: torch.device) -> torch.device:
+    """Join the process group; returns this rank's device. Raises UserError."""
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if device.type == "mps":
+        raise UserError("--device mps: there is only one such device; start the script without torchrun")
+    if device.type == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(f"--device cuda: there are {torch.cuda.device_count()}; lower --nproc-per-node to that")
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    store, number, size = next(dist.rendezvous("env://"))
+    if os.environ["TORCHELASTIC_USE_AGENT_STORE"] == "True":  # it outlives a restart, with addresses of dead workers
+        store = dist.PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=number, world_size=size)
+    return device
+
+
+@contextmanager
+def collective() -> Iterator[None]:
+    """A collective operation fails when another rank has ended. Raises UserError."""
+    try:
+        yield
+    except RuntimeError as error:  # gloo has no class of its own for it
+        raise UserError("another process of this job has ended; its own message says why") from error
+
+
+def broadcast(make: Callable[[], Any]) -> Any:
+    """What `make()` returns on rank 0, on every rank. The other ranks do not call it."""
+    made = [make() if rank() == 0 else None]
+    if world_size() > 1:
+        with collective():
+            dist.broadcast_object_list(made, device=torch.device("cpu"))
+    return made[0]
+
+
+def all_gather(value: Any) -> list[Any]:
+    """The `value` of each rank, in order of rank."""
+    values = [value] * world_size()
+    if world_size() > 1:
+        with collective():
+            dist.all_gather_object(values, value)
+    return values
+
+
+def rank_0_first(make: Callable[[], Any]) -> Any:
+    """Call `make()` on rank 0, then on the others: rank 0 downloads, the others read. Only rank 0 prints its error."""
+    made = make() if rank() == 0 else None
+    broadcast(lambda: None)  # if rank 0 failed, the others end here
+    return made if rank() == 0 else make()
+
+
+def shard(batch: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """This rank's share of the rows of a batch, a tuple of tensors with equally many rows."""
+    return tuple(tensor.tensor_split(world_size())[rank()] for tensor in batch)
+
+
+def sync_flags(signal: int, due: bool) -> tuple[int, bool]:
+    """The same decision on every rank: a signal that reached any of them (or 0), and whether any has a save due."""
+    if world_size() == 1:
+        return signal, due
+    flags = torch.tensor([signal, due])
+    with collective():
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+    return tuple(flags.tolist())
+
+
+def sum_gradients(optimizer: torch.optim.Optimizer, share: float) -> None:
+    """Before an update: the gradient of the whole batch's mean loss. share: of the batch that this rank computed.
+
+    Not DistributedDataParallel, which does not support `create_graph=True`, as the R1 penalty needs it.
+    """
+    if world_size() > 1:
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        total = torch.cat([gradient.flatten() for gradient in gradients]) * share
+        with collective():
+            dist.all_reduce(total)
+        parts = total.split([gradient.numel() for gradient in gradients])
+        for gradient, part in zip(gradients, parts):  # in place: a fused update needs the weights' memory layout
+            gradient.copy_(part.view_as(gradient))

@@ -1,0 +1,80 @@
+"""Errors on one line, and signals: how a script ends."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+
+class UserError(Exception):
+    """An error the user can fix. The message is one line that names the cause and the remedy."""
+
+
+class Stopped(Exception):
+    """SIGINT or SIGTERM ended the training after a whole step, and the run was saved. Arguments: signal, message."""
+
+
+def run_script(main: Callable[[], object]) -> None:
+    """Call `main()`. What a user can run into becomes one line and exit status 1; bugs keep their traceback."""
+    if dist.is_torchelastic_launched() and os.environ["RANK"] != "0":
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (only rank 0 prints)
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        main()
+    except Stopped as stopped:
+        number, message = stopped.args
+        if message:
+            print(message, file=sys.stderr)
+        sys.exit(128 + number)
+    except KeyboardInterrupt as error:
+        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
+        sys.exit(128 + (error.args[0] if error.args else signal.SIGINT))
+    except (UserError, OSError) as error:
+        fail(error)
+    except (MemoryError, RuntimeError) as error:
+        if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+            fail(f"--compile failed ({str(error).splitlines()[0]}); leave it out, or install what it needs")
+        if not is_out_of_memory(error):
+            raise
+        fail("out of memory; start a new run with a smaller --batch-size")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """CUDA and MPS raise a class of their own; the CPU's allocator raises a plain RuntimeError."""
+    words = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(each in str(error) for each in words)
+
+
+def fail(reason: object) -> None:
+    sys.exit(f"{Path(sys.argv[0]).name}: error: {reason}")
+
+
+def interrupt(number, _) -> None:
+    """A signal handler that does what Ctrl-C does, for any signal, so that cleanup runs."""
+    raise KeyboardInterrupt(number)
+
+
+@contextmanager
+def caught_signals() -> Iterator[list[int]]:
+    """A list that SIGINT and SIGTERM append to instead of ending the process. A second signal ends it at once."""
+    caught = []
+
+    def catch(number, frame):
+        if caught and not dist.is_torchelastic_launched():  # torchrun repeats the terminal's signal
+            interrupt(number, frame)
+        caught.append(number)
+
+    before = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

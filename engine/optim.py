@@ -1,0 +1,107 @@
+"""What moves the weights besides the gradient: optimizers by name, learning rate schedules, and the EMA."""
+
+import argparse
+import copy
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+
+def build_optimizer(args: argparse.Namespace, parameters: Iterable[nn.Parameter]) -> Optimizer:
+    """The optimizer that --optimizer names, fused: one pass over the weights instead of many."""
+    if args.optimizer == "sgd":
+        return torch.optim.SGD(parameters, args.lr, momentum=args.momentum, weight_decay=args.weight_decay, fused=True)
+    kind = torch.optim.Adam if args.optimizer == "adam" else torch.optim.AdamW
+    return kind(parameters, args.lr, betas=args.betas, eps=1e-8, weight_decay=args.weight_decay, fused=True)
+
+
+def build_schedule(
+    args: argparse.Namespace, optimizer: Optimizer, epoch_length: int, decay: float = 1.000004
+) -> LRScheduler | None:
+    """The schedule that --schedule names, None for a constant learning rate. epoch_length: steps per epoch."""
+    steps = args.epochs * epoch_length
+    warmup = steps // 10
+
+    def cosine(step):  # share of --lr: linear warm-up over the first tenth, then half a cosine down to 0
+        if step < warmup:
+            return (step + 1) / warmup
+        return 0.5 + 0.5 * math.cos(math.pi * min(1, (step - warmup) / (steps - warmup)))
+
+    if args.schedule == "cosine":
+        return LambdaLR(optimizer, cosine)
+    if args.schedule == "maxout":
+        return MaxoutSchedule(optimizer, decay, epoch_length)
+    return None
+
+
+class MaxoutSchedule(LRScheduler):
+    """The schedule of Goodfellow et al. 2013 and 2014: the learning rate is divided by `decay` after every step, down
+    to 1e-6. SGD's momentum rises linearly from its initial value to 0.7 over 250 epochs of `epoch_length` steps.
+
+    Momentum changes once per epoch, as in the configurations they released (pylearn2's MomentumAdjustor).
+    """
+
+    def __init__(self, optimizer: Optimizer, decay: float, epoch_length: int):
+        self.decay, self.epoch_length = decay, epoch_length
+        self.momentum = optimizer.param_groups[0]["momentum"]
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[float]:
+        epoch = self.last_epoch // self.epoch_length  # last_epoch counts steps
+        for group in self.optimizer.param_groups:
+            group["momentum"] = self.momentum + min(1, epoch / 250) * (0.7 - self.momentum)
+        return [max(1e-6, base / self.decay**self.last_epoch) for base in self.base_lrs]
+
+
+class EMA:
+    """Exponential moving average of a network's weights and of batch norm's statistics, as the network `self.model`.
+
+    average = d * average + (1 - d) * weights, where d rises from 0.1 to `decay` as (1 + updates) / (10 + updates), so
+    that the initial weights are soon forgotten. Not torch's AveragedModel, which waits for the device at each update.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.decay = decay
+        self.updates = torch.zeros((), device=next(model.parameters()).device)
+        pairs = list(zip(self.model.state_dict().values(), model.state_dict().values(), strict=True))
+        floats = [pair for pair in pairs if pair[0].is_floating_point()]
+        self.averages, self.weights = ([pair[i] for pair in floats] for i in (0, 1))
+        self.counts = [pair for pair in pairs if not pair[0].is_floating_point()]  # batch norm's number of batches
+
+    @torch.no_grad()
+    def update(self) -> None:
+        keep = ((1 + self.updates) / (10 + self.updates)).clamp(max=self.decay)  # stays on the device
+        self.updates += 1
+        torch._foreach_lerp_(self.averages, self.weights, [1 - keep] * len(self.weights))
+        for average, count in self.counts:
+            average.copy_(count)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"model": self.model.state_dict(), "updates": self.updates}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.updates.copy_(state["updates"])
+
+
+def adversarial_state(
+    args: argparse.Namespace, generator: nn.Module, discriminator: nn.Module, epoch_length: int, decay: float
+) -> dict[str, Any]:
+    """What training a generator against a discriminator saves: both networks, and for each an optimizer and a schedule.
+
+    With --ema, also the EMA of the generator. decay: of --schedule maxout.
+    """
+    state: dict[str, Any] = {"generator": generator, "discriminator": discriminator}
+    for letter, network in (("g", generator), ("d", discriminator)):
+        state[f"optimizer_{letter}"] = build_optimizer(args, network.parameters())
+        if schedule := build_schedule(args, state[f"optimizer_{letter}"], epoch_length, decay):
+            state[f"schedule_{letter}"] = schedule
+    if args.ema is not None:
+        state["ema"] = EMA(generator, args.ema)
+    return state

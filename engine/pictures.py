@@ -1,0 +1,72 @@
+"""Pictures of a run: curves, grids of samples, and their GIF."""
+
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from engine.checkpoint import write_atomically
+
+if TYPE_CHECKING:  # matplotlib, torchvision and Pillow take a while to import and are needed late
+    from matplotlib.figure import Figure
+
+
+def draw_curves(history: list[dict], curve: list[dict], path: Path) -> None:
+    """One panel per metric: reports during training as a line, validation after each epoch as dots."""
+    from matplotlib.figure import Figure
+
+    training = list(dict.fromkeys(name for row in curve for name in row if name != "epoch"))
+    validated = list(dict.fromkeys(name for row in history for name in row if name.startswith("val_")))
+    names = training + [name for name in validated if name.removeprefix("val_") not in training]
+    if not names:
+        return
+    columns = min(3, len(names))
+    rows = -(-len(names) // columns)
+    figure = Figure(figsize=(5 * columns, 4 * rows), layout="constrained")
+    for place, name in enumerate(names):
+        axis = figure.add_subplot(rows, columns, place + 1)
+        lines = [(curve, name, "-", "training")] if name in training else []
+        lines += [
+            (history, key, "o-", "validation") for key in dict.fromkeys((name, f"val_{name}")) if key in validated
+        ]
+        for table, key, style, label in lines:
+            points = [(row["epoch"], row[key]) for row in table if key in row]
+            axis.plot(*zip(*points), style, lw=1, ms=3, label=label)
+        axis.set(xlabel="epoch", ylabel=name)
+        axis.grid(alpha=0.3)
+        axis.legend()
+    save_figure(figure, path)
+
+
+def save_figure(figure: "Figure", path: Path) -> None:
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    write_atomically(path, picture.getvalue())
+
+
+def save_grid(images: torch.Tensor, path: Path, columns: int) -> None:
+    """Write images [N, 1, H, W], pixels from 0 (black) to 1 (white), as one PNG, row by row and twice as large."""
+    from PIL import Image
+    from torchvision.utils import make_grid
+
+    grid = make_grid(images.float().cpu(), nrow=columns, padding=0)[0]  # it repeats a grey channel three times
+    picture = Image.fromarray((grid * 255).round().to(torch.uint8).numpy())
+    content = io.BytesIO()
+    picture.resize((2 * picture.width, 2 * picture.height), Image.Resampling.NEAREST).save(content, format="png")
+    path.parent.mkdir(exist_ok=True)
+    write_atomically(path, content.getvalue())
+
+
+def save_gif(folder: Path, most: int = 40) -> None:
+    """Write samples.gif from up to `most` of the pictures in samples/, evenly spaced, the last one included."""
+    from PIL import Image
+
+    paths = sorted((folder / "samples").glob("epoch-*.png"))
+    if not paths:
+        return
+    every = -(-len(paths) // most)
+    frames = [Image.open(path) for path in paths[::-every][::-1]]
+    content = io.BytesIO()
+    frames[0].save(content, format="gif", save_all=True, append_images=frames[1:], duration=200, loop=0)
+    write_atomically(folder / "samples.gif", content.getvalue())

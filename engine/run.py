@@ -1,0 +1,169 @@
+"""A run: the position in the training, and what its checkpoints hold."""
+
+import argparse
+import csv
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
+
+from engine.capture import portable_state
+from engine.checkpoint import POSITION, load_checkpoint, save_checkpoint, write_atomically
+from engine.device import random_state, set_random_state
+from engine.distributed import all_gather, broadcast, rank, sum_gradients, world_size
+from engine.errors import UserError
+from engine.folder import lock, new_folder, read_config
+from engine.provenance import code_fingerprint, environment, warn_if_code_changed
+
+
+class Run:
+    """A run folder, the position in the training, and everything a checkpoint holds.
+
+    state: name -> object with `state_dict()`: networks, optimizers, schedules, an EMA.
+    name: the folder is runs/`name`, or the next free runs/`name`-2, ..., unless --output-dir or --resume names one.
+    Raises UserError if that folder holds something else, or another process trains in it.
+    """
+
+    def __init__(self, args: argparse.Namespace, state: dict[str, Any], name: str = "run"):
+        if args.batch_size < world_size():
+            raise UserError(f"--batch-size {args.batch_size} is less than the {world_size()} processes; raise it")
+        self.args, self.state = args, state
+        self.epoch, self.batch = 0, 0  # done: whole epochs, and batches of the current one
+        self.history, self.curve = [], []  # a row of metrics per epoch, and one per report
+        self.meter = None  # sums of the current epoch's metrics; utils.train sets it
+        self.share = 1.0  # of the batch that this rank computes
+        for optimizer in self.optimizers():
+            optimizer.register_step_pre_hook(lambda optimizer, *_: sum_gradients(optimizer, self.share))
+        self.folder = Path(args.resume or broadcast(lambda: str(new_folder(args.output_dir, name))))
+        self.lock = None
+        broadcast(self.take_lock)
+        print(f"run folder: {self.folder}", flush=True)
+
+    def take_lock(self) -> None:
+        self.lock = lock(self.folder)
+
+    def optimizers(self) -> list[Optimizer]:
+        return [item for item in self.state.values() if isinstance(item, Optimizer)]
+
+    def device(self) -> torch.device:
+        networks = [item for item in self.state.values() if isinstance(item, torch.nn.Module)]
+        tensors = (tensor for network in networks for tensor in network.state_dict().values())
+        return next((tensor.device for tensor in tensors), torch.device("cpu"))
+
+    def options(self) -> dict[str, Any]:
+        where = ("resume", "output_dir", "auto_resume")
+        return {name: value for name, value in vars(self.args).items() if name not in where}
+
+    def classes(self) -> dict[str, str]:
+        return {name: type(item).__name__ for name, item in self.state.items()}
+
+    def save(self, name: str = "checkpoint.pt") -> None:
+        """Write everything that resuming needs. Raises UserError instead if a metric or a weight is not finite."""
+        meter = self.meter.state_dict()
+        self.require_finite(meter["sums"])
+        ranks = all_gather({"random": random_state(), "meter": meter})
+        if rank() > 0:
+            return
+        state = {key: state_of(item) for key, item in self.state.items()}
+        self.require_finite({key: largest(value) for key, value in state.items()})
+        checkpoint = {
+            "options": self.options(),
+            "classes": self.classes(),
+            "code": code_fingerprint(self.args.script),
+            "state": state,
+            "ranks": ranks,
+            **{key: getattr(self, key) for key in POSITION},
+        }
+        save_checkpoint(checkpoint, self.folder / name)
+
+    def require_finite(self, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            if not math.isfinite(value):
+                place = (
+                    f"step {self.batch} of epoch {self.epoch + 1}" if self.batch else f"the end of epoch {self.epoch}"
+                )
+                remedy = "start a new run with a lower --lr, or without --amp"
+                raise UserError(f"{name} is not finite at or shortly before {place}; {remedy}")
+
+    def restore(self) -> None:
+        """Continue from the checkpoint of --resume, and write config.json. Raises UserError.
+
+        Comes last before the first step: nothing may draw random numbers in between.
+        """
+        ranks = []
+        if self.args.resume:
+            checkpoint = load_checkpoint(self.folder)
+            warn_if_code_changed(checkpoint, self.folder)
+            self.load_state(checkpoint)
+            for key in POSITION:
+                setattr(self, key, checkpoint[key])
+            ranks = checkpoint["ranks"]
+            self.write_metrics()
+        if len(ranks) == world_size():
+            random, meters = ranks[rank()]["random"], [ranks[rank()]["meter"]]
+        else:  # a new run, or another number of processes: rank 0 continues with the sums of all
+            random, meters = {}, [part["meter"] for part in ranks] if rank() == 0 else []
+        self.meter.load(meters, self.device())
+        if self.args.resume or world_size() > 1:  # several ranks draw different numbers
+            set_random_state(random, self.args.seed + 1_000_003 * (1 + rank()) + self.epoch + self.batch)
+        self.write_config()
+
+    def load_state(self, checkpoint: dict[str, Any]) -> None:
+        for name, then in checkpoint["classes"].items():
+            now = self.classes().get(name, "gone")
+            if now != then and not isinstance(self.state.get(name), torch.nn.Module):
+                remedy = "undo the edit, or start a new run"
+                raise UserError(f"{name}: {self.folder} was trained with {then}, the code now has {now}; {remedy}")
+        try:
+            for name, item in self.state.items():
+                item.load_state_dict(checkpoint["state"][name])
+        except (KeyError, RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{self.folder} does not match the code, which has changed since: {reason}") from error
+
+    def end_epoch(self, row: dict[str, float]) -> dict[str, float]:
+        """Close the current epoch: `row`, its metrics, becomes a row of the history, which is returned."""
+        self.epoch, self.batch = self.epoch + 1, 0
+        self.require_finite(row)
+        self.history.append({"epoch": self.epoch, **row})
+        return self.history[-1]
+
+    def best_epoch(self, score: str) -> int:
+        """The first epoch with the highest `score`, a metric. Raises UserError if no epoch has it."""
+        rows = [row for row in self.history if score in row]
+        if not rows:
+            raise UserError(f"no epoch has the metric {score}, which chooses the best one; validate() must return it")
+        return max(rows, key=lambda row: row[score])["epoch"]
+
+    def write_metrics(self) -> None:
+        """metrics.csv: a row per epoch. Metrics that came or went leave empty cells."""
+        text = io.StringIO()
+        names = dict.fromkeys(name for row in self.history for name in row)
+        writer = csv.DictWriter(text, fieldnames=names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.history)
+        if self.history:
+            write_atomically(self.folder / "metrics.csv", text.getvalue().encode())
+
+    def write_config(self) -> None:
+        """config.json: the options, and what is needed to trace a figure to its code and machine."""
+        config = {"options": self.options(), "classes": self.classes(), "device": str(self.device()), **environment()}
+        before = read_config(self.folder).get("commit")
+        if self.args.resume and before and config["commit"]:  # every commit that trained this run
+            config["commit"] = before if config["commit"] in before else f"{before}, then {config['commit']}"
+        write_atomically(self.folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+
+
+def state_of(item: Any) -> dict[str, Any]:
+    return portable_state(item) if isinstance(item, Optimizer) else item.state_dict()
+
+
+def largest(state: Any) -> float:
+    """The largest magnitude in nested dicts and lists of tensors; NaN if any of them is."""
+    tensors = [leaf for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
+    return torch.nn.utils.get_total_norm(tensors, math.inf).item() if tensors else 0.0
