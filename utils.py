@@ -64,8 +64,8 @@ def train(
         return run.epoch >= epochs or bool(should_stop and run.history and should_stop(run.history[-1]))
 
     run.meter = Meter()
-    step = make_step(run, train_step, batches)
     run.restore()
+    step = make_step(run, train_step, batches)
     if finished():
         print(f"this run is finished at epoch {run.epoch}")
     try:

@@ -3,12 +3,12 @@
 python benchmarks/speed.py --data-dir data
 python benchmarks/speed.py --data-dir data --compile    # our loop with --compile as well, on the CPU
 python benchmarks/speed.py --data-dir data --device cuda
-python benchmarks/speed.py --data-dir data --profile    # where the time of our steps goes: results/profile-DEVICE.txt
+python benchmarks/speed.py --data-dir data --profile    # where the time of our steps goes
 
 Same networks, batch size and data. Each loop runs in a process of its own; they take turns, so that a noisy machine
 slows all alike, and the ratio of each turn counts. Beside them stands the least that a step could take on this machine:
 its matrix products at the rate of a product of two 1024 x 1024 matrices, and the optimiser's reads and writes at the
-rate of a copy. Writes results/speed-DEVICE.json and its chart, results/speed-DEVICE.png.
+rate of a copy. Writes speed-DEVICE.json and its chart, or profile-DEVICE.txt, into benchmarks/results/.
 """
 
 import argparse
@@ -40,6 +40,9 @@ import train_gan
 import utils
 from datasets import Batches, load
 from datasets.mnist import find_idx, part_stems
+from engine.device import pick_device
+from engine.flags import parse_args
+from engine.provenance import environment
 from models import CLASSIFIERS, GANS
 from models.cgan import ConditionalDiscriminator, ConditionalGenerator
 
@@ -67,13 +70,13 @@ LOOPS = {  # device -> loop -> how it is prepared, and what with
 
 def parse(case, flags, device, folder):
     """The script of a case, and its options without what the ordinary loop lacks."""
-    script, mine = CASES[case]
+    script, own = CASES[case]
     with contextlib.redirect_stdout(None):
-        flags = [*mine, *flags, "--device", device, "--output-dir", str(Path(folder) / "run")]
+        flags = [*own, *flags, "--device", device, "--output-dir", str(Path(folder) / "run")]
         if script is not train_classifier:
             flags += ["--r1", "0"]
-        args = utils.parse_args(script.get_args_parser(), script.RECIPES, argv=flags)
-    args.average = args.max_norm = None
+        args = parse_args(script.get_args_parser(), script.RECIPES, argv=flags)
+    args.ema = args.max_norm = None
     return script, args
 
 
@@ -160,23 +163,23 @@ def ordinary(case, device, workers, data_dir, folder, steps):
 def ours(case, device, flags, data_dir, folder, steps):
     """A function that runs the steps in this repository's loop, and what a step computes and moves."""
     script, args = parse(case, flags, device, folder)
-    device = utils.pick_device(device)
+    device = pick_device(device)
     images, labels = load("mnist", data_dir)
     count = args.batch_size * steps
-    low, more = (args.black, []) if script is train_classifier else (0.0, [images.float().mean(0).flatten() / 255])
-    batches = Batches(images[:count], labels[:count], args.batch_size, device, low=low)
-    state, train_step, _ = script.build(args, device, len(batches), *more)
+    black = args.black if script is train_classifier else 0.0
+    batches = Batches(images[:count], labels[:count], args.batch_size, device, black=black)
+    state, train_step, _ = script.build(args, device, batches)
     run = utils.Run(args, state)
+    run.meter = utils.Meter()
     with FlopCounterMode(display=False) as counter:
         train_step(*next(batches.epoch(0)))
     work = {"flops": counter.get_total_flops(), "bytes": sum(map(bytes_moved, run.optimizers()))}
-    if args.compile:
-        utils.compile_networks(state)
-    step = utils.GraphedStep(run, utils.whole_step(run, train_step, batches))
+    step = utils.make_step(run, train_step, batches)
 
     def epoch():
         utils.train_epoch(run, step, batches, signals=[])
-        run.end_epoch({})
+        run.end_epoch(run.meter.means())
+        run.meter.reset()
 
     return epoch, work
 
@@ -254,10 +257,10 @@ def fastest(run, device):
 def summary(times, limit):
     """Of each loop: median milliseconds, and median, lowest and highest of what the ordinary loop took over it."""
     row = {"limit_ms": limit, "loops": {}}
-    for name, mine in times.items():
-        ratios = [theirs / it for theirs, it in zip(times["ordinary"], mine)]
+    for name, own in times.items():
+        ratios = [ordinary / ms for ordinary, ms in zip(times["ordinary"], own)]
         row["loops"][name] = {
-            "ms": statistics.median(mine),
+            "ms": statistics.median(own),
             "ratio_median": statistics.median(ratios),
             "ratio_min": min(ratios),
             "ratio_max": max(ratios),
@@ -314,15 +317,15 @@ def main():
     parser.add_argument("--compile", action="store_true", help="on the CPU too: our loop with --compile as well")
     parser.add_argument("--profile", action="store_true", help="only show where the time of our steps goes")
     args = parser.parse_args()
-    utils.pick_device(args.device)  # the machine's limit is measured with its settings too
+    pick_device(args.device)  # the machine's limit is measured with its settings too
     if args.profile:
         tables = []
         for case in CASES:
             with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
                 tables.append(profiled(case, args.device, args.data_dir, folder, args.steps))
-        machine = "{processor}, {threads} threads, gpu: {gpu}, torch {torch}".format(**utils.environment())
+        machine = "{processor}, {threads} threads, gpu: {gpu}, torch {torch}".format(**environment())
         text = "\n\n".join([machine, *tables]) + "\n"
-        (ROOT / "results" / f"profile-{args.device}.txt").write_text(text)
+        (ROOT / "benchmarks" / "results" / f"profile-{args.device}.txt").write_text(text)
         print(text)
         return
     if args.compile:
@@ -332,10 +335,10 @@ def main():
         with tempfile.TemporaryDirectory() as folder:
             rows[case] = summary(*compare(case, args.device, args.data_dir, folder, args.steps, args.turns))
         print_row(case, rows[case])
-    result = {"rows": rows, "steps": args.steps, "turns": args.turns, **utils.environment()}
-    (ROOT / "results").mkdir(exist_ok=True)
-    (ROOT / "results" / f"speed-{args.device}.json").write_text(json.dumps(result, indent=2) + "\n")
-    draw(rows, ROOT / "results" / f"speed-{args.device}.png")
+    result = {"rows": rows, "steps": args.steps, "turns": args.turns, **environment()}
+    (ROOT / "benchmarks" / "results").mkdir(exist_ok=True)
+    (ROOT / "benchmarks" / "results" / f"speed-{args.device}.json").write_text(json.dumps(result, indent=2) + "\n")
+    draw(rows, ROOT / "benchmarks" / "results" / f"speed-{args.device}.png")
 
 
 if __name__ == "__main__":

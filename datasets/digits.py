@@ -1,16 +1,16 @@
-"""The 1,797 handwritten digits that scikit-learn ships: real data that needs no network."""
+"""The 1,797 handwritten digits that come with scikit-learn: real data without a download."""
 
 import torch
 import torch.nn.functional as F
 
 
-def load_digits(train):
-    """The first 80 % (train) or the last 20 % of the set, made to look like MNIST.
+def load_digits(train: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first 80 % (train) or the last 20 % of the set, in the format of MNIST.
 
     Returns uint8 images [N, 1, 28, 28] and int64 labels [N]. The 8x8 originals with values 0 to 16 are scaled
     to 20x20 and centred in 28x28.
     """
-    from sklearn import datasets  # takes a second to import and is only needed here
+    from sklearn import datasets  # takes a second to import
 
     digits = datasets.load_digits()
     images = torch.from_numpy(digits.images).float().unsqueeze(1) * (255 / 16)

@@ -13,16 +13,16 @@ import numpy as np
 import torch
 
 FOLDERS = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST"}
-MIRRORS = {  # where torchvision finds the same files, by https alone
+MIRRORS = {  # the same files that torchvision downloads, over https only
     "MNIST": ["https://ossci-datasets.s3.amazonaws.com/mnist/"],
     "FashionMNIST": ["https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/"],
     "KMNIST": ["https://codh.rois.ac.jp/kmnist/dataset/kmnist/"],
 }
-PATIENCE = 60  # seconds that a server may say nothing; torchvision would wait forever
+TIMEOUT = 60  # seconds without an answer; torchvision would wait forever
 LARGEST = {"train": 60_000, "t10k": 10_000}  # images in each part of all three
 
-# Of MNIST, the SHA-256 of the uncompressed content. Of the other two, that of the gzipped files, as they are published:
-# an unpacked one could not be told from an altered one, so that they are read from their .gz alone.
+# MNIST: the SHA-256 of the uncompressed content. The other two: that of the published gzipped files. They are read from
+# their .gz only, because an unpacked file cannot be verified.
 SHA256 = {
     "MNIST/raw/train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
     "MNIST/raw/train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
@@ -40,11 +40,11 @@ SHA256 = {
 
 
 class DataError(OSError):
-    """A data set that cannot be used; the message names the file and the remedy."""
+    """A data set that cannot be used. The message names the file and the remedy."""
 
 
-def load_mnist(name, data_dir, train):
-    """Read one part of the data set `name` below `data_dir`, downloading it first where it is missing.
+def load_mnist(name: str, data_dir: str, train: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Read one part of the data set `name` below `data_dir`; download it first if it is missing.
 
     Returns uint8 images [N, 1, 28, 28] and int64 labels [N]. Raises DataError.
     """
@@ -59,12 +59,12 @@ def part_stems(folder, part):
 
 
 def names_of(stem):
-    """The names below the root under which the file `stem` may be there, the first one before the second."""
+    """The names below the root that the file `stem` may have, in order of preference."""
     return [stem + ".gz"] if stem + ".gz" in SHA256 else [stem, stem + ".gz"]
 
 
 def find_idx(root, stem):
-    """The file `root`/`stem`, raw or gzipped, else None."""
+    """The file `root`/`stem`, raw or gzipped, or None."""
     return next((root / name for name in names_of(stem) if os.path.isfile(root / name)), None)
 
 
@@ -75,7 +75,7 @@ def read_part(root, folder, part):
     if len(images) != len(labels):
         raise DataError(
             f"{find_idx(root, images_stem)} holds {len(images)} images but {find_idx(root, labels_stem).name} "
-            f"{len(labels)} labels: they do not belong together; delete both to download them again"
+            f"{len(labels)} labels; they do not belong together; delete both to download them again"
         )
     if labels.max() > 9:
         raise DataError(f"{find_idx(root, labels_stem)} holds a label above 9; delete it to download it again")
@@ -96,7 +96,7 @@ def read_idx(root, stem, item_shape, most):
     try:
         with open(path, "rb") as packed, gzip.open(packed) if path.suffix == ".gz" else packed as file:
             if stem + ".gz" in SHA256:
-                # No more than it can be, since gzip makes nothing much larger.
+                # At most what it can be: gzip makes nothing much larger.
                 whole = packed.read(header_size + most * item_size + 2**16)
                 if hashlib.sha256(whole).hexdigest() != SHA256[stem + ".gz"]:
                     raise altered
@@ -121,7 +121,7 @@ def read_idx(root, stem, item_shape, most):
 
 
 def download(folder, root):
-    """Fetch the data set through torchvision into a temporary folder; move it into place once verified."""
+    """Download the data set with torchvision into a temporary folder, and move it into place once verified."""
     stems = part_stems(folder, "train") + part_stems(folder, "t10k")
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -136,7 +136,7 @@ def download(folder, root):
                     os.replace(fetched, root / fetched.relative_to(temporary))
     except DataError as error:
         reason = str(error).split(";")[0]
-        raise DataError(f"what was downloaded is thrown away: {reason}; try again later") from error
+        raise DataError(f"the download was discarded: {reason}; try again later") from error
     except (OSError, RuntimeError, HTTPException) as error:  # RuntimeError: torchvision found no mirror or a wrong MD5
         reason = " ".join(str(error).split()) or type(error).__name__
         missing = next((root / names_of(stem)[0] for stem in stems if not find_idx(root, stem)), root)
@@ -147,12 +147,12 @@ def download(folder, root):
 
 
 def fetch(folder, root):
-    from torchvision import datasets  # takes a second to import and is only needed here
+    from torchvision import datasets  # takes a second to import
 
     published = getattr(datasets, folder)
     over_https = type(folder, (published,), {"mirrors": MIRRORS[folder]})
     before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(PATIENCE)
+    socket.setdefaulttimeout(TIMEOUT)
     try:
         over_https(root, download=True)
     finally:

@@ -1,4 +1,4 @@
-"""A person's own picture of a digit, made to look like MNIST's."""
+"""A picture of a handwritten digit, made to look like MNIST's."""
 
 from pathlib import Path
 
@@ -10,21 +10,23 @@ from datasets.mnist import DataError
 MOST_PIXELS = 100_000_000
 
 
-def read_photo(path):
-    """Read a picture of one digit: any size and mode, dark on light or light on dark; uint8 [1, 1, 28, 28].
+def read_photo(path: str | Path) -> torch.Tensor:
+    """Read a picture of one digit: any size and mode, dark on light or light on dark. Returns uint8 [1, 1, 28, 28].
 
-    Prepared as MNIST was (yann.lecun.com/exdb/mnist): the ink fitted into 20x20 pixels with its proportions kept,
-    then its centre of mass moved to the centre of 28x28. Raises DataError.
+    Prepared as MNIST was (yann.lecun.com/exdb/mnist): the ink is scaled to fit into 20x20 pixels, then its centre of
+    mass is moved to the centre of 28x28. Raises DataError.
     """
     ink = find_ink(read_grey(path))
     if ink is None:
-        raise DataError(f"{path} shows no digit: it is blank; choose a picture of one digit on a plain background")
+        raise DataError(f"{path} shows no digit: it is blank; take a picture of one digit on a plain background")
     return torch.from_numpy(centre(ink)).view(1, 1, 28, 28)
 
 
-def read_grey(path):
-    """Brightness of each pixel, float32 [H, W], 0 (black) to 255; transparent parts count as paper,
-    black where what is drawn on it is light."""
+def read_grey(path: str | Path) -> np.ndarray:
+    """Brightness of each pixel, float32 [H, W], 0 (black) to 255.
+
+    Transparent parts are white, or black if the digit on them is light.
+    """
     from PIL import Image, ImageOps
 
     if not Path(path).is_file():
@@ -48,23 +50,23 @@ def read_grey(path):
     except DataError:
         raise
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path} is not a picture that can be read ({error})") from error
+        raise DataError(f"{path} cannot be read as a picture ({error}); save it as PNG or JPEG") from error
 
 
-def find_ink(grey):
-    """How much ink each pixel holds, from 0 (background) to 1, cut to the part that holds any; None if blank."""
+def find_ink(grey: np.ndarray) -> np.ndarray | None:
+    """The ink in each pixel, from 0 (background) to 1, cropped to the part that holds any; None if blank."""
     border = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
     paper = np.median(border)
     darker, lighter = paper - grey.min(), grey.max() - paper
     if max(darker, lighter) < 16:
         return None
     ink = (paper - grey) / darker if darker > lighter else (grey - paper) / lighter
-    ink = ((ink - 0.2) / 0.6).clip(0, 1)  # shadows and paper grain are no ink; a pen's full stroke is all ink
+    ink = ((ink - 0.2) / 0.6).clip(0, 1)  # shadows and paper grain count as 0, a full stroke as 1
     rows, columns = ink.any(axis=1).nonzero()[0], ink.any(axis=0).nonzero()[0]
     return ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
 
 
-def centre(ink):
+def centre(ink: np.ndarray) -> np.ndarray:
     """Fit `ink` [H, W] into 20x20 and put its centre of mass at the centre of 28x28, uint8."""
     from PIL import Image
 

@@ -89,9 +89,13 @@ def is_capturable(optimizer: Optimizer) -> bool:
 
 
 def prepare(optimizer: Optimizer, device: torch.device) -> None:
-    """Move what the optimizer reads in each step onto the device. The learning rate becomes a tensor there."""
+    """Move what the optimizer changes in each step onto the device.
+
+    Where the optimizer reads its learning rate there, it becomes a tensor that a schedule can change.
+    """
     for group in optimizer.param_groups:
-        group["lr"] = torch.as_tensor(float(group["lr"]), device=device)
+        if group.get("fused") or isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
+            group["lr"] = torch.as_tensor(float(group["lr"]), device=device)
         if "capturable" in group:
             group["capturable"] = True
     for state in optimizer.state.values():
@@ -112,9 +116,9 @@ def portable_state(optimizer: Optimizer) -> dict[str, Any]:
 class GraphedStep:
     """`step(*tensors)` as a CUDA graph. Returns what `step` returned when it was captured.
 
-    The first WARM_UP calls run eagerly and are compared. A frozen setting of an optimizer, such as a momentum that
-    changes once per epoch, starts this again when it changes; if it changes in every step, all steps run eagerly, as a
-    short last batch does. A replay draws new random numbers. Raises UserError if the step cannot be captured.
+    The first WARM_UP calls run eagerly and are compared. When a frozen setting of an optimizer changes, such as a
+    momentum once per epoch, this starts again; if one changes in every step, all steps run eagerly. So does a short
+    last batch. A replay draws new random numbers. Raises UserError if the step cannot be captured.
     """
 
     def __init__(self, step: Callable, optimizers: Sequence[Optimizer], batch_size: int, device: torch.device):
@@ -181,9 +185,11 @@ class GraphedStep:
 
     def frozen_settings(self) -> list[dict[str, Any]]:
         """The settings of the optimizers that a graph keeps as they were when it was captured."""
-        changing = {"params", "lr", "initial_lr"}
         groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
-        return [{name: value for name, value in group.items() if name not in changing} for group in groups]
+        return [
+            {name: value for name, value in group.items() if name != "params" and not isinstance(value, torch.Tensor)}
+            for group in groups
+        ]
 
 
 def refused(reason: object) -> UserError:

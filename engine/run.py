@@ -93,7 +93,7 @@ class Run:
     def restore(self) -> None:
         """Continue from the checkpoint of --resume, and write config.json. Raises UserError.
 
-        Comes last before the first step: nothing may draw random numbers in between.
+        Nothing may draw random numbers between this and the first step.
         """
         ranks = []
         if self.args.resume:

@@ -1,6 +1,9 @@
-"""The loop on a CUDA device: the step as a CUDA graph against the ordinary one."""
+"""The loop on a CUDA device: the step as a CUDA graph against the eager one, and everything else a GPU changes."""
 
 import csv
+import socket
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -13,6 +16,8 @@ import train_classifier
 import train_gan
 import utils
 from datasets import Batches
+from engine.capture import WARM_UP, GraphedStep
+from engine.errors import UserError
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -20,10 +25,16 @@ CUDA = [*DIGITS[:2], "--device", "cuda", "--epochs", "2"]
 SCRIPTS = {
     "mlp": (train_classifier, ["--model", "mlp", "--recipe", "best"]),
     "cnn": (train_classifier, ["--model", "cnn", "--recipe", "best"]),
-    "maxout": (train_classifier, ["--recipe", "paper"]),
+    "cnn amp": (train_classifier, ["--model", "cnn", "--recipe", "best", "--amp"]),
+    "maxout paper": (train_classifier, ["--recipe", "paper"]),
+    "gan lecture": (train_gan, []),
     "gan": (train_gan, ["--recipe", "best"]),
+    "gan amp": (train_gan, ["--recipe", "best", "--amp"]),
     "gan paper": (train_gan, ["--recipe", "paper"]),
+    "cgan lecture": (train_cgan, []),
     "cgan": (train_cgan, ["--recipe", "best"]),
+    "cgan amp": (train_cgan, ["--recipe", "best", "--amp"]),
+    "cgan paper": (train_cgan, ["--recipe", "paper"]),
 }
 
 
@@ -32,22 +43,51 @@ def in_tmp_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def losses(folder):
-    return [float(row[key]) for row in csv.DictReader((folder / "metrics.csv").open()) for key in row if "loss" in key]
+@pytest.fixture
+def replays(monkeypatch):
+    """Counts the replays of graphs, so that no test compares eager steps with eager steps."""
+    counted, replay = [], torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: counted.append(graph) or replay(graph))
+    return counted
+
+
+def metrics(folder):
+    return [float(value) for row in csv.DictReader((folder / "metrics.csv").open()) for value in row.values() if value]
+
+
+def tensors(state, name=""):
+    if isinstance(state, torch.Tensor):
+        yield name, state
+    elif isinstance(state, dict):
+        for key, value in state.items():
+            yield from tensors(value, f"{name}.{key}")
+
+
+def assert_close(a, b, rtol, atol):
+    """All state of two runs: weights, optimizers, schedules, EMA."""
+    others = dict(tensors(load(b / "checkpoint.pt")["state"]))
+    for name, value in tensors(load(a / "checkpoint.pt")["state"]):
+        message = lambda text, name=name: f"{name}: {text}"  # noqa: E731
+        torch.testing.assert_close(value, others[name], rtol=rtol, atol=atol, msg=message)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_graph_and_ordinary_steps_give_the_same_losses(tmp_path, name):
-    """With the schedule, the short last batch, dropout, noise and distortions of the recipes."""
+def test_graphed_and_eager_steps_end_with_the_same_state(tmp_path, replays, name):
+    """With the schedule, the short last batch, dropout, noise and distortions of the recipes. Both draw the same random
+    numbers, so that only the order in which a kernel adds may differ."""
     script, flags = SCRIPTS[name]
-    for folder, more in (("graphed", []), ("ordinary", ["--no-cuda-graph"])):
-        script.main([*CUDA, *flags, *more, "--output-dir", folder])
-    assert losses(tmp_path / "graphed") == pytest.approx(losses(tmp_path / "ordinary"), rel=0.02)
+    script.main([*CUDA, *flags, "--output-dir", "graphed"])
+    assert len(replays) > 5
+    del replays[:]
+    script.main([*CUDA, *flags, "--no-cuda-graph", "--output-dir", "eager"])
+    assert not replays
+    assert_close(tmp_path / "graphed", tmp_path / "eager", rtol=1e-3, atol=1e-4)
+    assert metrics(tmp_path / "graphed") == pytest.approx(metrics(tmp_path / "eager"), rel=1e-3)
 
 
-@pytest.mark.parametrize("name", ["mlp", "gan"])
-def test_a_run_under_graphs_resumes_exactly(tmp_path, monkeypatch, name):
-    """Stopped and saved in the middle of the second epoch; the steps after it are ordinary, then graphed again."""
+@pytest.mark.parametrize("name", ["mlp", "gan", "maxout paper"])
+def test_a_run_under_graphs_resumes_exactly(tmp_path, monkeypatch, replays, name):
+    """Stopped and saved in the middle of the second epoch. The steps after it are eager, then graphed again."""
     script, flags = SCRIPTS[name]
     script.main([*CUDA, *flags, "--output-dir", "whole"])
     whole_rows = Batches.rows
@@ -64,70 +104,127 @@ def test_a_run_under_graphs_resumes_exactly(tmp_path, monkeypatch, name):
     monkeypatch.setattr(Batches, "rows", whole_rows)
     assert load(tmp_path / "run" / "checkpoint.pt")["batch"] == 4
     script.main(["--resume", "run"])
+    assert replays
     assert (tmp_path / "run" / "metrics.csv").read_bytes() == (tmp_path / "whole" / "metrics.csv").read_bytes()
 
 
-def test_every_replay_draws_new_noise(tmp_path, capsys):
-    drawn = torch.zeros(12, device="cuda")
+def on_cuda(batch_size):
+    batches = ten_images(batch_size)
+    return Batches(batches.images, batches.labels, batch_size, "cuda")
+
+
+def test_every_replay_draws_new_noise(tmp_path, replays):
+    drawn = torch.zeros(24, device="cuda")
     position = Position().cuda()
 
     def train_step(images, labels):
         drawn.index_copy_(0, position.steps.view(1), torch.rand(1, device="cuda"))
-        position.steps += 1
+        position.steps.add_(1)
         return {"loss": torch.zeros((), device="cuda")}
 
-    batches = ten_images(batch_size=5)
-    batches = Batches(batches.images, batches.labels, 5, "cuda")
-    utils.train(start(tmp_path / "run", {"position": position}, epochs=6, batch_size=5), train_step, batches)
-    assert len(set(drawn.tolist())) == 12
-    assert "not replayed" not in capsys.readouterr().out
+    utils.train(start(tmp_path / "run", {"position": position}, epochs=12, batch_size=5), train_step, on_cuda(5))
+    assert len(replays) == 24 - WARM_UP
+    assert len(set(drawn.tolist())) == 24
 
 
-# A loss that waits for the device, in G's stage of the step too, where D is frozen.
-WAITS = """
-import sys
-sys.path.insert(0, {root!r})
-import torch.nn.functional as F
-import train_gan, utils
-softplus = F.softplus
-F.softplus = lambda logits: softplus(logits) + 0 * logits.sum().item()
-utils.run_script(train_gan.main)
-"""
+FAULTS = {
+    "every fifth step": lambda i, loss: loss * 2 if i % 5 == 0 else loss,
+    "annealed": lambda i, loss: loss / i,
+    "read on the host": lambda i, loss: loss * loss.item(),
+    "on the CPU": lambda i, loss: loss * torch.rand(()),
+}
 
 
-def test_a_step_that_cannot_be_captured_ends_with_a_line_and_trains_without_graphs(tmp_path):
-    driven = tmp_path / "train_gan.py"
-    driven.write_text(WAITS.format(root=str(ROOT)))
-    _, errors = run(driven, *CUDA, "--recipe", "best", cwd=tmp_path, code=1)
-    assert "cannot be a CUDA graph" in errors
-    assert "--no-cuda-graph" in errors
-    assert "Traceback" not in errors
-    run(driven, *CUDA, "--recipe", "best", "--no-cuda-graph", cwd=tmp_path)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_step_that_changes_is_refused_in_one_line(tmp_path, fault):
+    position, calls = Position().cuda(), []
+
+    def train_step(images, labels):
+        calls.append(0)
+        position.steps.add_(1)
+        return {"loss": FAULTS[fault](len(calls), images.mean())}
+
+    run = start(tmp_path / "run", {"position": position}, epochs=12, batch_size=5)
+    with pytest.raises(UserError, match="--no-cuda-graph") as caught:
+        utils.train(run, train_step, on_cuda(5))
+    assert len(str(caught.value).splitlines()) == 1
+    assert len(calls) < WARM_UP
 
 
-def test_graphs_can_be_turned_off_when_a_run_goes_on(tmp_path):
-    run("train_gan.py", *CUDA, "--recipe", "best", "--epochs", "1", "--output-dir", "run", cwd=tmp_path)
-    run("train_gan.py", "--resume", "run", "--no-cuda-graph", "--epochs", "2", cwd=tmp_path)
+def test_what_only_capture_notices_names_its_cause(tmp_path):
+    position = Position().cuda()
+    step = GraphedStep(
+        lambda rows: (position.steps.add_(1) and torch.cuda.synchronize()) or (), [], 2, torch.device("cuda")
+    )
+    step.calls = WARM_UP
+    with pytest.raises(UserError, match=r"capturing.*--no-cuda-graph"):
+        step(torch.zeros(2, device="cuda"))
 
 
-def test_a_schedule_of_the_momentum_takes_the_ordinary_way_and_says_so_once(tmp_path):
-    output, _ = run("train_gan.py", *CUDA, "--recipe", "paper", cwd=tmp_path)
-    assert output.count("not replayed as a CUDA graph") == 1
+OPTIMIZERS = ["Adam", "AdamW", "RMSprop", "NAdam", "RAdam", "Adamax", "Adadelta", "ASGD", "Rprop", "SGD", "Adagrad"]
 
 
-@pytest.mark.parametrize("recipe", [["train_classifier.py", "--model", "mlp"], ["train_gan.py"]])
-def test_nothing_is_remarked_on(tmp_path, recipe):
-    script, *flags = recipe
-    output, errors = run(script, *CUDA, *flags, "--recipe", "best", cwd=tmp_path)
-    assert "not replayed" not in output
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_any_optimizer_trains_alike_with_and_without_a_graph(tmp_path, capsys, name):
+    weights = {}
+    for graph in (True, False):
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(1, 1, device="cuda")
+        optimizer = getattr(torch.optim, name)(layer.parameters(), lr=0.01)
+
+        def train_step(images, labels, layer=layer, optimizer=optimizer):
+            loss = (layer(images.flatten(1)) - 0.3).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            return {"loss": loss.detach()}
+
+        state = {"layer": layer, "optimizer": optimizer}
+        run = start(tmp_path / str(graph), state, epochs=10, batch_size=5, cuda_graph=graph)
+        utils.train(run, train_step, on_cuda(5))
+        weights[graph] = layer.weight.item()
+    assert weights[True] == pytest.approx(weights[False], rel=1e-4)
+    assert ("no CUDA graph" in capsys.readouterr().out) == (name in ("SGD", "Adagrad"))
+
+
+def test_the_graph_can_be_turned_off_on_resume():
+    train_gan.main([*CUDA, "--recipe", "best", "--epochs", "1", "--output-dir", "run"])
+    train_gan.main(["--resume", "run", "--no-cuda-graph", "--epochs", "2"])
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_recipe_is_graphed_without_a_remark(tmp_path, name):
+    script, flags = SCRIPTS[name]
+    output, errors = run(f"{script.__name__}.py", *CUDA, *flags, cwd=tmp_path)
+    assert "no CUDA graph" not in output
     assert not errors
 
 
-def test_a_run_from_the_gpu_goes_on_on_the_cpu_and_back(tmp_path):
-    run("train_gan.py", *CUDA, "--recipe", "best", "--epochs", "1", "--output-dir", "run", cwd=tmp_path)
-    run("train_gan.py", "--resume", "run", "--device", "cpu", "--epochs", "2", cwd=tmp_path)
-    run("train_gan.py", "--resume", "run", "--device", "cuda", "--epochs", "3", cwd=tmp_path)
-    assert load(tmp_path / "run" / "checkpoint.pt")["epoch"] == 3
+def test_a_dry_run_captures_and_replays(replays):
+    train_classifier.main([*CUDA, "--model", "mlp", "--dry-run"])
+    assert len(replays) == 2
+
+
+def test_a_gpu_run_resumes_on_the_cpu_and_back_with_new_noise(tmp_path):
+    train_gan.main([*CUDA, "--recipe", "best", "--epochs", "1", "--output-dir", "run"])
+    first = load(tmp_path / "run" / "checkpoint.pt")["ranks"][0]["random"]["cuda"]
+    train_gan.main(["--resume", "run", "--device", "cpu", "--epochs", "2"])
+    train_gan.main(["--resume", "run", "--device", "cuda", "--epochs", "3"])
+    checkpoint = load(tmp_path / "run" / "checkpoint.pt")
+    assert checkpoint["epoch"] == 3
+    assert not torch.equal(checkpoint["ranks"][0]["random"]["cuda"], first)
+
+
+def test_one_seed_gives_the_same_first_weights_on_every_device():
+    weights = []
+    for device in ("cuda", "cpu"):
+        args = train_gan.flags.parse_args(train_gan.get_args_parser(), train_gan.RECIPES, argv=["--recipe", "paper"])
+        torch.manual_seed(0)
+        images = torch.randint(0, 256, (200, 1, 28, 28), dtype=torch.uint8)
+        state, _, _ = train_gan.build(args, device, Batches(images, torch.zeros(200).long(), 100, device))
+        weights.append([p.cpu() for name in ("generator", "discriminator") for p in state[name].parameters()])
+    for one, other in zip(*weights, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("script", [train_gan, train_cgan])
@@ -144,7 +241,44 @@ def test_a_classifier_is_measured(tmp_path):
     assert (tmp_path / "run" / "evaluation" / "metrics.json").is_file()
 
 
-def test_mixed_precision_trains(tmp_path):
-    run("train_classifier.py", *CUDA, "--recipe", "best", "--amp", cwd=tmp_path)
-    with (tmp_path / "runs" / "cnn-digits" / "metrics.csv").open() as file:
-        assert float(list(csv.DictReader(file))[-1]["accuracy"]) > 0.5
+def test_parzen_windows_are_the_cpus():
+    from measures.parzen import SIGMAS, parzen_log_likelihood
+
+    torch.set_float32_matmul_precision("high")
+    samples, images = torch.rand(1000, 1, 28, 28), torch.rand(100, 1, 28, 28)
+    on_cpu, on_gpu = (parzen_log_likelihood(samples.to(d), images.to(d), SIGMAS).cpu() for d in ("cpu", "cuda"))
+    torch.testing.assert_close(on_gpu, on_cpu)
+
+
+@pytest.mark.parametrize("flags", [["--amp"], ["--compile"], ["--compile", "--amp"]])
+def test_mixed_precision_and_compiled_networks_train(tmp_path, replays, flags):
+    train_classifier.main([*CUDA, "--recipe", "best", *flags, "--output-dir", "run"])
+    assert replays
+    rows = list(csv.DictReader((tmp_path / "run" / "metrics.csv").open()))
+    assert float(rows[-1]["accuracy"]) > 0.5
+
+
+@pytest.mark.parametrize("script", ["train_gan.py", "train_cgan.py"])
+def test_compiled_generators_train(tmp_path, script):
+    run(script, *CUDA, "--compile", "--dry-run", cwd=tmp_path)
+
+
+def test_nccl_trains_one_rank(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "1", "--master-port", port]
+    flags = [*CUDA, "--recipe", "best", "--output-dir", "run"]
+    subprocess.run([*command, str(ROOT / "train_gan.py"), *flags], cwd=tmp_path, check=True, timeout=300)
+    train_gan.main([*CUDA, "--recipe", "best", "--output-dir", "single"])
+    assert metrics(tmp_path / "run") == pytest.approx(metrics(tmp_path / "single"), rel=0.2)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_nccl_trains_two_ranks_like_one(tmp_path):
+    flags = [*CUDA, "--model", "mlp", "--batch-size", "32", "--optimizer", "sgd", "--lr", "0.01", "--val-size", "29"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    script = str(ROOT / "train_classifier.py")
+    subprocess.run([*command, script, *flags, "--output-dir", "two"], cwd=tmp_path, check=True, timeout=300)
+    train_classifier.main([*flags, "--output-dir", "one"])
+    assert_close(tmp_path / "one", tmp_path / "two", rtol=1e-3, atol=1e-4)
