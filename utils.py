@@ -1,15 +1,21 @@
-"""The training loop. A script defines what one optimisation step is; the loop decides how it is run.
+"""The training loop. A script defines the training step; the loop runs it.
 
 From a batch to a number on the screen:
 
-    rows         which images: row numbers, in an order that the seed and the epoch decide    batches.rows
-    take         their pixels and labels, on the device                                       batches.take
-    train_step   forward path, backward path, update; returns metrics                         the script
-    Meter.add    adds the metrics up, on the device                                           below
-    report       reads their means, every --log-interval steps                                below
+    rows         which images: row numbers, shuffled by the seed and the epoch           batches.rows
+    take         their pixels and labels, on the device                                  batches.take
+    train_step   forward path, backward path, update; returns metrics                    the script's
+    Meter.add    accumulates the metrics, on the device                                  below
+    report       reads their means, every --log-interval steps, for the progress bar     below
 
-An epoch ends when every image has been seen once. Then the network is validated, the epoch's means become a row of
-metrics.csv, and everything is saved. Resuming continues from the last save with the very next batch.
+An epoch ends when every image has been seen once. Then `end_epoch` validates the network, adds a row of metrics and
+draws samples. `--resume RUN` continues with the batch after the last save: everything in `run.state` (networks,
+optimizers, schedules, EMA), the random numbers, the sums of the metrics and the position are restored.
+
+Edit a train_step as you like: its losses, updates and metrics. The loop advances the schedules and the EMA.
+On a GPU the step is recorded and replayed as a CUDA graph, so it must stay on the device and do the same in every step:
+no `.item()`, no `if` on a tensor, no Python number that changes. engine/capture.py notices and names such a step;
+`--no-cuda-graph` runs it eagerly.
 """
 
 import itertools
@@ -31,7 +37,7 @@ from engine.optim import EMA
 from engine.pictures import draw_curves, save_gif, save_grid
 from engine.run import Run
 
-Metrics = dict[str, Any]  # name -> a mean over the batch's images: a scalar tensor, or a number
+Metrics = dict[str, torch.Tensor | float]  # name -> mean over the images of the batch
 TrainStep = Callable[[torch.Tensor, torch.Tensor], Metrics]
 
 
@@ -45,17 +51,18 @@ def train(
     after_epoch: Callable[[dict[str, float]], None] | None = None,
     should_stop: Callable[[dict[str, float]], bool] | None = None,
 ) -> None:
-    """Run `train_step(images, labels) -> {name: mean over the images}` over `batches` until the epochs are done.
+    """Run `train_step(images, labels) -> {name: mean over the images}` over `batches` for --epochs epochs.
 
     batches: has a length, and `epoch(e, start)` yields the (images, labels) of epoch `e` from batch `start` on. If it
         also has `rows(e, start)`, which yields (row numbers,), and `take(rows) -> (images, labels)`, as
-        datasets.Batches has, then taking the images is part of the step.
-    validate: returns metrics named val_..., or {}; called after each epoch.
-    score: the metric of `validate` whose highest value makes an epoch the best one, kept as best.pt.
-    draw: returns samples [N, 1, H, W]; called after each epoch for samples/ and samples.gif.
-    after_epoch, should_stop: called with the epoch's row of metrics.
+        datasets.Batches has, then the step also takes the images.
+    validate: returns metrics named val_..., or {}; called after each epoch, on rank 0.
+    score: the metric to maximise; the first epoch with its highest value is saved as best.pt.
+    draw: returns samples [N, 1, H, W]; called after each epoch, on rank 0, for samples/ and samples.gif.
+    after_epoch: called with the epoch's row of metrics, on rank 0.
+    should_stop: called with the last row, on every rank; ends the training.
 
-    Writes checkpoint.pt before the first step, every --save-interval seconds, after each epoch, and on SIGINT or
+    Saves checkpoint.pt before the first step, every --save-interval seconds, after each epoch, and on SIGINT or
     SIGTERM, after which it raises Stopped. Raises UserError if a metric or a weight is not finite.
     """
     epochs = 1 if run.args.dry_run else run.args.epochs
@@ -67,7 +74,7 @@ def train(
     run.restore()
     step = make_step(run, train_step, batches)
     if finished():
-        print(f"this run is finished at epoch {run.epoch}")
+        print(f"run already finished at epoch {run.epoch}")
     try:
         with caught_signals() as signals:
             if run.epoch == run.batch == 0:
@@ -79,7 +86,7 @@ def train(
                 print_row(run.history[-1], epochs, time.monotonic() - started)
                 if after_epoch and rank() == 0:
                     after_epoch(run.history[-1])
-                signal, _ = sync_flags(signals[0] if signals else 0, due=True)
+                signal, _ = sync_flags(signals, due=True)
                 run.save()
                 run.write_metrics()
                 if signal and not finished():
@@ -92,7 +99,7 @@ def train(
 
 
 def train_epoch(run: Run, step: Callable, batches: Any, signals: list[int]) -> None:
-    """The steps of the current epoch, from batch `run.batch` on."""
+    """Run the rest of the current epoch, from batch number `run.batch` on."""
     args = run.args
     schedules = [item for item in run.state.values() if isinstance(item, LRScheduler)]
     steps = min(len(batches), dry_run_steps(step)) if args.dry_run else len(batches)
@@ -100,17 +107,17 @@ def train_epoch(run: Run, step: Callable, batches: Any, signals: list[int]) -> N
     saved = time.monotonic()
     with progress_bar(run, steps) as bar:
         for batch in itertools.islice(rows(run.epoch, run.batch), steps - run.batch):
-            own = shard(batch)  # all of the batch, unless torchrun started several processes
-            if len(batch[0]) >= world_size():  # a last batch with fewer images than processes is left out
-                run.share = len(own[0]) / len(batch[0])
-                names = step(*own)
-                run.meter.count(names, len(own[0]))
+            part = shard(batch)  # all of the batch, unless torchrun started several processes
+            if len(batch[0]) >= world_size():  # else skip a last batch with fewer images than processes
+                run.share = len(part[0]) / len(batch[0])
+                names = step(*part)
+                run.meter.count(names, len(part[0]))
             for schedule in schedules:
                 schedule.step()
             run.batch += 1
             if run.batch % args.log_interval == 0 or run.batch == steps:
                 report(run, steps, bar)
-            signal, due = sync_flags(signals[0] if signals else 0, due=time.monotonic() - saved >= args.save_interval)
+            signal, due = sync_flags(signals, due=time.monotonic() - saved >= args.save_interval)
             if signal or due:
                 run.save()
                 saved = time.monotonic()
@@ -119,10 +126,10 @@ def train_epoch(run: Run, step: Callable, batches: Any, signals: list[int]) -> N
 
 
 def make_step(run: Run, train_step: TrainStep, batches: Any) -> Callable[..., tuple[str, ...]]:
-    """How a step is run: from the row numbers of a batch to its metrics' sums. Returns the metrics' names.
+    """Return a function that runs one step, from row numbers to sums of metrics, and returns the metrics' names.
 
-    On CUDA the whole step becomes one graph; otherwise, with several processes, with --no-cuda-graph, or if the
-    optimizer cannot be part of a graph, it runs eagerly, operation by operation.
+    On one GPU the whole step is a CUDA graph. It runs eagerly, operation by operation, on a CPU, with several
+    processes, with --no-cuda-graph, and if an optimizer cannot be captured.
     """
     args, device, optimizers = run.args, run.device(), run.optimizers()
     emas = [item for item in run.state.values() if isinstance(item, EMA)]
@@ -130,7 +137,7 @@ def make_step(run: Run, train_step: TrainStep, batches: Any) -> Callable[..., tu
 
     def eager_step(*batch):
         images, labels = take(*batch)
-        # No cache: it would serve weights from before an update within the step.
+        # Without autocast's cache, which would return stale weights after an update within the step.
         with torch.autocast(images.device.type, torch.bfloat16, enabled=args.amp, cache_enabled=False):
             metrics = train_step(images, labels)
         for ema in emas:
@@ -145,7 +152,7 @@ def make_step(run: Run, train_step: TrainStep, batches: Any) -> Callable[..., tu
         return eager_step
     for optimizer in optimizers:
         if not is_capturable(optimizer):
-            print(f"no CUDA graph: {type(optimizer).__name__} keeps numbers on the CPU; every step runs eagerly")
+            print(f"no CUDA graph: {type(optimizer).__name__} keeps its state on the CPU; every step runs eagerly")
             return eager_step
     return GraphedStep(eager_step, optimizers, args.batch_size, device)
 
@@ -155,9 +162,9 @@ def dry_run_steps(step: Callable) -> int:
 
 
 class Meter:
-    """Means of metrics over an epoch. Sums stay on the device; reading them waits for it.
+    """Means of metrics over an epoch. Sums stay on the device, because reading them waits for it.
 
-    Each metric is averaged over the images that it was returned for, so a step may return it only sometimes.
+    Each metric is averaged over the images it was returned for, so an eager step may omit it now and then.
     """
 
     def __init__(self):
@@ -166,19 +173,19 @@ class Meter:
         self.reported: dict[str, tuple[float, int]] = {}  # sum and count over all ranks at the last report
 
     def add(self, metrics: Metrics, images: torch.Tensor) -> tuple[str, ...]:
-        """Add metrics, means over `images`, to the sums; returns their names. Runs within the step."""
+        """Add metrics, means over `images`, to the sums; return their names. Part of the step."""
         for name, value in metrics.items():
             if isinstance(value, torch.Tensor):
                 if value.dim():
                     raise UserError(f"train_step returns {name} with shape {list(value.shape)}; return its mean")
-                value = value.detach().float()  # a sum in bfloat16 would stop growing
+                value = value.detach().float()
             if name not in self.sums:
                 self.sums[name] = torch.zeros((), device=images.device)
             self.sums[name].add_(value, alpha=len(images))
         return tuple(metrics)
 
     def count(self, names: tuple[str, ...], images: int) -> None:
-        """Count the images behind what `add` has summed. Runs outside of the step, which may be a graph."""
+        """Count the images behind what `add` has summed. Not part of the step: a graph cannot count in Python."""
         for name in names:
             self.counts[name] = self.counts.get(name, 0) + images
 
@@ -186,9 +193,11 @@ class Meter:
         """Sum and count of each metric over all ranks."""
         ranks = all_gather(self.state_dict())
         names = dict.fromkeys(name for part in ranks for name in part["sums"])
-        return {
-            name: tuple(sum(part[key].get(name, 0) for part in ranks) for key in ("sums", "counts")) for name in names
-        }
+        totals = {}
+        for name in names:
+            total = sum(part["sums"].get(name, 0) for part in ranks)
+            totals[name] = (total, sum(part["counts"].get(name, 0) for part in ranks))
+        return totals
 
     def means(self) -> dict[str, float]:
         return {name: total / count for name, (total, count) in self.totals().items() if count}
@@ -196,8 +205,12 @@ class Meter:
     def means_since_report(self) -> dict[str, float]:
         """Means over the images since this was last called in this epoch."""
         before, self.reported = self.reported, self.totals()
-        new = {name: [a - b for a, b in zip(now, before.get(name, (0, 0)))] for name, now in self.reported.items()}
-        return {name: total / count for name, (total, count) in new.items() if count}
+        means = {}
+        for name, (total, count) in self.reported.items():
+            total_before, count_before = before.get(name, (0, 0))
+            if count > count_before:
+                means[name] = (total - total_before) / (count - count_before)
+        return means
 
     def reset(self) -> None:
         for total in self.sums.values():
@@ -210,7 +223,7 @@ class Meter:
         return {"sums": dict(zip(self.sums, sums)), "counts": dict(self.counts), "reported": dict(self.reported)}
 
     def load(self, states: list[dict[str, dict]], device: torch.device) -> None:
-        """Continue from one rank's state, or from the sum of several."""
+        """Add saved states, of one rank or of several."""
         for state in states:
             for name, value in state["sums"].items():
                 self.sums[name] = self.sums.get(name, torch.zeros((), device=device)) + value
@@ -220,7 +233,7 @@ class Meter:
 
 
 def report(run: Run, steps: int, bar: tqdm) -> None:
-    """Show the means since the last report, and add them to the curve."""
+    """Show the means since the last report in the progress bar, and append them to the curve."""
     means = run.meter.means_since_report()
     run.require_finite(means)
     run.curve.append({"epoch": run.epoch + run.batch / steps, **means})
@@ -229,7 +242,7 @@ def report(run: Run, steps: int, bar: tqdm) -> None:
 
 
 def end_epoch(run: Run, validate: Callable | None, score: str | None, draw: Callable | None) -> None:
-    """Validate, and close the epoch: its means become a row of the history, its samples a picture."""
+    """Validate, append a row to the history, draw samples, and save best.pt if this is the best epoch."""
     means = run.meter.means()
     validation = broadcast(validate) if validate else {}
     row = run.end_epoch({**means, **validation})
@@ -264,7 +277,7 @@ def draw_pictures(run: Run) -> None:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """`model` in eval mode and without gradients; its mode is restored afterwards."""
+    """Put `model` into eval mode, without gradients; restore its mode afterwards."""
     was_training = model.training
     model.eval()
     try:
@@ -275,7 +288,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def predict(model: nn.Module, batches: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Outputs of `model` in eval mode for every image of `batches`, and their labels, in order."""
+    """Return the outputs of `model` in eval mode for every image of `batches`, and the labels, in order."""
     with evaluating(model):
         outputs, labels = zip(*[(model(images), labels) for images, labels in batches.epoch(0)])
     return torch.cat(outputs), torch.cat(labels)

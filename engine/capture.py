@@ -19,8 +19,11 @@ COMPARED = 5  # steps in a row: enough to see `if i % 5 == 0`
 WARM_UP = COMPARED + 1  # the first step differs from all others: it allocates the optimizer's state
 
 
-class NotCapturable(Exception):
-    """A graph would freeze the step wrongly. The message says what it does."""
+class NotCapturable(UserError):
+    """A graph would freeze the step wrongly, or cannot be captured at all. reason: what the step does."""
+
+    def __init__(self, reason: str):
+        super().__init__(f"train_step cannot be a CUDA graph: {reason}; add --no-cuda-graph to run it eagerly")
 
 
 class Recorder(TorchDispatchMode):
@@ -118,7 +121,7 @@ class GraphedStep:
 
     The first WARM_UP calls run eagerly and are compared. When a frozen setting of an optimizer changes, such as a
     momentum once per epoch, this starts again; if one changes in every step, all steps run eagerly. So does a short
-    last batch. A replay draws new random numbers. Raises UserError if the step cannot be captured.
+    last batch. A replay draws new random numbers. Raises NotCapturable.
     """
 
     def __init__(self, step: Callable, optimizers: Sequence[Optimizer], batch_size: int, device: torch.device):
@@ -133,7 +136,7 @@ class GraphedStep:
             return self.step(*inputs)
         if self.frozen_settings() != self.settings:
             if 0 < self.calls <= WARM_UP:
-                print("no CUDA graph: a setting of the optimizer changes in every step; every step runs eagerly")
+                print("no CUDA graph: a setting of the optimizer changes too often; every step runs eagerly")
                 self.eager = True
                 return self.step(*inputs)
             self.calls, self.graph, self.settings = 0, None, self.frozen_settings()
@@ -141,13 +144,10 @@ class GraphedStep:
             self.inputs = [tensor.clone() for tensor in inputs]
         for own, given in zip(self.inputs, inputs):
             own.copy_(given)
-        try:
-            if self.calls < WARM_UP:
-                self.result = self.warm_up()
-            elif self.graph is None:
-                self.capture()
-        except NotCapturable as reason:
-            raise refused(reason) from reason
+        if self.calls < WARM_UP:
+            self.result = self.warm_up()
+        elif self.graph is None:
+            self.capture()
         self.calls += 1
         if self.graph:
             self.graph.replay()
@@ -178,7 +178,7 @@ class GraphedStep:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # raised when capture ends; what broke it is the error before
-            raise refused(str(error.__context__ or error).splitlines()[0]) from error
+            raise NotCapturable(str(error.__context__ or error).splitlines()[0]) from error
         if result != self.result:
             raise NotCapturable(f"it returned {result} after {self.result}")
         self.graph = graph
@@ -190,7 +190,3 @@ class GraphedStep:
             {name: value for name, value in group.items() if name != "params" and not isinstance(value, torch.Tensor)}
             for group in groups
         ]
-
-
-def refused(reason: object) -> UserError:
-    return UserError(f"train_step cannot be a CUDA graph: {reason}; add --no-cuda-graph to run it eagerly")

@@ -80,8 +80,9 @@ def shard(batch: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     return tuple(tensor.tensor_split(world_size())[rank()] for tensor in batch)
 
 
-def sync_flags(signal: int, due: bool) -> tuple[int, bool]:
-    """The same decision on every rank: a signal that reached any of them (or 0), and whether any has a save due."""
+def sync_flags(signals: list[int], due: bool) -> tuple[int, bool]:
+    """The same decision on every rank: a signal that any of them received, or 0, and whether any has a save due."""
+    signal = signals[0] if signals else 0
     if world_size() == 1:
         return signal, due
     flags = torch.tensor([signal, due])
