@@ -4,7 +4,8 @@ python benchmarks/race.py --data-dir data --seeds 5
 
 The ordinary way is the recipe of pytorch/examples (two convolutions, dropout, Adadelta with lr 1 times .7 an epoch,
 batch 64) in the loop that a student would write, stopped after the first epoch that reaches 99.0 %. Ours is one process
-of a fixed length, whose accuracy is measured afterwards. The two take turns. Writes results/race-DEVICE.json.
+of a fixed length, whose accuracy is measured afterwards. The two take turns.
+Writes benchmarks/results/race-DEVICE.json.
 """
 
 import argparse
@@ -100,7 +101,7 @@ def main():
                 rows["ordinary"].append({"seconds": seconds, **json.loads(output)})
                 print("ordinary", rows["ordinary"][-1], flush=True)
 
-    import utils
+    from engine.provenance import environment
 
     means = {
         name: {key: statistics.mean(row[key] for row in many) for key in many[0]} for name, many in rows.items() if many
@@ -108,8 +109,8 @@ def main():
     for name, mean in means.items():
         print(f"{name:9} {mean['seconds']:7.1f} s, test accuracy {mean['test_accuracy']:.2%}, {len(rows[name])} seeds")
     print(f"ratio {means['ordinary']['seconds'] / means['ours']['seconds']:.1f}")
-    result = {"means": means, "rows": rows, **utils.environment()}
-    (ROOT / "results" / f"race-{args.device}.json").write_text(json.dumps(result, indent=2) + "\n")
+    result = {"means": means, "rows": rows, **environment()}
+    (ROOT / "benchmarks" / "results" / f"race-{args.device}.json").write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Train and evaluate what the README's table states, seed by seed, and write results/results.json.
+"""Train and evaluate what the README's table states, seed by seed, and write benchmarks/results/results.json.
 
 python benchmarks/reproduce.py --list
 python benchmarks/reproduce.py mlp-lecture --seeds 5 --data-dir data
 python benchmarks/reproduce.py --quick --data-dir data    # minutes: do short forms fall where they fell before?
 
-Interrupted, it goes on where it was when started again. With --jobs 2, two seeds train side by side.
+If it was interrupted, the same command resumes it. With --jobs 2, two seeds train side by side.
 """
 
 import argparse
@@ -21,10 +21,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import utils
+from engine.checkpoint import has_checkpoint
+from engine.errors import UserError, run_script
 
-RESULTS = ROOT / "results" / "results.json"
-BANDS = ROOT / "results" / "quick.json"
+RESULTS = ROOT / "benchmarks" / "results" / "results.json"
+BANDS = ROOT / "benchmarks" / "results" / "quick.json"
 
 # name -> command, in which a row's name stands for the same seed's run of that row; what has been published for it.
 ROWS = {
@@ -90,17 +91,17 @@ KEPT = {
 
 
 def run_seed(command, seed, folder, data_dir, threads):
-    """Train and evaluate one seed in `folder`, going on from whatever is there; returns its metrics.json."""
+    """Train and evaluate one seed in `folder`, resuming what is there; returns its metrics.json."""
 
     def call(script, *flags):
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         if subprocess.run([sys.executable, str(ROOT / script), *map(str, flags)], env=environment).returncode:
-            raise utils.UserError(f"{script} stopped; mend what it says, and the same command goes on with {folder}")
+            raise UserError(f"{script} stopped; fix what it says, then the same command resumes {folder}")
 
     metrics = folder / "evaluation" / "metrics.json"
     script, *flags = [folder.with_name(f"{word}-{seed}") if word in ROWS else word for word in command.split()]
     if not metrics.is_file():
-        if utils.has_checkpoint(folder):
+        if has_checkpoint(folder):
             call(script, "--resume", folder, "--data-dir", data_dir)
         else:
             for path in (folder / "config.json", folder / "best.pt", *folder.glob("*.tmp")):  # of a run without one
@@ -111,7 +112,7 @@ def run_seed(command, seed, folder, data_dir, threads):
 
 
 def run_row(name, args):
-    """Train and evaluate every seed of a row, after those of a row that it goes on from; put it into results.json."""
+    """Train and evaluate every seed of a row, after those of a row that it continues; put it into results.json."""
     for word in ROWS[name][0].split():
         if word in ROWS:
             run_row(word, args)
@@ -124,7 +125,7 @@ def run_row(name, args):
         ]
         try:
             metrics = [job.result() for job in jobs]
-        finally:  # where one has failed, no more are begun
+        finally:  # if one has failed, no more are begun
             pool.shutdown(cancel_futures=True)
     epochs = [len((folder / "metrics.csv").read_text().splitlines()) - 1 for folder in folders]
     record(name, metrics, epochs, json.loads((folders[0] / "config.json").read_text()))
@@ -140,7 +141,7 @@ def record(name, metrics, epochs, config):
         "published": published,
         "options": {key: value for key, value in config["options"].items() if key not in PATHS},
         "epochs_trained": epochs,
-        "epochs_evaluated": [seed["epochs"] for seed in metrics],  # best.pt's, where images are held out
+        "epochs_evaluated": [seed["epochs"] for seed in metrics],  # best.pt's, if images are held out
     }
     if "test_accuracy" in metrics[0]:
         accuracies = [seed["test_accuracy"] for seed in metrics]
@@ -187,14 +188,14 @@ def main():
     parser.add_argument("names", metavar="NAME", nargs="*", choices=[[], *ROWS], help="rows to run")
     parser.add_argument("--list", action="store_true", help="print the rows and their commands")
     parser.add_argument("--quick", action="store_true", help="train short forms and compare with their bands")
-    parser.add_argument("--record", action="store_true", help="with --quick: make the bands anew")
+    parser.add_argument("--record", action="store_true", help="with --quick: make new bands")
     parser.add_argument("--seeds", type=int, default=5, help="number of seeds, from 0 (default: 5)")
     parser.add_argument("--jobs", type=int, default=1, help="seeds side by side (default: 1)")
     parser.add_argument("--data-dir", default="data", help="folder of the data sets (default: data)")
     parser.add_argument("--output-dir", default="runs/reproduce", help="folder of the runs (default: runs/reproduce)")
     args = parser.parse_args()
     if args.quick:
-        sys.exit(0 if quick(args) else "a short form falls outside its band in results/quick.json")
+        sys.exit(0 if quick(args) else "a short form falls outside its band in benchmarks/results/quick.json")
     if args.list or not args.names:
         width = max(map(len, ROWS))
         print("\n".join(f"{name:{width}}  python {command}" for name, (command, _) in ROWS.items()))
@@ -203,4 +204,4 @@ def main():
 
 
 if __name__ == "__main__":
-    utils.run_script(main)
+    run_script(main)

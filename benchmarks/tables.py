@@ -1,22 +1,23 @@
-"""The README's tables and one chart, made from the measured results and the code: no figure in them is typed by hand.
+"""The tables of README.md and docs/, made from the measured results and the code: no figure in them is typed by hand.
 
 python benchmarks/tables.py
 """
 
+import argparse
 import json
 import re
+import textwrap
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
-RESULTS = ROOT / "results" / "results.json"
-SPEED = ROOT / "results" / "speed-cpu.json"
-RACE = ROOT / "results" / "race-cpu.json"
+MEASURED = ROOT / "benchmarks" / "results"
 CHOICES = ROOT / "assets" / "choices.png"
 
-# Slide -> where it stands in the code: file, and the beginning of a line.
+# Slide -> where it is in the code: file, and the beginning of a line.
 SLIDES = [
-    ("How does it work? Forward path, loss, backward path, iteration", "train_classifier.py", "def train_step("),
+    ("How does it work? Forward path, loss, backward path", "train_classifier.py", "def train_step("),
+    ("How does it work? Iteration", "utils.py", "def train_epoch("),
     ("Forward path", "models/mlp.py", "x = self.activation(self.bn1(self.linear1(x)))"),
     ("Backward path (∂L/∂W)", "train_classifier.py", "loss.backward()"),
     ("Update (W = W - rate · ∂L/∂W)", "train_classifier.py", "optimizer.step()"),
@@ -33,96 +34,105 @@ SLIDES = [
     ("Code snippet: Discriminator", "models/gan.py", "class Discriminator("),
     ("Code snippet: Maxout", "models/maxout.py", "class Maxout("),
     ("What is cGAN?", "train_cgan.py", "fakes = generator("),
-    ("CPU vs. GPU", "utils.py", "def pick_device("),
+    ("CPU vs. GPU", "engine/device.py", "def pick_device("),
     ("Activation functions", "models/__init__.py", "ACTIVATIONS = {"),
     ("Loss functions", "train_classifier.py", "LOSSES = {"),
     ("Convolution arithmetic (o = i - k + 2p + 1, stride)", "models/cnn.py", "def conv_output_size("),
 ]
 
-
-def results_table(rows):
-    rows = {name: row for name, row in rows.items() if "test_errors" in row}
-    lines = ["| name | command | epochs | test accuracy | test errors | published |", "|---|---|---|---|---|---|"]
-    for name, row in rows.items():
-        accuracy = f"{100 * row['test_accuracy_mean']:.2f} ± {100 * row['test_accuracy_sd']:.2f} %"
-        errors = ", ".join(map(str, row["test_errors"]))
-        epochs = " to ".join(map(str, sorted({min(row["epochs_trained"]), max(row["epochs_trained"])})))
-        cells = [name, f"`{row['command']}`", epochs, accuracy, errors, row["published"]]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def generators_table(rows):
-    rows = {name: row["seeds"][0] for name, row in rows.items() if "seeds" in row}
-    lines = [
-        "| name | epochs | Parzen (sigma) | FID | KID | precision | recall | density | coverage | rarest to most "
-        "frequent digit | KL | conditional accuracy | class coverage, share of real |",
-        "|" + "---|" * 13,
-    ]
-    for name, row in rows.items():
-        lines.append(generator_line(name, str(row["epochs"]), row, row["real"]))
-    real = {key: value for row in rows.values() for key, value in row["real"].items()}
-    lines.append(generator_line("real training images", "", real, real))
-    return "\n".join(lines)
+# The rows of results.json that the README shows, and what each one is.
+BEST = {
+    "mlp-lecture": "the lecture's MLP, one epoch",
+    "cnn-lecture": "the lecture's CNN, one epoch",
+    "mlp-best": "the same MLP, recipe `best`",
+    "cnn-best-60-epochs": "the same CNN, recipe `best`, 60 epochs",
+    "maxout-paper": "Maxout network, recipe `paper`",
+    "gan-paper": "GAN, recipe `paper`",
+    "gan-best-large": "GAN, recipe `best`, large networks",
+    "cgan-paper": "conditional GAN, recipe `paper`",
+    "cgan-best": "conditional GAN, recipe `best`",
+}
 
 
-def generator_line(name, epochs, row, real):
-    parzen = f"{row['parzen_log_likelihood']:.1f} ± {row['parzen_standard_error']:.1f} ({row['parzen_sigma']:.3f})"
+def read(name: str) -> dict[str, Any]:
+    """What a file of benchmarks/results/ holds; {} if it does not exist."""
+    path = MEASURED / name
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
+    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
+
+
+# Results --------------------------------------------------------------------------------------------------------------
+
+
+def results_table() -> str:
+    lines = []
+    for name, row in read("results.json").items():
+        if "test_errors" in row:
+            errors = ", ".join(map(str, row["test_errors"]))
+            epochs = " to ".join(map(str, sorted({min(row["epochs_trained"]), max(row["epochs_trained"])})))
+            lines.append([name, f"`{row['command']}`", epochs, accuracy(row), errors, row["published"]])
+    return table(["name", "command", "epochs", "test accuracy", "test errors", "published"], lines)
+
+
+def accuracy(row: dict[str, Any]) -> str:
+    return f"{100 * row['test_accuracy_mean']:.2f} ± {100 * row['test_accuracy_sd']:.2f} %"
+
+
+def generators_table() -> str:
+    rows = {name: row["seeds"][0] for name, row in read("results.json").items() if "seeds" in row}
+    real = real_images(rows)
+    lines = [generator_line(name, str(row["epochs"]), row, row["real"]) for name, row in rows.items()]
+    header = ["name", "epochs", "Parzen (sigma)", "FID", "KID", "precision", "recall", "density", "coverage"]
+    header += ["rarest to most frequent digit", "KL", "conditional accuracy", "class coverage, share of real"]
+    return table(header, [*lines, generator_line("real training images", "", real, real)])
+
+
+def real_images(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The measures of real images, which each row holds; those per class come from the conditional ones."""
+    return {key: value for row in rows.values() for key, value in row["real"].items()}
+
+
+def generator_line(name: str, epochs: str, row: dict[str, Any], real: dict[str, Any]) -> list[str]:
     shares = f"{100 * min(row['class_histogram']):.1f} to {100 * max(row['class_histogram']):.1f} %"
-    cells = [name, epochs, parzen, f"{row['fid']:.4f}", f"{row['kid']:.5f}"]
+    cells = [name, epochs, f"{parzen(row)} ({row['parzen_sigma']:.3f})", f"{row['fid']:.4f}", f"{row['kid']:.5f}"]
     cells += [f"{row[key]:.3f}" for key in ("precision", "recall", "density", "coverage")]
     cells += [shares, f"{row['class_kl']:.4f}"]
-    if "conditional_accuracy" in row:
-        shares = [ours / theirs for ours, theirs in zip(row["class_coverage"], real["class_coverage"])]
-        cells += [f"{100 * row['conditional_accuracy']:.2f} %", f"{100 * min(shares):.0f} to {100 * max(shares):.0f} %"]
-    else:
-        cells += ["", ""]
-    return f"| {' | '.join(cells)} |"
+    if "conditional_accuracy" not in row:
+        return [*cells, "", ""]
+    of_real = [ours / theirs for ours, theirs in zip(row["class_coverage"], real["class_coverage"])]
+    shares = f"{100 * min(of_real):.0f} to {100 * max(of_real):.0f} %"
+    return [*cells, f"{100 * row['conditional_accuracy']:.2f} %", shares]
 
 
-def speed_table(speed):
-    lines = [
-        "| | ordinary loop | this loop | ratio (lowest to highest) | with `--compile` | share of the machine's limit |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name, row in speed["rows"].items():
-        theirs, ours = row["loops"]["ordinary"], row["loops"]["ours"]
-        compiled = row["loops"].get("ours, compiled")
-        cells = [name, f"{theirs['ms']:.2f} ms a step", f"{ours['ms']:.2f} ms a step", spread(ours)]
-        cells += [spread(compiled) if compiled else "", f"{100 * row['limit_ms'] / ours['ms']:.0f} %"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(
-        [*lines, "", f"{machine(speed)}; {speed['turns']} turns with {speed['steps']} steps of each loop."]
-    )
+def parzen(row: dict[str, Any]) -> str:
+    return f"{row['parzen_log_likelihood']:.1f} ± {row['parzen_standard_error']:.1f}"
 
 
-def spread(loop):
-    return f"{loop['ratio_median']:.2f} ({loop['ratio_min']:.2f} to {loop['ratio_max']:.2f})"
+def best_table() -> str:
+    rows = read("results.json")
+    lines = []
+    for name, what in BEST.items():
+        row = rows[name]
+        lines.append(
+            [name, what, accuracy(row) if "test_errors" in row else quality(row["seeds"][0]), row["published"]]
+        )
+    real = real_images({name: row["seeds"][0] for name, row in rows.items() if "seeds" in row})
+    return table(["name", "what", "measured", "published"], [*lines, ["", "real training images", quality(real), ""]])
 
 
-def race_table(race):
-    lines = ["| | from the start of the process | test accuracy | seeds |", "|---|---|---|---|"]
-    names = {"ours": "`train_classifier.py --recipe fast --amp`", "ordinary": "pytorch/examples' recipe, ordinary loop"}
-    for name, mean in race["means"].items():
-        seeds = len(race["rows"][name])
-        lines.append(f"| {names[name]} | {mean['seconds']:.1f} s | {100 * mean['test_accuracy']:.2f} % | {seeds} |")
-    return "\n".join([*lines, "", f"{machine(race)}; means."])
+def quality(row: dict[str, Any]) -> str:
+    return f"Parzen {parzen(row)}, FID {row['fid']:.4f}, coverage {row['coverage']:.3f}"
 
 
-def slides_table():
-    """Each slide with a link to its line. Raises StopIteration where the code has no such line any more."""
-    lines = ["| slide | code | |", "|---|---|---|"]
-    for slide, file, start in SLIDES:
-        code = (ROOT / file).read_text().splitlines()
-        number, line = next((i, line.strip()) for i, line in enumerate(code, 1) if line.strip().startswith(start))
-        lines.append(f"| {slide} | [{file}:{number}]({file}#L{number}) | `{line.split('  #')[0]}` |")
-    return "\n".join(lines)
-
-
-def draw_choices(rows, path):
+def draw_choices(path: Path) -> None:
     """The lecturer's comparison: the MLP's test accuracy with each activation and each loss, mean and deviation."""
     from matplotlib.figure import Figure
 
+    rows = read("results.json")
     figure = Figure(figsize=(8, 3), layout="constrained")
     panels = {
         "activation": {"relu": "mlp-lecture", **{name: f"mlp-{name}" for name in ("leaky-relu", "tanh", "sigmoid")}},
@@ -138,27 +148,129 @@ def draw_choices(rows, path):
     figure.savefig(path, dpi=120)
 
 
-def machine(results):
-    return f"{results['processor']}, {results['cores']} cores, torch {results['torch']}"
+# Speed ----------------------------------------------------------------------------------------------------------------
+
+MORE_LOOPS = {  # the other loops that benchmarks/speed.py may have timed, and the headers of their ratios
+    "ordinary, 4 workers": "ordinary loop, 4 workers",
+    "ours, eager": "with `--no-cuda-graph`",
+    "ours, compiled": "with `--compile`",
+}
 
 
-def fill(text):
-    """The README's text with each section between `<!-- NAME -->` and `<!-- /NAME -->` made anew."""
-    sections = {
-        "results": results_table(json.loads(RESULTS.read_text())),
-        "generators": generators_table(json.loads(RESULTS.read_text())),
-        "speed": speed_table(json.loads(SPEED.read_text())),
-        "race": race_table(json.loads(RACE.read_text())),
-        "slides": slides_table(),
-    }
-    for name, table in sections.items():
+def speed_table(device: str) -> str:
+    speed = read(f"speed-{device}.json")
+    more = [loop for loop in MORE_LOOPS if loop in next(iter(speed["rows"].values()))["loops"]]
+    lines = []
+    for name, row in speed["rows"].items():
+        loops, ours = row["loops"], row["loops"]["ours"]
+        cells = [name, *(f"{loop['ms']:.2f} ms a step" for loop in (loops["ordinary"], ours)), spread(ours)]
+        lines.append([*cells, *(spread(loops[loop]) for loop in more), f"{100 * row['limit_ms'] / ours['ms']:.0f} %"])
+    header = ["", "ordinary loop", "this loop", "ratio (lowest to highest)", *(MORE_LOOPS[loop] for loop in more)]
+    conditions = f"{machine(speed)}; {speed['turns']} turns with {speed['steps']} steps of each loop."
+    return f"{table([*header, 'share of the limit'], lines)}\n\n{conditions}"
+
+
+def spread(loop: dict[str, float]) -> str:
+    return f"{loop['ratio_median']:.2f} ({loop['ratio_min']:.2f} to {loop['ratio_max']:.2f})"
+
+
+def race_table(device: str) -> str:
+    race = read(f"race-{device}.json")
+    names = {"ours": "`train_classifier.py --recipe fast --amp`", "ordinary": "pytorch/examples' recipe, ordinary loop"}
+    lines = [
+        [names[name], f"{mean['seconds']:.1f} s", f"{100 * mean['test_accuracy']:.2f} %", str(len(race["rows"][name]))]
+        for name, mean in race["means"].items()
+    ]
+    header = ["", "from the start of the process", "test accuracy", "seeds"]
+    return f"{table(header, lines)}\n\n{machine(race)}; means over the seeds."
+
+
+def race_sentence() -> str:
+    race = read("race-cpu.json")
+    ours, ordinary = (
+        (f"{100 * mean['test_accuracy']:.2f} %", f"{mean['seconds']:.0f} s")
+        for mean in (race["means"]["ours"], race["means"]["ordinary"])
+    )
+    text = f"""`--recipe fast --amp` trains a CNN to {ours[0]} in {ours[1]}, counted from the start of the process. An
+        ordinary loop with the recipe of pytorch/examples takes {ordinary[1]} to reach {ordinary[0]} on the same machine
+        ({race["processor"]}, {race["cores"]} cores). [docs/speed.md](docs/speed.md) says how this was measured."""
+    return textwrap.fill(" ".join(text.split()), 120, break_long_words=False, break_on_hyphens=False)
+
+
+def machine(results: dict[str, Any]) -> str:
+    name = results.get("gpu") or f"{results['processor']}, {results['cores']} cores"
+    return f"{name}, torch {results['torch']}, commit {short(results['commit'])}"
+
+
+def short(commit: str | None) -> str:
+    return "unknown" if not commit else commit[:7] + "-dirty" * commit.endswith("-dirty")
+
+
+# GPUs -----------------------------------------------------------------------------------------------------------------
+
+
+def gpu_section() -> str:
+    """What benchmarks/gpu.py has measured."""
+    measured = read("gpu.json")
+    if not measured:
+        return "Nothing on this page has run on a GPU yet. The figures of all pages were measured on a CPU."
+    lines = []
+    for name, row in measured["steps"].items():
+        result = figures(row.get("metrics", {})) if row["succeeded"] else "**failed**"
+        lines.append([name, f"{row['seconds']:.0f} s", result, short(row["commit"])])
+    parts = [table(["step", "time", "result", "commit"], lines), f"{machine(measured)}."]
+    parts += [
+        make("cuda") for name, make in (("race", race_table), ("speed", speed_table)) if read(f"{name}-cuda.json")
+    ]
+    return "\n\n".join(parts)
+
+
+def figures(metrics: dict[str, Any]) -> str:
+    if "test_accuracy" in metrics:
+        return f"test accuracy {100 * metrics['test_accuracy']:.2f} %"
+    return quality(metrics) if metrics else "passed"
+
+
+# Pages ----------------------------------------------------------------------------------------------------------------
+
+
+def slides_table() -> str:
+    """Each slide with a link to its line. Raises StopIteration if the code no longer has such a line."""
+    lines = []
+    for slide, file, start in SLIDES:
+        code = (ROOT / file).read_text().splitlines()
+        number, line = next((i, line.strip()) for i, line in enumerate(code, 1) if line.strip().startswith(start))
+        lines.append([slide, f"[{file}:{number}]({file}#L{number})", f"`{line.split('  #')[0]}`"])
+    return table(["slide", "code", ""], lines)
+
+
+# page -> section, between `<!-- NAME -->` and `<!-- /NAME -->` -> what makes it
+PAGES = {
+    ROOT / "README.md": {"slides": slides_table, "best": best_table, "pace": race_sentence},
+    ROOT / "docs" / "results.md": {"results": results_table, "generators": generators_table},
+    ROOT / "docs" / "speed.md": {"race": lambda: race_table("cpu"), "speed": lambda: speed_table("cpu")},
+    ROOT / "docs" / "gpus.md": {"gpu": gpu_section},
+}
+
+
+def fill(page: Path) -> str:
+    """The text of a page with each of its sections up to date."""
+    text = page.read_text()
+    for name, make in PAGES[page].items():
         pattern = rf"<!-- {name} -->\n.*?<!-- /{name} -->"
-        section = f"<!-- {name} -->\n{table}\n<!-- /{name} -->"
+        section = f"<!-- {name} -->\n{make()}\n<!-- /{name} -->"
         text, count = re.subn(pattern, lambda _, section=section: section, text, flags=re.DOTALL)
-        assert count == 1, f"{README} has {count} sections {name}"
+        assert count == 1, f"{page} has {count} sections {name}"
     return text
 
 
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.parse_args(argv)
+    for page in PAGES:
+        page.write_text(fill(page))
+    draw_choices(CHOICES)
+
+
 if __name__ == "__main__":
-    README.write_text(fill(README.read_text()))
-    draw_choices(json.loads(RESULTS.read_text()), CHOICES)
+    main()

@@ -57,7 +57,7 @@ def shared_args_parser(script: str, description: str, recipes: Recipes, datasets
     add("--ema", type=number(float, 0, 1), help="decay per step of the weights' moving average, which is the result")
     add("--seed", type=number(int, 0, 2**31), default=0, help="of weights, order and noise")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to train")
-    add("--no-cuda-graph", dest="cuda_graph", action="store_false", help="on CUDA, run every step eagerly")
+    add("--cuda-graph", action=on_off, default=True, help="on CUDA, replay the step as one graph")
     add("--compile", action=on_off, default=False, help="compile the networks (needs a C++ compiler; Triton on CUDA)")
     add("--amp", action="store_true", help="mixed precision (bfloat16)")
     add("--val-size", type=number(int, 0), default=5000, help="last training images held out for validation")

@@ -23,8 +23,9 @@ def code_fingerprint(script: str) -> dict[str, str]:
 
 
 def warn_if_code_changed(checkpoint: dict[str, Any], path: str | Path) -> None:
+    """Print a warning that names the files that differ from those that made the checkpoint. New files do not count."""
     before, now = checkpoint["code"], code_fingerprint(checkpoint["options"]["script"])
-    changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    changed = [name for name in before if before[name] != now.get(name)]
     if changed and rank() == 0:
         print(f"warning: {', '.join(changed)} changed since {path} was saved; its results may differ", file=sys.stderr)
 

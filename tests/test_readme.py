@@ -1,48 +1,95 @@
-"""The README against what it speaks of."""
+"""README.md and docs/ against what they speak of: code, results, files, and commands that run."""
 
+import argparse
+import ast
 import importlib
+import json
 import re
 import shlex
 import subprocess
 import sys
 
 import pytest
+import torch.distributed.run
 from helpers import ROOT, run
 from PIL import Image
 
+import evaluate
+import train_cgan
+import train_classifier
+import train_gan
 from datasets import load
+from engine.flags import parse_args
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import reproduce
 import tables
 
-import train_classifier
-import utils
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+TEXTS = {page: page.read_text() for page in PAGES}
+EDITS = ROOT / "docs" / "extending.md"  # its commands follow its edits; tests/test_edits.py runs both
+COMMANDS = [text for page, text in TEXTS.items() if page != EDITS]
+FOLDERS = ("assets", "benchmarks", "datasets", "docs", "engine", "measures", "models", "tests")
+CODE = [*ROOT.glob("*.py"), *(path for name in FOLDERS for path in (ROOT / name).glob("*.py"))]
 
-TEXT = (ROOT / "README.md").read_text()
-COMMANDS = re.findall(r"^python (\S+\.py) ?(.*)$", TEXT, flags=re.MULTILINE)
+
+def find(pattern, texts=None):
+    """What matches in these texts (None: all pages), in order and without repetitions."""
+    texts = TEXTS.values() if texts is None else texts
+    return list(dict.fromkeys(match for text in texts for match in re.findall(pattern, text, flags=re.MULTILINE)))
 
 
-def test_tables_are_the_measured_results():
-    assert tables.fill(TEXT) == TEXT
+# Tables and figures ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.name)
+def test_tables_are_the_measured_results(page):
+    assert tables.fill(page) == page.read_text()
+
+
+def test_the_tables_of_a_gpu_are_shown_once_it_has_measured_them(tmp_path, monkeypatch):
+    assert "Nothing on this page has run on a GPU yet" in tables.gpu_section() or tables.read("gpu.json")
+    steps = {"gan": {"seconds": 9.6, "succeeded": True, "commit": "0123456789-dirty"}}
+    steps["gan"]["metrics"] = json.loads((tables.MEASURED / "results.json").read_text())["gan-best"]["seeds"][0]
+    steps["tests"] = {"seconds": 480.2, "succeeded": False, "commit": None}
+    (tmp_path / "gpu.json").write_text(json.dumps({"steps": steps, "gpu": "H", "torch": "2", "commit": "0123456789"}))
+    for name in ("race", "speed"):
+        (tmp_path / f"{name}-cuda.json").write_text((tables.MEASURED / f"{name}-cpu.json").read_text())
+    monkeypatch.setattr(tables, "MEASURED", tmp_path)
+    section = tables.gpu_section()
+    assert "| gan | 10 s | Parzen 184.6 ± 2.3, FID 0.0157, coverage 0.795 | 0123456-dirty |" in section
+    assert "| tests | 480 s | **failed** | unknown |" in section
+    assert tables.race_table("cuda") in section
+    assert tables.speed_table("cuda") in section
+
+
+def test_help_of_tables_writes_nothing(monkeypatch, capsys):
+    monkeypatch.setattr(tables, "fill", lambda page: pytest.fail("wrote"))
+    with pytest.raises(SystemExit):
+        tables.main(["--help"])
+    assert "usage" in capsys.readouterr().out
 
 
 # Options in which a row's runs differ from what its command gives now: they were stopped at their last epoch, and the
-# first weights of the paper's networks were not an option of their own yet.
+# initial weights of the paper's networks were not an option of their own yet.
 STOPPED = {"gan-paper": {"epochs": 500, "init": "torch"}, "cgan-paper": {"epochs": 100}}
 
 
 def test_rows_were_made_with_the_options_of_their_commands_classifiers_with_five_seeds():
-    rows = tables.json.loads(tables.RESULTS.read_text())
+    rows = tables.read("results.json")
     assert rows.keys() == reproduce.ROWS.keys()
     for name, row in rows.items():
         assert row["command"] == f"python {reproduce.ROWS[name][0]}"
         script, *flags = reproduce.ROWS[name][0].split()
         script = importlib.import_module(script.removesuffix(".py"))
-        options = vars(utils.parse_args(script.get_args_parser(), script.RECIPES, script.VARIANTS, flags))
+        options = vars(parse_args(script.get_args_parser(), script.RECIPES, script.VARIANTS, flags))
         options.update(STOPPED.get(name, {}))
         assert row["options"].items() <= options.items(), name
         assert len(row.get("test_errors", row.get("seeds"))) == (5 if script is train_classifier else 1)
+
+
+# Commands -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +103,10 @@ def folder(data_dir, tmp_path_factory):
 
 
 def test_every_command_runs(folder):
-    """In the README's order; trainings with --dry-run."""
-    assert len(COMMANDS) > 8
-    for script, flags in COMMANDS:
+    """In the README's order, then in that of the pages; trainings with --dry-run."""
+    commands = find(r"^python (\S+\.py) ?(.*)$", COMMANDS)
+    assert len(commands) > 12
+    for script, flags in commands:
         if script.startswith("train_") and "--resume" not in flags:
             flags += " --dry-run"
         elif not script.startswith(("train_", "evaluate")):
@@ -68,7 +116,7 @@ def test_every_command_runs(folder):
 
 def test_every_torchrun_runs(folder):
     """With two processes for eight; the two machines are both this one."""
-    commands = re.findall(r"^torchrun (.*)$", TEXT, flags=re.MULTILINE)
+    commands = find(r"^torchrun (.*)$")
     assert len(commands) == 3
     for command in commands:
         machines = 2 if "--nnodes" in command else 1
@@ -76,7 +124,7 @@ def test_every_torchrun_runs(folder):
         words = shlex.split(command.replace("HOST", "localhost"))
         place = next(i for i, word in enumerate(words) if word.endswith(".py"))
         words[place] = str(ROOT / words[place])
-        if machines == 1:
+        if machines == 1 and "--standalone" not in words:
             words.insert(0, "--standalone")
         line = [sys.executable, "-m", "torch.distributed.run", *words, "--dry-run", "--device", "cpu"]
         started = [subprocess.Popen(line, cwd=folder, stderr=subprocess.PIPE, text=True) for _ in range(machines)]
@@ -85,13 +133,91 @@ def test_every_torchrun_runs(folder):
             assert process.returncode == 0, errors
 
 
-def test_every_file_that_the_readme_names_exists():
-    for path in re.findall(r"`((?:models|datasets|benchmarks|results|tests|assets)/[\w./]*)`", TEXT):
+def test_every_row_that_a_command_reproduces_exists():
+    for names in find(r"python benchmarks/reproduce\.py ([a-z][\w -]*?)(?: --|`|$)"):
+        assert set(names.split()) <= reproduce.ROWS.keys()
+
+
+# Flags, messages, files and links -------------------------------------------------------------------------------------
+
+PARSERS = [script.get_args_parser() for script in (train_classifier, train_gan, train_cgan, evaluate)]
+
+
+def test_every_flag_exists():
+    known = {flag for parser in PARSERS for flag in parser._option_string_actions}
+    known |= set(torch.distributed.run.get_args_parser()._option_string_actions)
+    known |= {flag for path in CODE for flag in re.findall(r'"(--[a-z][a-z0-9-]*)"', path.read_text())}
+    assert set(find(r"(?<![\w-])(--[a-z][a-z0-9-]*)")) <= known
+
+
+def test_the_readme_lists_the_choices_of_each_option():
+    listed = re.findall(r"`(--[a-z-]+) \{(.*?)\}`", TEXTS[README])
+    assert len(listed) > 3
+    for flag, choices in listed:
+        actions = [parser._option_string_actions.get(flag) for parser in PARSERS]
+        assert choices.split(",") in [action.choices for action in actions if isinstance(action, argparse.Action)]
+
+
+def templates():
+    """Each text in the code, with … for what it fills in."""
+    for path in CODE:
+        if path.parent.name in ("tests", "benchmarks"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                yield "".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+
+
+def test_every_message_is_one_of_the_code():
+    rows = re.findall(r"^\| (`.*`) \| .* \|$", TEXTS[ROOT / "docs" / "troubleshooting.md"], flags=re.MULTILINE)
+    messages = [message for row in rows for message in row.strip("`").split("`, `")]
+    assert len(messages) > 30
+    texts = list(templates())
+    for message in messages:
+        parts = [part.strip() for part in message.split("…")]
+        assert max(map(len, parts)) >= 9, message
+        pattern = re.compile(".*".join(map(re.escape, parts)))
+        assert any(pattern.search(text) for text in texts), message
+
+
+def test_every_file_that_a_page_names_exists():
+    paths = find(rf"`((?:{'|'.join(FOLDERS)})/[\w./-]*)`")
+    assert len(paths) > 10
+    for path in paths:
         assert (ROOT / path).exists(), path
 
 
-def test_every_picture_that_the_readme_shows_exists():
-    pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", TEXT)
-    assert pictures
-    for path in pictures:
-        assert (ROOT / path).is_file(), path
+def anchors(page):
+    """The anchors that GitHub gives the headings of a page."""
+    found = {}
+    for heading in re.findall(r"^#+ (.*)$", page.read_text(), flags=re.MULTILINE):
+        slug = re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+        found[slug] = found.get(slug, -1) + 1
+        yield f"{slug}-{found[slug]}" if found[slug] else slug
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_and_every_picture_leads_somewhere(page):
+    for link in re.findall(r"\]\((?!https?://)([^)\s]+)\)", TEXTS[page]):
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.is_file(), link
+        assert target.suffix != ".md" or not anchor or anchor in anchors(target), link
+
+
+def test_the_readme_links_to_every_page():
+    assert {f"docs/{page.name}" for page in PAGES if page != README} <= set(find(r"\]\((.*?)\)", [TEXTS[README]]))
+
+
+def test_every_picture_is_described_and_every_one_in_assets_is_shown():
+    described = find(r"!\[[^\]]+\]\(([^)]+)\)")
+    assert set(described) == set(find(r"!\[[^\]]*\]\(([^)]*)\)"))
+    assert {path.name for path in (ROOT / "assets").iterdir()} <= {path.rpartition("/")[2] for path in described}
+
+
+def test_the_readme_is_short():
+    lines = TEXTS[README].splitlines()
+    assert len(lines) <= 200
+    assert [line for line in lines if len(line) > 120 and not line.startswith(("|", "!["))] == []
