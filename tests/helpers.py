@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 import train_classifier
-import utils
+from engine.checkpoint import seal
 
 ROOT = Path(__file__).resolve().parent.parent
 DIGITS = ["--dataset", "digits", "--device", "cpu"]
@@ -76,7 +76,7 @@ def save_sealed(checkpoint, path):
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
     path.parent.mkdir(exist_ok=True)
-    path.write_bytes(utils.seal(buffer.getvalue()))
+    path.write_bytes(seal(buffer.getvalue()))
 
 
 def assert_one_line(errors, *parts):

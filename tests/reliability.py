@@ -1,4 +1,4 @@
-"""Kill and stop trainings, leave out parts of what they saved, change bytes of files: is it made good, or noticed?
+"""Kill and stop trainings, leave out parts of what they saved, change bytes of files: do runs recover, is it noticed?
 
 python tests/reliability.py kills --count 200
 python tests/reliability.py signals --count 90
@@ -6,11 +6,12 @@ python tests/reliability.py dropped
 python tests/reliability.py changes --count 1000 --data-dir data
 
 kills: Each of the three scripts trains for two epochs on a few small gzipped images and saves after each step. A first
-run counts the points it passes; then one process for each chosen point is killed there (SIGKILL), another one resumes,
-and its run is compared with the first one. Processes are forked from this one, which saves them importing torch.
-signals: SIGINT, SIGTERM and two SIGINT in a row there: the script finishes the step, saves, and says how to go on.
-dropped: The control of these. Of a checkpoint from the middle of the second epoch, each part in turn is put back to
-what it was before the first step; the run that goes on from there must differ from the undisturbed one.
+run counts the points that it passes; then one process for each chosen point is killed there (SIGKILL), another one
+resumes, and its run is compared with the first one. Processes are forked from this one, which saves them importing
+torch.
+signals: SIGINT, SIGTERM and two SIGINT in a row there: the script finishes the step, saves, and says how to resume.
+dropped: The control of these. Of a checkpoint from the middle of the second epoch, each part in turn is set back to
+what it was before the first step; the run that resumes from there must differ from the undisturbed one.
 changes: Checkpoints and MNIST's files are cut short, and one byte at a time is changed.
 """
 
@@ -50,12 +51,16 @@ import train_classifier
 import train_gan
 import utils
 from datasets import mnist
+from engine import checkpoint as checkpoint_module
+from engine.checkpoint import POSITION, load_checkpoint, read_checkpoint
+from engine.errors import UserError, run_script
+from engine.provenance import environment
 
 FLAGS = ["--dataset", "fashion-mnist", "--device", "cpu", "--epochs", "2", "--save-interval", "0", "--batch-size", "32"]
 FLAGS += ["--log-interval", "2"]
 SCRIPTS = {
     "train_classifier.py": (train_classifier, ["--model", "mlp", "--recipe", "best", "--val-size", "20"]),
-    "train_gan.py": (train_gan, ["--average", "0.9", "--val-size", "20"]),
+    "train_gan.py": (train_gan, ["--ema", "0.9", "--val-size", "20"]),
     "train_cgan.py": (train_cgan, ["--recipe", "paper", "--val-size", "0"]),
 }
 
@@ -109,7 +114,7 @@ class Points:
     def set_up(self):
         self.around(gzip.GzipFile, "read", "data is unpacked")
         self.around(torch.Tensor, "backward", after="in a step, before the update")
-        self.around(utils.Run, "add", "in a step, after the update")
+        self.around(utils.Meter, "add", "in a step, after the update")
         self.around(os, "fsync", "a file is written, before the flush", "after the flush")
         self.around(os, "replace", "before a rename", "after a rename")
         evaluating, whole_open, points = utils.evaluating, open, self
@@ -128,7 +133,7 @@ class Points:
                 file = Halfway(file, write, lambda: points.reach(f"half of a {kind} is written"))
             return file
 
-        utils.evaluating, utils.open = evaluating_with_point, open_with_point
+        utils.evaluating, checkpoint_module.open = evaluating_with_point, open_with_point
 
 
 class Halfway:
@@ -161,7 +166,7 @@ def fork(function, errors=os.devnull):
         os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
         status = 1
         try:
-            utils.run_script(function)
+            run_script(function)
             status = 0
         except SystemExit as end:
             status = end.code if isinstance(end.code, int) else print(end.code, file=sys.stderr) or 1
@@ -234,35 +239,35 @@ def undisturbed_runs(folder, pool):
 
 
 def kill_and_resume(name, number, whole, flags, points):
-    """Name of the point, whether the resumed run equals the undisturbed one, whether it had to start anew."""
+    """Name of the point, whether the resumed run equals the undisturbed one, whether nothing was saved before."""
     script, run = SCRIPTS[name][0], whole.with_name(f"{name}-{number}")
     status = fork(train(script, [*flags, "--output-dir", str(run)], {number: signal.SIGKILL}))
     assert status == -signal.SIGKILL, (points[number], status)
-    anew = not list(run.glob("*.pt"))
-    if anew:  # killed before the first step was saved
+    unsaved = not list(run.glob("*.pt"))
+    if unsaved:  # killed before the first checkpoint: start again
         shutil.rmtree(run, ignore_errors=True)
         resumed = fork(train(script, [*flags, "--output-dir", str(run)]))
     else:
         resumed = fork(train(script, ["--resume", str(run)]))
     good = resumed == 0 and same_run(whole, run)
     shutil.rmtree(run)
-    return name, points[number], good, anew
+    return name, points[number], good, unsaved
 
 
 def kills(args, folder, pool):
-    """A table of all kills, and whether every run was made good."""
+    """A table of all kills, and whether every run recovered."""
     trials = []
     for i, (name, run) in enumerate(undisturbed_runs(folder, pool).items()):
         share = args.count // len(SCRIPTS) + (i < args.count % len(SCRIPTS))
         trials += [pool.submit(kill_and_resume, name, number, *run) for number in spread(run[-1], share)]
-    survived, killed, anew = collections.Counter(), collections.Counter(), collections.Counter()
+    survived, killed, unsaved = collections.Counter(), collections.Counter(), collections.Counter()
     for trial in trials:
-        name, point, good, started_anew = trial.result()
+        name, point, good, nothing_saved = trial.result()
         killed[name, point] += 1
         survived[name, point] += good
-        anew[name, point] += started_anew
-    rows = [(*key, count, survived[key], anew[key]) for key, count in killed.items()]
-    rows.append(("all", "", killed.total(), survived.total(), anew.total()))
+        unsaved[name, point] += nothing_saved
+    rows = [(*key, count, survived[key], unsaved[key]) for key, count in killed.items()]
+    rows.append(("all", "", killed.total(), survived.total(), unsaved.total()))
     columns = ("script", "killed", "times", "resumed to the same run", "of these before anything was saved")
     return table(columns, rows), survived == killed
 
@@ -292,7 +297,7 @@ def signal_and_resume(name, number, sent, whole, flags, points):
 
 
 def signals(args, folder, pool):
-    """A table of signals at every kind of point, and whether each run saved, said so, and went on to the same end."""
+    """A table of signals at every kind of point, and whether each run saved, said so, and resumed to the same end."""
     kinds = [[signal.SIGINT], [signal.SIGTERM], [signal.SIGINT, signal.SIGINT]]
     trials = []
     for name, run in undisturbed_runs(folder, pool).items():
@@ -302,7 +307,7 @@ def signals(args, folder, pool):
     every = -(-len(trials) // args.count)
     every += every % len(kinds) == 0 and every > 0  # not always the first kind
     rows = [trial.result() for trial in [pool.submit(*trial) for trial in trials[::every]]]
-    columns = ("script", "signal", "sent", "exit status", "steps after it", "went on to the same run")
+    columns = ("script", "signal", "sent", "exit status", "steps after it", "resumed to the same run")
     return table(columns, rows), all(row[-1] == "yes" and row[-2] <= 1 for row in rows)
 
 
@@ -312,41 +317,32 @@ def signals(args, folder, pool):
 def parts(checkpoint):
     """Where each part of a checkpoint stands, as the keys that lead to it."""
     yield from (("state", name) for name in checkpoint["state"])
-    for number, process in enumerate(checkpoint["processes"]):
-        yield from (("processes", number, "random", name) for name in process["random"])
-        yield ("processes", number, "sums")
-    yield from ((name,) for name in utils.Run.POSITION)
+    for number, rank in enumerate(checkpoint["ranks"]):
+        for key in ("random", "meter"):
+            yield from (("ranks", number, key, name) for name in rank[key])
+    yield from ((name,) for name in POSITION)
 
 
 def drop(checkpoint, fresh, part):
-    """Put this part of the checkpoint back to what it was before the first step."""
+    """Set this part of the checkpoint back to what it was before the first step."""
     for key in part[:-1]:
         checkpoint, fresh = checkpoint[key], fresh[key]
     checkpoint[part[-1]] = fresh[part[-1]]
 
 
-def save_only(script, flags):
-    """A function for `fork`: save the run before its first step."""
-
-    def run():
-        utils.train = lambda run, *_, **__: run.save()
-        script.main(flags)
-
-    return run
-
-
 def stop_in_second_epoch(name, whole, flags, points):
-    """The folders of a run that was killed after seven of eight steps, and of one that is saved before the first."""
-    script = SCRIPTS[name][0]
-    at = [number for number, point in enumerate(points) if point == "in a step, after the update"][7]
-    killed, fresh = whole.with_name(f"{name}-killed"), whole.with_name(f"{name}-fresh")
-    assert fork(train(script, [*flags, "--output-dir", str(killed)], {at: signal.SIGKILL})) == -signal.SIGKILL
-    assert fork(save_only(script, [*flags, "--output-dir", str(fresh)])) in (0, 1)  # no epoch, no samples.gif
-    return killed, fresh
+    """The folders of a run that was killed after seven of eight steps, and of one that was killed in the first."""
+    places = places_of(points)
+    folders = whole.with_name(f"{name}-killed"), whole.with_name(f"{name}-fresh")
+    numbers = places["in a step, after the update"][7], places["in a step, before the update"][0]
+    for run, number in zip(folders, numbers):
+        status = fork(train(SCRIPTS[name][0], [*flags, "--output-dir", str(run)], {number: signal.SIGKILL}))
+        assert status == -signal.SIGKILL
+    return folders
 
 
-def goes_on_without(part, name, whole, killed, fresh):
-    """Whether the run `killed` without this part of its checkpoint (None: with all) goes on to the undisturbed run."""
+def resumes_without(part, name, whole, killed, fresh):
+    """Whether the run `killed` without this part of its checkpoint (None: with all) resumes to the undisturbed run."""
     run = killed.with_name("-".join(map(str, (name, "without", *(part or ())))))
     shutil.copytree(killed, run)
     if part:
@@ -359,14 +355,14 @@ def goes_on_without(part, name, whole, killed, fresh):
 
 
 def dropped(args, folder, pool):
-    """A table of all parts of all scripts' checkpoints, and whether the loss of each one showed."""
+    """A table of all parts of all scripts' checkpoints, and whether the loss of each one was noticed."""
     trials = []
     for name, (whole, flags, points) in undisturbed_runs(folder, pool).items():
         killed, fresh = stop_in_second_epoch(name, whole, flags, points)
         checkpoint = load(killed / "checkpoint.pt")
-        assert (checkpoint["epoch"], checkpoint["batch"]) == (1, 3)
+        assert [(c["epoch"], c["batch"]) for c in (checkpoint, load(fresh / "checkpoint.pt"))] == [(1, 3), (0, 0)]
         for part in (None, *parts(checkpoint)):
-            trials.append((name, part, pool.submit(goes_on_without, part, name, whole, killed, fresh)))
+            trials.append((name, part, pool.submit(resumes_without, part, name, whole, killed, fresh)))
     told = {True: "no", False: "yes"}
     rows = [(name, " ".join(map(str, part or ["nothing"])), told[trial.result()]) for name, part, trial in trials]
     good = all(row[-1] == ("no" if row[1] == "nothing" else "yes") for row in rows)
@@ -430,23 +426,23 @@ def outcome(path, whole, read):
     """What came of reading a spoilt file: noticed with a line that names it, without effect, or wrong."""
     try:
         return "without effect" if same(read(), whole) else "wrong"
-    except (mnist.DataError, utils.UserError) as error:
+    except (mnist.DataError, UserError) as error:
         line = str(error)
         return "noticed" if str(path) in line and len(line.splitlines()) == 1 else "wrong"
 
 
 def changed_checkpoints(args, folder):
-    """Yield (file, kind of change, what came of it): checkpoint.pt must give way to previous.pt."""
+    """Yield (file, kind of change, what came of it): previous.pt must be used instead of checkpoint.pt."""
     run, _, _ = undisturbed("train_classifier.py", folder)
     previous = load(run / "previous.pt")
     for name in ("checkpoint.pt", "best.pt"):
         path = run / name
         for kind in spoil(path, args.count):
-            result = outcome(path, None, partial(utils.read_checkpoint, path))
+            result = outcome(path, None, partial(read_checkpoint, path))
             if name == "checkpoint.pt":
                 said = io.StringIO()
                 with contextlib.redirect_stderr(said):
-                    used = utils.load_checkpoint(run)
+                    used = load_checkpoint(run)
                 if not same(used, previous) or str(run / "previous.pt") not in said.getvalue():
                     result = "wrong"
             yield name, kind, result
@@ -471,9 +467,9 @@ def table(columns, rows):
 
 
 def record(command, text):
-    """Put the table and the command that made it into its section of results/reliability.md."""
-    path, name = ROOT / "results" / "reliability.md", command.split()[0]
-    machine = "{processor}, Python {python}, torch {torch}".format(**utils.environment())
+    """Put the table and the command that made it into its section of docs/reliability.md."""
+    path, name = ROOT / "docs" / "reliability.md", command.split()[0]
+    machine = "{processor}, Python {python}, torch {torch}".format(**environment())
     section = f"<!-- {name} -->\n`python tests/reliability.py {command}`; {machine}\n\n{text}\n<!-- /{name} -->"
     pattern = rf"<!-- {name} -->.*<!-- /{name} -->"
     path.write_text(re.sub(pattern, lambda _: section, path.read_text(), flags=re.DOTALL))
@@ -484,7 +480,7 @@ def main():
     parser.add_argument("what", choices=["kills", "signals", "dropped", "changes"], help="what to do to the runs")
     parser.add_argument("--count", type=int, default=200, help="kills or signals; changes of each file (default: 200)")
     parser.add_argument("--data-dir", default="data", help="folder that holds MNIST (default: data)")
-    parser.add_argument("--record", action="store_true", help="put the table into results/reliability.md")
+    parser.add_argument("--record", action="store_true", help="put the table into docs/reliability.md")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         write_images(Path(folder) / "data")

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torchvision import transforms
 
-from datasets import Batches, distort, load
+from datasets import Batches, DataError, distort, load
 
 # Batches --------------------------------------------------------------------------------------------------------------
 
@@ -51,7 +51,7 @@ def test_epoch_from_a_start_is_the_tail_of_the_epoch(shuffle):
 
 @pytest.mark.parametrize(("n", "sizes"), [(20, [8, 8, 4]), (16, [8, 8]), (7, [7]), (17, [8, 8, 1])])
 def test_every_image_comes_once_with_its_label_and_the_last_batch_is_short(n, sizes):
-    batches = numbered(n, low=0)
+    batches = numbered(n, black=0)
     epoch = list(batches.epoch(0))
     assert [len(labels) for _, labels in epoch] == sizes
     assert len(batches) == len(sizes)
@@ -67,17 +67,17 @@ def test_without_shuffle_the_order_is_kept_and_with_it_not():
     assert order(numbered(100), 3) != list(range(100))
 
 
-@pytest.mark.parametrize("low", [-1.0, 0.0, 0.3])
-def test_black_becomes_low_and_white_one(low):
-    ((images, _),) = numbered(256, batch_size=256, shuffle=False, low=low).epoch(0)
-    torch.testing.assert_close(images[:, 0, 0, 0], torch.linspace(low, 1, 256), rtol=0, atol=1e-6)
+@pytest.mark.parametrize("black", [-1.0, 0.0, 0.3])
+def test_a_black_pixel_becomes_black_and_a_white_one_1(black):
+    ((images, _),) = numbered(256, batch_size=256, shuffle=False, black=black).epoch(0)
+    torch.testing.assert_close(images[:, 0, 0, 0], torch.linspace(black, 1, 256), rtol=0, atol=1e-6)
 
 
 def test_default_range_is_totensor_and_normalize(tmp_path):
     images = torch.randint(0, 256, (4, 1, 28, 28), dtype=torch.uint8)
     reference = transforms.Compose([transforms.ToTensor(), transforms.Normalize(0.5, 0.5)])
     expected = torch.stack([reference(image.squeeze(0).numpy()) for image in images])
-    ((ours, _),) = Batches(images, torch.zeros(4), 4, "cpu", shuffle=False).epoch(0)
+    ((ours, _),) = Batches(images, torch.zeros(4, dtype=torch.int64), 4, "cpu", shuffle=False).epoch(0)
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6)
 
 
@@ -89,6 +89,20 @@ def test_batches_leave_the_data_unchanged():
         labels.zero_()
     assert torch.equal(batches.images, before)
     assert order(batches, 0) == order(numbered(20), 0)
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "words"),
+    [
+        (torch.rand(4, 1, 28, 28), torch.arange(4), r"must be uint8 .* not torch.float32; convert them"),
+        (torch.zeros(4, 28, 28, dtype=torch.uint8), torch.arange(4), r"\[4, 28, 28\]"),
+        (torch.zeros(4, 1, 28, 28, dtype=torch.uint8), torch.arange(5), r"\[5\]"),
+        (torch.zeros(4, 1, 28, 28, dtype=torch.uint8), torch.zeros(4), r"labels must be whole numbers"),
+    ],
+)
+def test_images_and_labels_of_another_kind_are_refused(images, labels, words):
+    with pytest.raises(DataError, match=words):
+        Batches(images, labels, 2, "cpu")
 
 
 # Distortions ----------------------------------------------------------------------------------------------------------
@@ -158,14 +172,14 @@ def test_shear_slants_by_up_to_that_angle():
     torch.testing.assert_close(y[:, :, 13], torch.arange(28.0).expand(2000, 28), rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("low", [-1.0, 0.0, 0.3])
-def test_background_stays_at_the_value_of_black(low):
-    images = torch.full((100, 1, 28, 28), low)
+@pytest.mark.parametrize("black", [-1.0, 0.0, 0.3])
+def test_background_stays_at_the_value_of_black(black):
+    images = torch.full((100, 1, 28, 28), black)
     images[:, :, 10:18, 10:18] = 1.0
     distorted = distort(images)
-    torch.testing.assert_close(distorted[:, :, :3], torch.full((100, 1, 3, 28), low))
+    torch.testing.assert_close(distorted[:, :, :3], torch.full((100, 1, 3, 28), black))
     torch.testing.assert_close(distorted.amax((1, 2, 3)), torch.ones(100), rtol=0, atol=0.05)
-    assert distorted.min() >= low - 1e-5
+    assert distorted.min() >= black - 1e-5
 
 
 def test_each_image_is_distorted_in_its_own_way():

@@ -417,17 +417,18 @@ def test_an_unpacked_relative_is_not_read_without_its_published_gz(tmp_path):
 def test_a_silent_server_does_not_keep_one_waiting(tmp_path, serve, monkeypatch):
     write_fake(tmp_path / "server", gz=True)
     serve(tmp_path / "server", tv.KMNIST, SilentHandler)
-    monkeypatch.setattr("datasets.mnist.PATIENCE", 0.2)
+    monkeypatch.setattr("datasets.mnist.TIMEOUT", 0.2)
     assert "timed out" in error_of("kmnist", tmp_path / "data")
     assert files_below(tmp_path / "data") == []
 
 
 TRAIN = """
 import sys
-import train_classifier, utils
+import train_classifier
 from datasets import mnist
+from engine.errors import run_script
 mnist.MIRRORS["MNIST"] = [sys.argv[1]]
-utils.run_script(lambda: train_classifier.main(["--data-dir", sys.argv[2], "--output-dir", sys.argv[2] + "/run"]))
+run_script(lambda: train_classifier.main(["--data-dir", sys.argv[2], "--output-dir", sys.argv[2] + "/run"]))
 """
 
 

@@ -14,9 +14,11 @@ from PIL import Image
 import evaluate
 import train_cgan
 import train_gan
-import utils
 from datasets import load as load_data
 from datasets import read_photo
+from engine.checkpoint import load_checkpoint
+from engine.errors import UserError
+from measures.classifier import classification_measures
 from models import CLASSIFIERS
 
 
@@ -50,12 +52,12 @@ def test_the_first_command_reaches_96_percent_and_the_report_says_so(best_run, t
 def test_metrics_agree_with_one_another_and_with_a_count_by_hand():
     logits = torch.randn(500, 10)
     labels = torch.randint(10, (500,))
-    metrics = evaluate.measure(logits, labels)
+    metrics = classification_measures(logits, labels)
     matrix = torch.tensor(metrics["confusion_matrix"])
-    guesses = logits.argmax(1)
+    predictions = logits.argmax(1)
     for true in range(10):
-        for guess in range(10):
-            assert matrix[true, guess] == ((labels == true) & (guesses == guess)).sum()
+        for predicted in range(10):
+            assert matrix[true, predicted] == ((labels == true) & (predictions == predicted)).sum()
     assert metrics["test_errors"] == 500 - matrix.diag().sum()
     assert metrics["test_accuracy"] == pytest.approx(1 - metrics["test_errors"] / 500)
     seven = metrics["per_class"]["7"]
@@ -74,12 +76,12 @@ def test_every_model_can_be_evaluated(tmp_path, model, recipe):
     assert (tmp_path / "run" / "evaluation" / "metrics.json").is_file()
 
 
-def test_averaged_weights_are_what_is_evaluated(tmp_path):
+def test_the_ema_is_what_is_evaluated(tmp_path):
     train(*DIGITS, "--recipe", "best", "--model", "mlp", "--epochs", 1, "--output-dir", tmp_path / "run")
     network, checkpoint = evaluate.load_network(tmp_path / "run", "cpu")
-    average = checkpoint["state"]["average"]["model"]["linear1.weight"]
-    assert torch.equal(network.linear1.weight, average)
-    assert not torch.equal(average, checkpoint["state"]["model"]["linear1.weight"])
+    ema = checkpoint["state"]["ema"]["model"]["linear1.weight"]
+    assert torch.equal(network.linear1.weight, ema)
+    assert not torch.equal(ema, checkpoint["state"]["model"]["linear1.weight"])
 
 
 class Reader(torch.nn.Module):
@@ -100,7 +102,7 @@ def test_a_new_model_needs_only_its_line_in_the_registry(tmp_path, monkeypatch):
     evaluate.main([str(tmp_path / "run")])
     assert json.loads((tmp_path / "run" / "evaluation" / "metrics.json").read_text())["model"] == "reader"
     monkeypatch.delitem(CLASSIFIERS, "reader")
-    with pytest.raises(evaluate.utils.UserError, match="no model reader"):
+    with pytest.raises(UserError, match="no model reader"):
         evaluate.main([str(tmp_path / "run")])
 
 
@@ -119,12 +121,12 @@ def test_every_changed_or_missing_byte_of_a_checkpoint_is_noticed(small_run, tmp
     places = torch.randint(len(whole), (200,)).tolist()
     for place in [*range(30), *range(len(whole) - 60, len(whole)), *places]:
         copy.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-        with pytest.raises(evaluate.utils.UserError, match=r"copy\.pt"):
-            evaluate.utils.load_checkpoint(copy)
+        with pytest.raises(UserError, match=r"copy\.pt"):
+            load_checkpoint(copy)
     for length in [0, 1, 22, len(whole) // 2, len(whole) - 1]:
         copy.write_bytes(whole[:length])
-        with pytest.raises(evaluate.utils.UserError, match=r"copy\.pt"):
-            evaluate.utils.load_checkpoint(copy)
+        with pytest.raises(UserError, match=r"copy\.pt"):
+            load_checkpoint(copy)
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(small_run, tmp_path):
@@ -152,7 +154,7 @@ def test_nothing_in_a_foreign_file_is_executed(tmp_path, script, sealed, name):
     else:
         path.parent.mkdir()
         path.write_bytes(pickle.dumps(canary))
-    with pytest.raises(evaluate.utils.UserError, match=r"run/\w+\.pt "):
+    with pytest.raises(UserError, match=r"run/\w+\.pt "):
         evaluate.main([str(path.parent)]) if script == "evaluate.py" else train("--resume", path.parent)
     assert not (tmp_path / "executed").exists()
 
@@ -163,6 +165,15 @@ def test_a_checkpoint_of_another_network_gets_one_line(small_run, tmp_path):
     save_sealed(checkpoint, tmp_path / "run" / "checkpoint.pt")
     _, errors = run("evaluate.py", "run", cwd=tmp_path, code=1)
     assert_one_line(errors, "run", "models/")
+
+
+def test_a_change_of_the_networks_code_is_a_warning(small_run, tmp_path):
+    checkpoint = load(small_run / "checkpoint.pt")
+    checkpoint["code"]["models/mlp.py"] = "another"
+    save_sealed(checkpoint, small_run / "checkpoint.pt")
+    _, errors = run("evaluate.py", "run", cwd=tmp_path)
+    assert_one_line(errors, "warning: models/mlp.py changed", "run")
+    assert (small_run / "evaluation" / "metrics.json").is_file()
 
 
 # Pictures of the user's own -------------------------------------------------------------------------------------------
@@ -293,6 +304,8 @@ def test_samples_come_from_the_seed_alone_and_as_raw_values(generators, tmp_path
     assert first["images"].max() <= 1
     assert first["labels"].tolist() == [7] * 20
     assert first["z"].shape == (20, 100)
+    own = torch.Generator().manual_seed(2**32 + 3)  # which no training draws from
+    assert numpy.array_equal(first["z"], torch.rand(20, 100, generator=own))
     picture = numpy.asarray(Image.open(folder / "samples-20-digit7-seed3.png"))
     assert picture.shape == (4 * 56, 5 * 56)
     shown = numpy.round(first["images"][1] * 255)
@@ -327,7 +340,7 @@ def test_flags_that_do_not_fit_the_run_are_refused(generators, small_run, tmp_pa
         (generators / "gan", ["--image", "x.png"], "train_classifier.py"),
     ]
     for folder, flags, words in wrong:
-        with pytest.raises(utils.UserError, match=words):
+        with pytest.raises(UserError, match=words):
             call(folder, *flags)
     for flags in (["--digit", "7"], ["--samples", "5", "--digit", "10"], ["--samples", "0"]):
         with pytest.raises(SystemExit, match="2"):

@@ -9,9 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import utils
 from datasets import DataError
 from datasets.mnist import read_idx
+from engine.checkpoint import load_checkpoint, seal
+from engine.errors import UserError
 
 settings.register_profile("quick", max_examples=300, deadline=None, database=None, derandomize=True)
 settings.load_profile("quick")
@@ -87,11 +88,11 @@ values = st.recursive(
     sealed=st.booleans(),
 )
 def test_the_checkpoint_reader_says_what_is_wrong(folder, content, place, byte, sealed):
-    """Sealed: somebody has put a fitting SHA-256 under what is no checkpoint, so that torch.load sees it."""
+    """Sealed: somebody has put a matching SHA-256 under what is not a checkpoint, so that torch.load sees it."""
     path = folder / "checkpoint.pt"
     content = damaged(content, place, byte)
-    path.write_bytes(utils.seal(content) if sealed else content)
-    with pytest.raises(utils.UserError) as caught:
-        utils.load_checkpoint(path)
+    path.write_bytes(seal(content) if sealed else content)
+    with pytest.raises(UserError) as caught:
+        load_checkpoint(path)
     assert str(path) in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1

@@ -7,12 +7,15 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from helpers import DIGITS
-from models.judge import failure_signs
+from helpers import DIGITS, load
 
 import train_cgan
 import train_gan
 import utils
+from datasets import Batches
+from engine import flags as engine_flags
+from engine.errors import UserError
+from measures.watch import Watch, failure_signs
 from models import GANS
 from models.cgan import ConditionalDiscriminator, ConditionalGenerator
 from models.gan import Discriminator, Generator, PaperDiscriminator, PaperGenerator, draw_noise, r1_penalty
@@ -24,8 +27,10 @@ def build(script, *flags):
     """The state and the step of a training script, as (args, state, train_step)."""
     module = PAIRS[script]
     with contextlib.redirect_stdout(None):
-        args = utils.parse_args(module.get_args_parser(), module.RECIPES, argv=[*DIGITS, *flags])
-    state, train_step, _ = module.build(args, torch.device("cpu"), 100, pixel_means=torch.full((784,), 0.2))
+        args = engine_flags.parse_args(module.get_args_parser(), module.RECIPES, argv=[*DIGITS, *flags])
+    images = torch.full((100, 1, 28, 28), 51, dtype=torch.uint8)  # 0.2 * 255
+    batches = Batches(images, torch.arange(100) % 10, 1, "cpu", black=0.0)
+    state, train_step, _ = module.build(args, torch.device("cpu"), batches)
     return args, state, train_step
 
 
@@ -260,13 +265,15 @@ def test_losses_stay_finite_where_d_is_certain(script):
 
 
 @pytest.mark.parametrize("script", PAIRS)
-def test_averaged_generator_follows_the_trained_one(script):
-    _, state, train_step = build(script, "--average", "0.9")
-    before = weights(state["average"].model)
-    train_step(torch.rand(6, 1, 28, 28), torch.arange(6))
-    after, now = weights(state["average"].model), weights(state["generator"])
+def test_the_ema_of_the_generator_follows_it(script, tmp_path):
+    args, state, train_step = build(script, "--ema", "0.9", "--epochs", "1", "--output-dir", str(tmp_path / "run"))
+    before = weights(state["ema"].model)
+    images = torch.randint(0, 256, (6, 1, 28, 28), dtype=torch.uint8)
+    utils.train(utils.Run(args, state), train_step, Batches(images, torch.arange(6), 6, "cpu", black=0.0))
+    after, now = weights(state["ema"].model), weights(state["generator"])
     assert not equal(before, after)
     assert not equal(after, now)
+    assert equal(load(tmp_path / "run" / "checkpoint.pt")["state"]["ema"]["model"], after)
 
 
 def test_paper_learns_at_the_papers_rates():
@@ -276,7 +283,12 @@ def test_paper_learns_at_the_papers_rates():
             state[name].optimizer.step()
             state[name].step()
             assert state[name].get_last_lr() == [pytest.approx(0.1 / decay, rel=1e-9)]
-            assert state[name].optimizer.param_groups[0]["momentum"] == pytest.approx(0.5 + 0.2 / 25_000)
+            assert state[name].optimizer.param_groups[0]["momentum"] == 0.5
+            for _ in range(99):
+                state[name].step()
+            assert state[name].get_last_lr() == [pytest.approx(0.1 / decay**100, rel=1e-9)]
+            momentum = state[name].optimizer.param_groups[0]["momentum"]
+            assert momentum == pytest.approx(0.5 + 0.2 / 250)  # after one epoch of 100 steps
 
 
 @pytest.mark.parametrize("script", PAIRS)
@@ -320,3 +332,11 @@ def test_failing_runs_are_told_in_words():
     assert "the digit 7" in next(failure_signs({"loss_d": 1.2}, torch.full((1000,), 7)))
     assert "asked for" in next(failure_signs({"loss_d": 1.2}, ten, ten.roll(1)))
     assert list(failure_signs({"loss_d": 1.2})) == []
+
+
+@pytest.mark.parametrize(
+    "images", [torch.rand(2, 784), torch.rand(2, 1, 28, 28) * 2 - 1, torch.rand(2, 1, 28, 28) * 255]
+)
+def test_a_generator_that_draws_no_images_is_refused(images):
+    with pytest.raises(UserError, match=r"must draw \[N, 1, 28, 28\] with pixels in \[0, 1\]"):
+        Watch(lambda n: images, torch.zeros(0, 1, 28, 28, dtype=torch.uint8), judge=False)

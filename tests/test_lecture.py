@@ -5,15 +5,17 @@ import torch
 from helpers import DIGITS
 
 import train_classifier
-import utils
+from datasets import Batches
+from engine.flags import parse_args
 
 
 @pytest.fixture
 def step():
     """The MLP, its train_step with plain SGD at rate rho = 0.1, and one batch."""
     flags = [*DIGITS, "--model", "mlp", "--optimizer", "sgd", "--lr", "0.1"]
-    args = utils.parse_args(train_classifier.get_args_parser(), train_classifier.RECIPES, argv=flags)
-    _, train_step, model = train_classifier.build(args, torch.device("cpu"), epoch_length=1)
+    args = parse_args(train_classifier.get_args_parser(), train_classifier.RECIPES, argv=flags)
+    batches = Batches(torch.zeros(4, 1, 28, 28, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64), 4, "cpu")
+    _, train_step, model = train_classifier.build(args, torch.device("cpu"), batches)
     images, labels = torch.rand(4, 1, 28, 28) * 2 - 1, torch.tensor([3, 1, 4, 1])
     return model, train_step, images, labels
 

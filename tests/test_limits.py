@@ -1,4 +1,4 @@
-"""The machine gives out: no space, no right to write, no folder, no memory. What was saved stays, and goes on."""
+"""The machine fails: no space, no right to write, no folder, no memory. What was saved stays, and can be resumed."""
 
 import ctypes
 import shutil
@@ -8,8 +8,8 @@ import pytest
 import torch
 from helpers import DIGITS, assert_one_line, run, train
 
-import utils
 from datasets import Batches
+from engine.errors import UserError
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits a process as Linux does")
 
@@ -29,7 +29,7 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def assert_goes_on(folder):
+def assert_resumes(folder):
     """Once the reason is gone."""
     run("train_classifier.py", "--resume", folder, "--epochs", 2, cwd=folder.parent)
     assert (folder / "metrics.csv").read_bytes() == (folder.parent / "whole" / "metrics.csv").read_bytes()
@@ -56,7 +56,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(begun):
     assert after.keys() == before.keys()
     for name in ("checkpoint.pt", "previous.pt"):
         assert after.get(name) == before.get(name)
-    assert_goes_on(begun)
+    assert_resumes(begun)
 
 
 def test_a_folder_without_the_right_to_write_leaves_the_last_checkpoint(begun):
@@ -67,7 +67,7 @@ def test_a_folder_without_the_right_to_write_leaves_the_last_checkpoint(begun):
     assert_one_line(errors, "could not be written", "allow writing", "run/")
     assert contents(begun) == before
     begun.chmod(0o755)
-    assert_goes_on(begun)
+    assert_resumes(begun)
 
 
 @pytest.mark.parametrize(("script", "flags"), [("train_classifier.py", FLAGS), ("evaluate.py", ["run"])])
@@ -77,7 +77,7 @@ def test_no_right_to_make_a_folder_is_one_line(begun, script, flags):
     _, errors = run(script, *flags, cwd=begun.parent, code=1, before=no_rights)
     for folder in (begun, begun.parent):
         folder.chmod(0o755)
-    assert_one_line(errors, "cannot be made (Permission denied)", "allow writing", "run")
+    assert_one_line(errors, "cannot be created (Permission denied)", "allow writing", "run")
 
 
 def test_a_folder_that_vanishes_is_named(tmp_path, monkeypatch):
@@ -89,7 +89,7 @@ def test_a_folder_that_vanishes_is_named(tmp_path, monkeypatch):
         return whole(self, epoch, start)
 
     monkeypatch.setattr(Batches, "rows", rows)
-    with pytest.raises(utils.UserError, match=r"run/checkpoint\.pt could not be written \(No such file or directory\)"):
+    with pytest.raises(UserError, match=r"run/checkpoint\.pt could not be written \(No such file or directory\)"):
         train(*FLAGS, "--epochs", 2, "--output-dir", tmp_path / "run")
 
 
@@ -111,10 +111,10 @@ def no_memory_in_the_second_epoch():
     Batches.rows = rows
 
 
-def test_out_of_memory_names_the_batch_size_and_can_go_on(begun):
+def test_out_of_memory_names_the_batch_size_and_can_be_resumed(begun):
     before = (begun / "checkpoint.pt").read_bytes()
     flags = ["--resume", "run", "--epochs", 2]
     _, errors = run("train_classifier.py", *flags, cwd=begun.parent, code=1, before=no_memory_in_the_second_epoch)
     assert_one_line(errors, "out of memory", "--batch-size")
     assert (begun / "checkpoint.pt").read_bytes() == before
-    assert_goes_on(begun)
+    assert_resumes(begun)

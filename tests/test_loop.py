@@ -1,18 +1,21 @@
 """The loop and its helpers, apart from any script."""
 
 import argparse
+import csv
 import math
+import signal
 
 import pytest
 import torch
 from helpers import load
-from models.average import Average
 from PIL import Image
 
 import train_classifier
 import utils
 from datasets import Batches
-from models.maxout import MaxoutSchedule
+from engine import checkpoint, optim, pictures
+from engine.errors import Stopped, UserError
+from engine.optim import EMA, MaxoutSchedule
 
 
 class Position(torch.nn.Module):
@@ -35,8 +38,9 @@ def start(folder, state, **options):
         "save_interval": 1000.0,
         "dry_run": False,
         "script": "x.py",
+        "resume": None,
     }
-    args = argparse.Namespace(**{**defaults, **options}, output_dir=str(folder), resume=None)
+    args = argparse.Namespace(**{**defaults, **options}, output_dir=str(folder))
     return utils.Run(args, state)
 
 
@@ -61,7 +65,7 @@ def test_reports_cover_the_epoch_without_gap_or_overlap(tmp_path):
     assert run.curve[0]["label"] * 6 + run.curve[1]["label"] * 4 == pytest.approx(45)
 
 
-def test_best_pt_is_the_best_epoch_and_the_run_ends_when_it_is_enough(tmp_path):
+def test_best_pt_is_the_best_epoch_and_the_run_ends_when_it_should_stop(tmp_path):
     accuracies = iter([0.5, 0.9, 0.9, 0.7, 0.8, 0.95])
     position = Position()
     run = start(tmp_path / "run", {"position": position}, epochs=6)
@@ -76,7 +80,7 @@ def test_best_pt_is_the_best_epoch_and_the_run_ends_when_it_is_enough(tmp_path):
     def validate():
         return {"val_accuracy": next(accuracies)}
 
-    utils.train(run, train_step, ten_images(10), validate, enough=two_epochs_without_a_better_one)
+    utils.train(run, train_step, ten_images(10), validate, "val_accuracy", should_stop=two_epochs_without_a_better_one)
     assert load(tmp_path / "run" / "best.pt")["state"]["position"]["steps"] == 2
     assert load(tmp_path / "run" / "checkpoint.pt")["state"]["position"]["steps"] == 4
 
@@ -94,7 +98,7 @@ def test_every_schedule_in_the_state_advances_once_a_step(tmp_path):
 def test_a_metric_that_is_not_finite_is_named_and_never_saved(tmp_path, value):
     run = start(tmp_path / "run", {"position": Position()}, save_interval=0.0)
     values = iter([0.0, 0.0, value])
-    with pytest.raises(utils.UserError, match="loss_d is not finite at or shortly before step 3 of epoch 1"):
+    with pytest.raises(UserError, match="loss_d is not finite at or shortly before step 3 of epoch 1"):
         utils.train(run, lambda images, labels: {"loss_d": torch.tensor(next(values))}, ten_images(batch_size=2))
     assert load(tmp_path / "run" / "checkpoint.pt")["batch"] == 2
 
@@ -114,7 +118,8 @@ def test_amp_runs_the_step_in_bfloat16(tmp_path):
 
 def test_amp_sees_weights_updated_within_the_step(tmp_path):
     layer = torch.nn.Linear(1, 1, bias=False)
-    images_of_one = Batches(torch.full((1, 1, 1, 1), 255, dtype=torch.uint8), torch.zeros(1), 1, "cpu")
+    white = torch.full((1, 1, 1, 1), 255, dtype=torch.uint8)
+    images_of_one = Batches(white, torch.zeros(1, dtype=torch.int64), 1, "cpu")
     seen = []
 
     def train_step(images, labels):
@@ -129,28 +134,52 @@ def test_amp_sees_weights_updated_within_the_step(tmp_path):
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
-    utils.write_whole(tmp_path / "file", b"old")
-    monkeypatch.setattr(utils.os, "fsync", lambda number: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(utils.UserError, match=r"file could not be written \(No space left on device\)"):
-        utils.write_whole(tmp_path / "file", b"new")
+    checkpoint.write_atomically(tmp_path / "file", b"old")
+    monkeypatch.setattr(
+        checkpoint.os, "fsync", lambda number: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
+    with pytest.raises(UserError, match=r"file could not be written \(No space left on device\)"):
+        checkpoint.write_atomically(tmp_path / "file", b"new")
     assert (tmp_path / "file").read_bytes() == b"old"
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_average_follows_its_formula():
+def test_ema_follows_its_formula():
     model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
-    average = Average(model, decay=0.5)
+    ema = EMA(model, decay=0.5)
     expected = {name: value.clone() for name, value in model.state_dict().items()}
     for update in range(12):
         for value in [*model.parameters(), model[1].running_mean]:
             torch.nn.init.normal_(value)
-        average.update(model)
+        model[1].num_batches_tracked += 3
+        ema.update()
         decay = min(0.5, (1 + update) / (10 + update))
         for name, value in model.state_dict().items():
             if value.is_floating_point():
                 expected[name] = decay * expected[name] + (1 - decay) * value
-    torch.testing.assert_close(dict(average.model.state_dict()), expected)
-    assert not average.model.training
+    expected["1.num_batches_tracked"] = model[1].num_batches_tracked
+    torch.testing.assert_close(dict(ema.model.state_dict()), expected)
+    assert not ema.model.training
+
+
+def test_the_loop_updates_every_ema_after_each_step(tmp_path):
+    network = torch.nn.Linear(1, 1)
+    state = {"network": network, "ema": EMA(network, decay=0.9), "slow": EMA(network, decay=0.99)}
+    expected = {name: network.weight.detach().clone() for name in ("ema", "slow")}
+    run = start(tmp_path / "run", state)
+
+    def train_step(images, labels):
+        torch.nn.init.normal_(network.weight)
+        steps = 5 * run.epoch + run.batch
+        for name in expected:
+            decay = min(state[name].decay, (1 + steps) / (10 + steps))
+            expected[name] = decay * expected[name] + (1 - decay) * network.weight.detach()
+        return {}
+
+    utils.train(run, train_step, ten_images(batch_size=2))
+    for name in expected:
+        assert state[name].updates == 10
+        torch.testing.assert_close(state[name].model.weight, expected[name])
 
 
 def test_maxout_schedule_is_the_papers():
@@ -161,13 +190,13 @@ def test_maxout_schedule_is_the_papers():
         schedule.step()
         group = optimizer.param_groups[0]
         assert group["lr"] == pytest.approx(0.1 / 1.000004**step)
-        assert group["momentum"] == pytest.approx(0.5 + 0.2 * min(1, step / 1000))
+        assert group["momentum"] == pytest.approx(0.5 + 0.2 * min(1, step // 4 / 250))  # once per epoch
 
 
 def test_cosine_schedule_rises_for_a_tenth_and_ends_at_zero():
     args = argparse.Namespace(epochs=10, schedule="cosine")
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
-    schedule = train_classifier.build_schedule(args, optimizer, epoch_length=10)
+    schedule = optim.build_schedule(args, optimizer, epoch_length=10)
     rates = []
     for _ in range(100):
         rates.append(optimizer.param_groups[0]["lr"])
@@ -210,14 +239,14 @@ def test_a_weight_that_is_not_finite_is_never_saved_though_the_loss_is_fine(tmp_
             network.weight.data[1, 1] = math.nan
         return {"loss": torch.zeros(())}
 
-    with pytest.raises(utils.UserError, match="network is not finite at or shortly before step 3"):
+    with pytest.raises(UserError, match="network is not finite at or shortly before step 3"):
         utils.train(run, train_step, ten_images(batch_size=2))
     assert load(tmp_path / "run" / "checkpoint.pt")["batch"] == 2
 
 
 def test_a_grid_shows_pixels_as_they_are_row_by_row(tmp_path):
     images = torch.tensor([0.0, 0.25, 0.5, 0.75, 0.5]).view(5, 1, 1, 1).expand(5, 1, 28, 28)
-    utils.save_grid(images, tmp_path / "grid.png", columns=3)
+    pictures.save_grid(images, tmp_path / "grid.png", columns=3)
     picture = Image.open(tmp_path / "grid.png")
     assert picture.size == (3 * 56, 2 * 56)
     places = [(0, 0), (56, 0), (112, 0), (0, 56), (56, 56), (112, 56)]
@@ -227,8 +256,8 @@ def test_a_grid_shows_pixels_as_they_are_row_by_row(tmp_path):
 def test_the_gif_goes_through_the_epochs_and_ends_with_the_last(tmp_path):
     for epoch in range(1, 8):
         image = torch.full((1, 1, 28, 28), epoch / 10)
-        utils.save_grid(image, tmp_path / "samples" / f"epoch-{epoch:04d}.png", columns=1)
-    utils.save_gif(tmp_path, most=4)
+        pictures.save_grid(image, tmp_path / "samples" / f"epoch-{epoch:04d}.png", columns=1)
+    pictures.save_gif(tmp_path, most=4)
     with Image.open(tmp_path / "samples.gif") as gif:
         shown = []
         for frame in range(gif.n_frames):
@@ -242,3 +271,110 @@ def test_sums_keep_growing_in_bfloat16(tmp_path):
     one = torch.ones((), dtype=torch.bfloat16)
     utils.train(run, lambda images, labels: {"one": one}, Batches(*blank_images(3000), 1, "cpu"))
     assert run.history[0]["one"] == 1
+
+
+# Metrics --------------------------------------------------------------------------------------------------------------
+
+
+def mean_of(labels):
+    return labels.float().mean()
+
+
+def test_a_metric_may_be_a_python_number(tmp_path):
+    run = start(tmp_path / "run", {"position": Position()})
+    utils.train(run, lambda images, labels: {"label": mean_of(labels).item(), "one": 1}, ten_images(batch_size=4))
+    assert [row["label"] for row in run.history] == pytest.approx([4.5, 4.5])
+    assert [row["one"] for row in run.history] == [1, 1]
+
+
+def test_a_metric_is_averaged_over_the_images_that_it_was_returned_for(tmp_path):
+    """Here at every third of ten steps, the last of them with fewer images."""
+    run = start(tmp_path / "run", {"position": Position()}, epochs=1, log_interval=5)
+    seen = []
+
+    def train_step(images, labels):
+        rare = {"rare": mean_of(labels)} if run.batch % 3 == 0 else {}
+        seen.append((run.batch, labels.tolist()))
+        return {"label": mean_of(labels), **rare}
+
+    images = torch.zeros(29, 1, 1, 1, dtype=torch.uint8)
+    utils.train(run, train_step, Batches(images, torch.arange(29), 3, "cpu"))
+
+    def mean(batches, every=1):
+        values = [label for batch, labels in seen if batch in batches and batch % every == 0 for label in labels]
+        return sum(values) / len(values)
+
+    assert run.history[0]["label"] == pytest.approx(14)
+    assert run.history[0]["rare"] == pytest.approx(mean(range(10), every=3))
+    assert [row["rare"] for row in run.curve] == pytest.approx([mean(range(5), every=3), mean(range(5, 10), every=3)])
+    assert [row["label"] for row in run.curve] == pytest.approx([mean(range(5)), mean(range(5, 10))])
+
+
+def test_a_report_without_images_for_a_metric_leaves_it_out(tmp_path):
+    run = start(tmp_path / "run", {"position": Position()}, epochs=1, log_interval=1)
+
+    def train_step(images, labels):
+        return {"often": 2.0, "rare": 1.0} if run.batch % 3 == 0 else {"often": 2.0}
+
+    utils.train(run, train_step, ten_images(batch_size=2))
+    assert [row["often"] for row in run.curve] == [2, 2, 2, 2, 2]
+    assert [row.get("rare") for row in run.curve] == [1, None, None, 1, None]
+    assert run.history == [{"epoch": 1, "often": 2, "rare": 1}]
+
+
+def test_a_metric_may_begin_in_the_middle_of_an_epoch(tmp_path):
+    run = start(tmp_path / "run", {"position": Position()})
+    seen = []
+
+    def train_step(images, labels):
+        if (run.epoch, run.batch) < (0, 3):
+            return {"label": mean_of(labels)}
+        seen.append((run.epoch, labels.tolist()))
+        return {"label": mean_of(labels), "late": mean_of(labels)}
+
+    utils.train(run, train_step, ten_images(batch_size=2))
+    of_first_epoch = [label for epoch, labels in seen if epoch == 0 for label in labels]
+    assert len(of_first_epoch) == 4
+    assert [row["label"] for row in run.history] == pytest.approx([4.5, 4.5])
+    assert [row["late"] for row in run.history] == pytest.approx([sum(of_first_epoch) / 4, 4.5])
+
+
+def test_a_metric_with_more_than_one_value_is_refused(tmp_path):
+    run = start(tmp_path / "run", {"position": Position()})
+    with pytest.raises(UserError, match=r"train_step returns label with shape \[2\]"):
+        utils.train(run, lambda images, labels: {"label": labels}, ten_images(batch_size=2))
+
+
+def test_a_metric_may_come_or_go_between_save_and_resume(tmp_path):
+    """The run is stopped after 3 of 5 batches of the second epoch."""
+    folder = tmp_path / "run"
+    run = start(folder, {"position": Position()}, epochs=3)
+    seen = []
+
+    def stopped_train_step(images, labels):
+        if (run.epoch, run.batch) == (1, 2):
+            signal.raise_signal(signal.SIGTERM)
+        seen.append((run.epoch, mean_of(labels).item()))
+        return {"label": mean_of(labels), "old": mean_of(labels)}
+
+    with pytest.raises(Stopped):
+        utils.train(run, stopped_train_step, ten_images(batch_size=2))
+    resumed = start(folder, {"position": Position()}, epochs=3, resume=str(folder))
+
+    def train_step(images, labels):
+        seen.append((resumed.epoch, mean_of(labels).item()))
+        return {"label": mean_of(labels), "new": mean_of(labels)}
+
+    utils.train(resumed, train_step, ten_images(batch_size=2))
+    of_second_epoch = [value for epoch, value in seen if epoch == 1]
+    before, after = of_second_epoch[:3], of_second_epoch[3:]
+    with open(folder / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["epoch", "label", "old", "new"]
+    assert [float(row["label"]) for row in rows] == pytest.approx([4.5] * 3)
+    assert float(rows[0]["old"]) == pytest.approx(4.5)
+    assert float(rows[1]["old"]) == pytest.approx(sum(before) / 3)
+    assert float(rows[1]["new"]) == pytest.approx(sum(after) / 2)
+    assert float(rows[2]["new"]) == pytest.approx(4.5)
+    assert (rows[0]["new"], rows[2]["old"]) == ("", "")
+    assert (folder / "curves.png").is_file()

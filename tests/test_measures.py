@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 from helpers import ROOT
-from models.judge import load_judge
-from models.parzen import SIGMAS, parzen_log_likelihood
 from sklearn.neighbors import KernelDensity
 
-import evaluate
 from datasets import load
-from models import judge as judge_module
+from measures import judge as judge_module
+from measures.generator import class_measures, feature_distances, neighbour_measures
+from measures.judge import load_judge
+from measures.parzen import SIGMAS, parzen_log_likelihood, parzen_measures
 
 
 def test_parzen_is_scikit_learns_kernel_density():
@@ -29,7 +29,7 @@ def test_parzen_is_scikit_learns_kernel_density():
 def test_parzen_chooses_sigma_on_the_validation_images_and_scores_the_test_images():
     samples = torch.rand(40, 1, 4, 4)
     validation, test = samples[:20] + 1e-4, torch.rand(60, 1, 4, 4)
-    measures = evaluate.parzen_measures(samples, validation, test)
+    measures = parzen_measures(samples, validation, test)
     assert measures["parzen_sigma"] == pytest.approx(0.1)  # the smallest: these images are the samples themselves
     scores = KernelDensity(bandwidth=0.1).fit(samples.flatten(1).numpy()).score_samples(test.flatten(1).numpy())
     assert measures["parzen_log_likelihood"] == pytest.approx(scores.mean(), rel=1e-5)
@@ -43,12 +43,13 @@ def test_the_papers_ten_widths():
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_ten_thousand_by_ten_thousand_needs_less_than_a_gigabyte():
     code = """
-import torch, evaluate
+import torch
+from measures.parzen import parzen_measures
 def peak():  # in KiB; not getrusage, which counts what the process was forked from
     return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
 before = peak()
 images = torch.rand(10_000, 1, 28, 28)
-evaluate.parzen_measures(images, images[:1000], images)
+parzen_measures(images, images[:1000], images)
 print(peak() - before)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -57,7 +58,7 @@ print(peak() - before)
 
 def test_a_set_is_at_no_distance_from_itself():
     features = torch.randn(2000, 16)
-    distances = evaluate.feature_distances(features, features)
+    distances = feature_distances(features, features)
     assert distances["fid"] == pytest.approx(0, abs=1e-6)
     assert abs(distances["kid"]) < 0.02
 
@@ -69,13 +70,13 @@ def test_fid_is_the_formula_for_two_gaussians():
     root = vectors @ values.sqrt().diag() @ vectors.T
     trace = torch.linalg.eigvalsh(root @ b_cov @ root).sqrt().sum()
     by_hand = (a.mean(0) - b.mean(0)).square().sum() + a_cov.trace() + b_cov.trace() - 2 * trace
-    assert evaluate.feature_distances(a, b)["fid"] == pytest.approx(by_hand.item(), rel=1e-6)
+    assert feature_distances(a, b)["fid"] == pytest.approx(by_hand.item(), rel=1e-6)
 
 
 def test_fid_and_kid_grow_with_the_difference():
     real = torch.randn(1000, 8)
-    near = evaluate.feature_distances(torch.randn(1000, 8) + 0.1, real)
-    far = evaluate.feature_distances(torch.randn(1000, 8) + 1, real)
+    near = feature_distances(torch.randn(1000, 8) + 0.1, real)
+    far = feature_distances(torch.randn(1000, 8) + 1, real)
     assert near["fid"] < far["fid"]
     assert near["kid"] < far["kid"]
 
@@ -94,29 +95,29 @@ def test_neighbour_measures_by_brute_force():
         "density": inside.sum().item() / (5 * len(fake)),
         "coverage": inside.any(1).float().mean().item(),
     }
-    assert evaluate.neighbour_measures(fake, real) == pytest.approx(by_hand)
+    assert neighbour_measures(fake, real) == pytest.approx(by_hand)
 
 
 def test_a_generator_that_draws_one_image_covers_nothing():
     real = torch.randn(500, 4)
-    measures = evaluate.neighbour_measures(real[:1] + 1e-3 * torch.randn(500, 4), real)
+    measures = neighbour_measures(real[:1] + 1e-3 * torch.randn(500, 4), real)
     assert measures["precision"] == 1
     assert measures["coverage"] < 0.05
     assert measures["recall"] < 0.05
 
 
 def test_class_measures():
-    even = evaluate.class_measures(torch.arange(1000) % 10)
+    even = class_measures(torch.arange(1000) % 10)
     assert even["class_histogram"] == pytest.approx([0.1] * 10)
     assert even["class_kl"] == pytest.approx(0, abs=1e-6)
-    one = evaluate.class_measures(torch.full((1000,), 3))
+    one = class_measures(torch.full((1000,), 3))
     assert one["class_histogram"] == [0, 0, 0, 1, 0, 0, 0, 0, 0, 0]
     assert one["class_kl"] == pytest.approx(math.log(10))
 
 
 def test_the_judge_reads_at_least_99_4_percent_of_the_test_images(data_dir):
     images, labels = load("mnist", data_dir, train=False)
-    features, digits = load_judge("cpu").look(images / 255)
+    features, digits = load_judge("cpu").read(images / 255)
     assert features.shape == (10_000, 256)
     assert (digits == labels).double().mean() >= 0.994
     assert judge_module.WEIGHTS.stat().st_size < 2_000_000
@@ -125,7 +126,7 @@ def test_the_judge_reads_at_least_99_4_percent_of_the_test_images(data_dir):
 def test_features_are_the_last_convolutions_averaged_outputs():
     judge = load_judge("cpu")
     images = torch.rand(3, 1, 28, 28)
-    features, digits = judge.look(images, block=2)
+    features, digits = judge.read(images, block=2)
     x = images * 2 - 1
     with torch.no_grad():
         for i in (1, 2, 3):
@@ -134,10 +135,34 @@ def test_features_are_the_last_convolutions_averaged_outputs():
     assert torch.equal(digits, judge.fc(x.flatten(1)).argmax(1))
 
 
-def test_the_judge_looks_on_its_own_device():
+def test_the_judge_reads_on_its_own_device():
     """Here the meta device, which takes the images from the CPU but has no results to copy back."""
     with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
-        load_judge("meta").look(torch.zeros(1, 1, 28, 28))
+        load_judge("meta").read(torch.zeros(1, 1, 28, 28))
+
+
+def test_the_judge_gives_features_and_logits():
+    features, logits = load_judge("cpu")(torch.rand(3, 1, 28, 28))
+    assert features.shape == (3, 256)
+    assert logits.shape == (3, 10)
+
+
+@pytest.mark.parametrize("change", [lambda x: 255 * x, lambda x: 2 * x - 1, lambda x: x + 1e-3])
+def test_the_judge_refuses_pixels_outside_0_to_1(change):
+    judge = load_judge("cpu")
+    images = torch.linspace(0, 1, 784).view(1, 1, 28, 28)
+    assert judge.read(images)[0].shape == (1, 256)
+    with pytest.raises(ValueError, match=r"the judge reads images with pixels in \[0, 1\]"):
+        judge.read(change(images))
+    with pytest.raises(ValueError, match=r"pixels from 0 to 255"):
+        judge.read(255 * images)
+
+
+def test_parzen_is_computed_in_double():
+    samples, images = torch.rand(300, 1, 28, 28), torch.rand(20, 1, 28, 28)
+    densities = parzen_log_likelihood(samples, images, SIGMAS)
+    assert densities.dtype == torch.float64
+    assert torch.equal(densities, parzen_log_likelihood(samples.double(), images.double(), SIGMAS))
 
 
 def test_another_judge_is_refused(tmp_path, monkeypatch):

@@ -15,8 +15,6 @@ import pytest
 import torch
 from helpers import DIGITS, ROOT, load
 
-import utils
-
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="kills processes with POSIX signals")
 
 # 1,408 images: 44 batches of 32. SGD, because Adam turns rounding in a gradient near 0 into a whole step.
@@ -24,7 +22,7 @@ FLAGS = [*DIGITS, "--epochs", "2", "--batch-size", "32", "--val-size", "29", "--
 SCRIPTS = {
     "mlp": ("train_classifier.py", ["--model", "mlp", *FLAGS, "--batch-size", "33"]),  # parts of 17 and 16
     "cnn": ("train_classifier.py", ["--model", "cnn", "--amp", *FLAGS]),  # whose weights lie channels last then
-    "gan": ("train_gan.py", [*FLAGS, "--r1", "0.5", "--average", "0.99"]),
+    "gan": ("train_gan.py", [*FLAGS, "--r1", "0.5", "--ema", "0.99"]),
     "cgan": ("train_cgan.py", FLAGS),
 }
 
@@ -34,7 +32,8 @@ WITHOUT_CHANCE = """
 import contextlib, runpy, sys
 sys.path.insert(0, {root!r})
 import torch
-import models.gan, utils
+import models.gan
+from engine.distributed import rank, world_size
 torch.nn.Dropout.forward = lambda self, x: x
 torch.autocast = lambda *args, **options: contextlib.nullcontext()
 drawn, calls = models.gan.draw_noise, 0
@@ -43,8 +42,8 @@ def draw_noise(n, kind, device, generator=None):
     if generator:
         return drawn(n, kind, device, generator)
     calls += 1
-    noise = drawn(n * utils.world_size(), kind, device, torch.Generator().manual_seed(calls))
-    return noise.tensor_split(utils.world_size())[utils.rank()]
+    noise = drawn(n * world_size(), kind, device, torch.Generator().manual_seed(calls))
+    return noise.tensor_split(world_size())[rank()]
 models.gan.draw_noise = draw_noise
 sys.argv[0] = {script!r}
 runpy.run_path({script!r}, run_name="__main__")
@@ -67,6 +66,15 @@ sys.argv[0] = {script!r}
 runpy.run_path({script!r}, run_name="__main__")
 """
 
+# Runs a script without a network.
+CLOSED_MIRROR = """
+import runpy, sys
+sys.path.insert(0, {root!r})
+from datasets.mnist import MIRRORS
+MIRRORS["MNIST"] = ["http://127.0.0.1:1/"]
+sys.argv[0] = {script!r}
+runpy.run_path({script!r}, run_name="__main__")
+"""
 
 # Trains on ten images, numbered, in batches of 4, 4 and 2; each process writes down what it was given and drew.
 TEN_IMAGES = """
@@ -75,11 +83,13 @@ sys.path.insert(0, {root!r})
 import torch
 import utils
 from datasets import Batches
+from engine.device import pick_device
+from engine.distributed import rank
 args = argparse.Namespace(
     epochs=1, batch_size=4, amp=False, compile=False, cuda_graph=True, seed=0, log_interval=1, save_interval=1000.0,
     dry_run=False, script="x.py", output_dir="run", resume=None,
 )
-device = utils.pick_device("cpu")
+device = pick_device("cpu")
 torch.manual_seed(0)
 seen, drawn = [], []
 def train_step(images, labels):
@@ -88,8 +98,8 @@ def train_step(images, labels):
     return {{"label": labels.float().mean()}}
 batches = Batches(torch.zeros(10, 1, 1, 1, dtype=torch.uint8), torch.arange(10), 4, device)
 utils.train(utils.Run(args, {{}}), train_step, batches)
-open(f"seen-{{utils.rank()}}.json", "w").write(json.dumps([seen, drawn]))
-utils.leave_processes()
+open(f"seen-{{rank()}}.json", "w").write(json.dumps([seen, drawn]))
+torch.distributed.destroy_process_group()
 """
 
 
@@ -124,7 +134,6 @@ def be_one_of(processes, i, port):
     settings = {"RESTART_COUNT": 0, "MAX_RESTARTS": 0, "USE_AGENT_STORE": False, "RUN_ID": "test"}
     places.update({f"TORCHELASTIC_{name}": value for name, value in settings.items()})
     os.environ.update({name: str(value) for name, value in places.items()})
-    utils.TORCHRUN = True
 
 
 def driver(code, script, folder):
@@ -140,41 +149,47 @@ def test_the_death_of_a_process_ends_the_job_with_a_line_that_says_so(tmp_path):
     assert load(tmp_path / "run" / "checkpoint.pt")["epoch"] == 1
 
 
-def test_restarts_need_a_folder_that_they_find_again(tmp_path):
+def test_auto_resume_needs_a_folder_that_a_restart_finds_again(tmp_path):
+    flags = [*SCRIPTS["mlp"][1], "--auto-resume"]
     script = ROOT / "train_classifier.py"
-    _, errors = torchrun(2, script, *SCRIPTS["mlp"][1], cwd=tmp_path, more=["--max-restarts", "1"], code=1)
-    assert "torchrun --max-restarts needs --output-dir" in errors
+    _, errors = torchrun(2, script, *flags, cwd=tmp_path, more=["--max-restarts", "1"], code=1)
+    assert "train_classifier.py: error: --auto-resume needs --output-dir" in errors
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("name", ["theirs.txt", "checkpoint.pt"])
-def test_a_restart_takes_over_nothing_that_another_job_left(tmp_path, name):
+@pytest.mark.parametrize(("name", "words"), [("theirs.txt", "is not empty"), ("checkpoint.pt", "is damaged")])
+def test_a_restart_takes_over_nothing_that_another_job_left(tmp_path, name, words):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / name).write_text("theirs")
-    (tmp_path / "run" / "config.json").write_text('{"job": "another"}')
-    flags = [*DIGITS, "--output-dir", "run"]
+    before = {name: "theirs", "config.json": '{"commit": "another"}'}
+    for path, text in before.items():
+        (tmp_path / "run" / path).write_text(text)
+    flags = [*DIGITS, "--auto-resume", "--output-dir", "run"]
     _, errors = torchrun(2, ROOT / "train_classifier.py", *flags, cwd=tmp_path, more=["--max-restarts", "1"], code=1)
-    assert errors.count("--output-dir run is not empty") == 2  # at the start, and when it was started anew
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {name, "config.json"}
+    lines = [line for line in errors.splitlines() if line.startswith("train_classifier.py: error: ") and "run" in line]
+    assert sum(words in line for line in lines) >= 2  # at the start, and at the restart
+    assert {path.name: path.read_text() for path in (tmp_path / "run").iterdir()} == before
 
 
-def test_restarts_need_a_name_that_is_the_jobs_own(tmp_path):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--max-restarts", "1", "--master-port", "0"]
-    command = [*launcher, str(ROOT / "train_classifier.py"), *DIGITS, "--output-dir", "run"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert "--max-restarts needs --standalone" in done.stderr
+def test_an_error_in_the_data_is_printed_once(tmp_path):
+    """Rank 0 alone tries to download. The mirror is a closed local port."""
+    driven = driver(CLOSED_MIRROR, "train_classifier.py", tmp_path)
+    _, errors = torchrun(2, driven, "--data-dir", "data", "--output-dir", "run", cwd=tmp_path, code=1)
+    assert errors.count("could not be downloaded") == 1
+    assert errors.count("train-images-idx3-ubyte is missing") == 1
+    assert errors.count("Traceback") == 1  # torchrun's own, after the script's lines
+    assert not (tmp_path / "run").exists()
 
 
 def test_batch_norm_over_a_part_of_one_image_is_one_line(tmp_path):
     flags = [*DIGITS, "--model", "mlp", "--batch-norm", "--batch-size", "6"]  # the last 3 in parts of 2 and 1
     _, errors = torchrun(2, ROOT / "train_classifier.py", *flags, cwd=tmp_path, code=1)
-    assert "--batch-norm: one of 1437 images would be a batch alone" in errors
+    assert "--batch-norm: one of 1437 images would be a batch of its own" in errors
 
 
 def test_fewer_images_in_a_batch_than_processes_is_one_line(tmp_path):
     flags = [*DIGITS, "--batch-size", "1", "--output-dir", "run"]
     _, errors = torchrun(2, ROOT / "train_classifier.py", *flags, cwd=tmp_path, code=1)
-    assert "--batch-size 1: less than the 2 processes" in errors
+    assert "--batch-size 1 is less than the 2 processes" in errors
 
 
 def test_a_last_batch_that_is_left_out_is_in_no_report(tmp_path):
@@ -222,7 +237,7 @@ def test_each_image_goes_to_one_process_and_each_draws_its_own_noise(tmp_path):
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
-def test_a_run_goes_on_with_another_number_of_processes(tmp_path, before, after):
+def test_a_run_resumes_with_another_number_of_processes(tmp_path, before, after):
     driven = driver(WITHOUT_CHANCE, "train_classifier.py", tmp_path)
     flags = SCRIPTS["mlp"][1]
     run(1, driven, *flags, "--output-dir", "whole", cwd=tmp_path)
@@ -232,7 +247,7 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path, before, after)
             break
     stopped.send_signal(signal.SIGTERM)
     _, errors = stopped.communicate(timeout=120)
-    assert "stopped and saved; go on with: python train_classifier.py --resume run" in errors
+    assert "stopped and saved; resume with: python train_classifier.py --resume run" in errors
     assert load(tmp_path / "run" / "checkpoint.pt")["epoch"] < 2
     run(after, driven, "--resume", "run", cwd=tmp_path)
     assert_close(tmp_path / "whole", tmp_path / "run")
@@ -243,7 +258,7 @@ def test_after_the_death_of_a_process_torchrun_ends_with_the_same_run(tmp_path):
     driven = driver(ONE_DIES, "train_classifier.py", tmp_path)
     more = ["--max-restarts", "1"]
     run(2, ROOT / "train_classifier.py", *flags, "--output-dir", "whole", cwd=tmp_path)
-    torchrun(2, driven, *flags, "--output-dir", "run", cwd=tmp_path, more=more)
+    torchrun(2, driven, *flags, "--auto-resume", "--output-dir", "run", cwd=tmp_path, more=more)
     whole, again = (load(tmp_path / folder / "checkpoint.pt") for folder in ("whole", "run"))
     assert all(torch.equal(a, b) for (_, a), (_, b) in zip(tensors(whole["state"]), tensors(again["state"])))
     assert (tmp_path / "whole" / "metrics.csv").read_bytes() == (tmp_path / "run" / "metrics.csv").read_bytes()
@@ -258,11 +273,13 @@ def test_two_machines_end_with_the_same_run_too(tmp_path, monkeypatch):
         place = f"localhost:{probe.getsockname()[1]}"
     launcher = ["--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "3", "--rdzv-backend", "c10d"]
     launcher += ["--rdzv-endpoint", place, "--rdzv-id", "mine"]
-    flags = [*SCRIPTS["mlp"][1], "--save-interval", "0", "--output-dir", "run"]
+    flags = [*SCRIPTS["mlp"][1], "--save-interval", "0", "--auto-resume", "--output-dir", "run"]
     command = [sys.executable, "-m", "torch.distributed.run", *launcher, str(driven), *flags]
     agents = [subprocess.Popen(command, cwd=tmp_path, text=True, stderr=subprocess.PIPE) for _ in range(2)]
     for agent in agents:
         _, errors = agent.communicate(timeout=300)
         assert agent.returncode == 0, errors
     assert [row["epoch"] for row in load(tmp_path / "run" / "checkpoint.pt")["history"]] == [1, 2]
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["job"] == "mine"
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["processes"] == 2
+    assert "job" not in config

@@ -21,7 +21,7 @@ def test_killed_anywhere_and_resumed_gives_the_same_run(tmp_path):
     assert "| all |  | 24 | 24 |" in reliability("kills", "--count", 24, cwd=tmp_path)
 
 
-def test_a_signal_anywhere_saves_and_says_how_to_go_on(tmp_path):
+def test_a_signal_anywhere_saves_and_says_how_to_resume(tmp_path):
     table = reliability("signals", "--count", 12, cwd=tmp_path)
     assert "| 130 |" in table
     assert "| 143 |" in table
@@ -30,12 +30,13 @@ def test_a_signal_anywhere_saves_and_says_how_to_go_on(tmp_path):
 def test_the_loss_of_any_saved_part_is_noticed(tmp_path):
     """The control of the tests above."""
     table = reliability("dropped", cwd=tmp_path)
-    for part in ("model", "generator", "discriminator", "optimizer_d", "schedule_g", "average", "random cpu", "sums"):
-        assert part in table
+    parts = ["model", "generator", "discriminator", "optimizer_d", "schedule_g", "ema", "random cpu", "meter sums"]
+    for part in (*parts, "meter counts", "meter reported", "history", "curve"):
+        assert f"{part} | yes |" in table
     assert table.count("| no |") == table.count("| nothing | no |") == 3
 
 
-def test_no_change_of_a_file_goes_by_unnoticed(tmp_path, data_dir):
+def test_every_change_of_a_file_is_noticed(tmp_path, data_dir):
     rows = reliability("changes", "--count", 20, "--data-dir", data_dir, cwd=tmp_path).splitlines()[2:]
     assert len(rows) == 2 * (2 + 8)  # cut short, one byte changed; two checkpoints, MNIST's four files raw and gzipped
     assert all(row.endswith("| 0 |") for row in rows)

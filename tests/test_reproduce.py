@@ -1,4 +1,4 @@
-"""benchmarks/reproduce.py: a row of two stages, going on after an interruption, and a seed that fails."""
+"""benchmarks/reproduce.py: a row of two stages, resuming after an interruption, and a seed that fails."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import reproduce
 
-import utils
+from engine.errors import UserError
 
 FIRST = "train_classifier.py --dataset digits --recipe paper --epochs 1"
 
@@ -26,7 +26,7 @@ def args(tmp_path, monkeypatch):
     return Namespace(seeds=1, jobs=1, data_dir="data", output_dir=tmp_path)
 
 
-def test_a_rows_second_stage_goes_on_from_the_same_seeds_first(args, tmp_path):
+def test_a_rows_second_stage_continues_the_same_seeds_first(args, tmp_path):
     (tmp_path / "first-0").mkdir()
     for name in ("config.json", "best.pt", "checkpoint.pt.tmp"):  # of a run that was killed before its first checkpoint
         (tmp_path / "first-0" / name).touch()
@@ -53,16 +53,16 @@ def test_after_a_seed_that_failed_no_other_is_begun(args, monkeypatch):
     def run_seed(command, seed, *_):
         begun.append(seed)
         time.sleep(0.1)
-        raise utils.UserError(f"seed {seed}")
+        raise UserError(f"seed {seed}")
 
     monkeypatch.setattr(reproduce, "run_seed", run_seed)
     args.seeds = 5
-    with pytest.raises(utils.UserError, match="seed 0"):
+    with pytest.raises(UserError, match="seed 0"):
         reproduce.run_row("first", args)
     assert len(begun) < 5
 
 
 def test_a_seed_that_fails_is_one_line(args):
-    with pytest.raises(utils.UserError, match=r"train_classifier\.py stopped"):
+    with pytest.raises(UserError, match=r"train_classifier\.py stopped"):
         reproduce.run_row("wrong", args)
     assert not reproduce.RESULTS.exists()

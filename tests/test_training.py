@@ -18,8 +18,12 @@ from helpers import DIGITS, ROOT, assert_one_line, load, run, same, save_sealed,
 import train_cgan
 import train_classifier
 import train_gan
-import utils
 from datasets import Batches
+from engine import provenance
+from engine import run as run_module
+from engine.checkpoint import load_checkpoint, write_atomically
+from engine.errors import Stopped, UserError
+from engine.folder import new_folder
 from models import ACTIVATIONS
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="kills processes with POSIX signals")
@@ -49,7 +53,7 @@ def in_tmp_path(tmp_path, monkeypatch):
 
 
 def assert_same_run(a, b):
-    """Weights, optimiser, schedule, averages, random state, position, history; and the table, byte for byte."""
+    """Weights, optimizer, schedule, EMA, random state, position, history; and the table, byte for byte."""
     for name in sorted({path.name for path in a.glob("*.pt")} - {"previous.pt"}):
         first, second = (load(folder / name) for folder in (a, b))
         for key in first.keys() - {"options"}:  # save_interval may differ
@@ -71,7 +75,9 @@ def kill_at(at, save_interval, folder, flags=EVERYTHING, script="train_classifie
     assert killed.returncode == -signal.SIGKILL, killed.stderr
 
 
-@pytest.mark.parametrize(("at", "save_interval"), [((0, 1), 0), ((1, 4), 0), ((2, 10), 0), ((1, 4), 1000)])
+@pytest.mark.parametrize(
+    ("at", "save_interval"), [((0, 1), 0), ((1, 4), 0), ((2, 10), 0), ((0, 3), 1000), ((1, 4), 1000)]
+)
 def test_killed_at_a_step_and_resumed_gives_the_same_run(undisturbed, tmp_path, at, save_interval):
     kill_at(at, save_interval, tmp_path)
     epoch, batch = at
@@ -84,7 +90,7 @@ def test_killed_at_a_step_and_resumed_gives_the_same_run(undisturbed, tmp_path, 
 OTHERS = {
     "cnn with amp": (train_classifier, ["--model", "cnn", "--amp", "--batch-size", "200", "--val-size", "37"]),
     "maxout paper": (train_classifier, ["--recipe", "paper"]),
-    "gan lecture": (train_gan, ["--batch-size", "100", "--average", "0.99", "--val-size", "37"]),
+    "gan lecture": (train_gan, ["--batch-size", "100", "--ema", "0.99", "--val-size", "37"]),
     "gan paper with amp": (train_gan, ["--recipe", "paper", "--val-size", "137", "--amp"]),
     "cgan paper": (train_cgan, ["--recipe", "paper", "--val-size", "137"]),
 }
@@ -109,13 +115,13 @@ def test_a_generator_that_never_ended_an_epoch_can_be_drawn_from(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signal_saves_says_how_to_go_on_and_loses_nothing(undisturbed, tmp_path, number):
+def test_a_signal_saves_says_how_to_resume_and_loses_nothing(undisturbed, tmp_path, number):
     flags = [*EVERYTHING, "--output-dir", "run", "--save-interval", "0"]
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "train_classifier.py"), *flags], cwd=tmp_path, stderr=subprocess.PIPE, text=True
     )
     deadline = time.monotonic() + 120
-    while not (tmp_path / "run" / "checkpoint.pt").exists() and time.monotonic() < deadline:
+    while not (tmp_path / "run" / "previous.pt").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(number)
     _, errors = process.communicate(timeout=120)
@@ -134,7 +140,8 @@ def test_the_large_networks_train_on_the_digits_too():
 @pytest.mark.parametrize("recipe", train_gan.RECIPES)
 def test_every_recipe_of_a_generator_writes_everything_in_a_dry_run(tmp_path, script, recipe):
     script.main([*DIGITS, "--recipe", recipe, "--dry-run", "--output-dir", "run"])
-    expected = {".lock", "config.json", "metrics.csv", "curves.png", "checkpoint.pt", "samples", "samples.gif"}
+    expected = {".lock", "config.json", "metrics.csv", "curves.png", "checkpoint.pt", "previous.pt", "samples"}
+    expected |= {"samples.gif"}
     validated = recipe == "paper"
     assert {path.name for path in (tmp_path / "run").iterdir()} == expected | ({"best.pt"} if validated else set())
     assert [path.name for path in (tmp_path / "run" / "samples").iterdir()] == ["epoch-0001.png"]
@@ -143,9 +150,9 @@ def test_every_recipe_of_a_generator_writes_everything_in_a_dry_run(tmp_path, sc
     assert set(row) == columns | ({"val_log_likelihood"} if validated else set())
 
 
-def test_a_generator_stopped_in_its_first_epoch_says_how_to_go_on(tmp_path, monkeypatch):
+def test_a_generator_stopped_in_its_first_epoch_says_how_to_resume(tmp_path, monkeypatch):
     monkeypatch.setattr(Batches, "rows", interrupted(Batches.rows))
-    with pytest.raises(utils.Stopped, match="--resume run"):
+    with pytest.raises(Stopped, match="--resume run"):
         train_gan.main([*DIGITS, "--output-dir", "run"])
     assert load(tmp_path / "run" / "checkpoint.pt")["batch"] == 1
 
@@ -189,7 +196,7 @@ def test_dry_run_takes_two_steps_and_writes_everything(tmp_path, capsys):
         assert (folder / name).stat().st_size > 0
 
 
-def test_the_second_stage_goes_on_from_the_best_epoch_with_all_images_until_they_are_learnt_alike(tmp_path):
+def test_the_second_stage_continues_from_the_best_epoch_with_all_images_until_they_are_learnt_alike(tmp_path):
     flags = [*DIGITS, "--model", "mlp", "--val-size", "137", "--lr", "0.002"]
     train(*flags, "--epochs", 60, "--patience", 5, "--output-dir", "first")
     history, best = load(tmp_path / "first" / "checkpoint.pt")["history"], load(tmp_path / "first" / "best.pt")
@@ -208,18 +215,34 @@ def test_the_second_stage_goes_on_from_the_best_epoch_with_all_images_until_they
     assert_same_run(tmp_path / "second", tmp_path / "run")
 
 
+def test_the_second_stage_starts_a_new_schedule_from_the_learning_rate_and_momentum_reached(tmp_path):
+    flags = [*DIGITS, "--recipe", "paper", "--epochs", 1]
+    train(*flags, "--output-dir", "first")
+    train(*flags, "--second-stage", "first", "--output-dir", "second")
+    first, second = (load(tmp_path / folder / "checkpoint.pt")["state"] for folder in ("first", "second"))
+    groups = [state["optimizer"]["param_groups"][0] for state in (first, second)]
+    reached = {"lr": 0.1 / 1.000004**13, "momentum": 0.5 + 0.2 / 250}  # 1,300 images: 13 steps, one epoch
+    assert {name: groups[0][name] for name in reached} == pytest.approx(reached, rel=1e-9)
+    assert second["schedule"]["last_epoch"] == 15  # 1,437 images: 15 steps
+    assert second["schedule"]["base_lrs"] == pytest.approx([reached["lr"]], rel=1e-9)
+    assert second["schedule"]["momentum"] == pytest.approx(reached["momentum"], rel=1e-9)
+    assert groups[1]["lr"] == pytest.approx(reached["lr"] / 1.000004**15, rel=1e-9)
+    momentum = reached["momentum"] + (0.7 - reached["momentum"]) / 250
+    assert groups[1]["momentum"] == pytest.approx(momentum, rel=1e-9)
+
+
 @pytest.mark.parametrize("flags", [["--model", "mlp"], ["--batch-norm"], ["--amp"], ["--lr", "1"]])
 def test_a_second_stage_of_another_kind_is_refused(flags):
     first = [*DIGITS, "--val-size", "137"]
     train(*first, "--dry-run", "--output-dir", "first")
-    with pytest.raises(utils.UserError, match=f"another {flags[0]}"):
+    with pytest.raises(UserError, match=f"another {flags[0]}"):
         train(*first, *flags, "--second-stage", "first")
 
 
-def test_a_second_stage_cannot_go_on_from_the_end_of_a_cosine():
+def test_a_second_stage_cannot_continue_from_the_end_of_a_cosine():
     flags = [*DIGITS, "--val-size", "137", "--schedule", "cosine"]
     train(*flags, "--dry-run", "--output-dir", "first")
-    with pytest.raises(utils.UserError, match="--schedule constant"):
+    with pytest.raises(UserError, match="--schedule constant"):
         train(*flags, "--second-stage", "first")
 
 
@@ -231,12 +254,12 @@ def test_new_runs_take_the_next_free_folder(tmp_path):
 
 def test_runs_started_in_the_same_moment_get_folders_of_their_own(tmp_path):
     with ThreadPoolExecutor(8) as pool:
-        folders = list(pool.map(utils.new_folder, [None] * 8, ["cnn-mnist"] * 8))
+        folders = list(pool.map(new_folder, [None] * 8, ["cnn-mnist"] * 8))
     assert len(set(folders)) == 8
     assert all(folder.is_dir() for folder in folders)
 
 
-def test_more_epochs_go_on_from_a_finished_run(tmp_path, capsys):
+def test_a_finished_run_resumes_with_more_epochs(tmp_path, capsys):
     flags = [*DIGITS, "--model", "mlp"]
     train(*flags, "--epochs", 1, "--output-dir", "a")
     train("--resume", "a")
@@ -253,11 +276,15 @@ def test_without_a_terminal_each_epoch_is_one_line(tmp_path):
     assert "\r" not in errors  # no progress bar
 
 
-def test_a_flag_beats_the_recipe_and_is_marked(capsys):
+def test_a_flag_beats_the_recipe_and_is_shown(tmp_path, capsys):
     train(*DIGITS, "--recipe", "best", "--lr", "0.5", "--dry-run")
     options = capsys.readouterr().out.splitlines()[0].split()
-    assert "lr=0.5*" in options
-    assert "weight_decay=0.05" in options
+    assert options[:2] == ["recipe", "best"]
+    assert "lr=0.5" in options
+    assert "weight_decay" not in " ".join(options)  # only what differs from the recipe
+    config = json.loads((tmp_path / "runs" / "cnn-digits" / "config.json").read_text())
+    assert config["options"]["lr"] == 0.5
+    assert config["options"]["weight_decay"] == 0.05
 
 
 @pytest.mark.parametrize("model", ["mlp", "cnn", "maxout"])
@@ -293,7 +320,8 @@ def test_amp_trains(tmp_path):
         (["--batch-size", "0"], 2, ["--batch-size", "whole number from 1"]),
         (["--lr", "nan"], 2, ["--lr"]),
         (["--no-such-flag"], 2, ["--no-such-flag"]),
-        (["--resume", "nowhere"], 1, ["nowhere", "no such run folder"]),
+        (["--resume", "nowhere"], 1, ["nowhere", "does not exist"]),
+        ([*DIGITS, "--auto-resume"], 1, ["--auto-resume", "--output-dir"]),
         (["--betas", "1", "0.9"], 2, ["--betas"]),
         (["--batch-size", "9" * 30], 2, ["--batch-size"]),
         ([*DIGITS, "--schedule", "maxout"], 1, ["--schedule maxout", "--optimizer sgd"]),
@@ -333,7 +361,7 @@ def test_resume_with_another_recipe_is_refused(undisturbed, tmp_path):
     assert_one_line(errors, "--recipe lecture", "best")
 
 
-def test_a_run_goes_on_without_compile(undisturbed, tmp_path):
+def test_a_run_resumes_without_compile(undisturbed, tmp_path):
     checkpoint = load(undisturbed / "checkpoint.pt")
     checkpoint["options"]["compile"] = True
     save_sealed(checkpoint, tmp_path / "run" / "checkpoint.pt")
@@ -345,35 +373,35 @@ def test_resume_with_another_end_of_the_schedule_is_refused(undisturbed, tmp_pat
     assert_one_line(errors, "--epochs 9", "learning rate")
 
 
-def test_resume_from_previous_pt_keeps_it_until_a_sound_checkpoint_is_there(undisturbed, tmp_path):
+def test_resume_from_previous_pt_keeps_it_until_a_valid_checkpoint_is_there(undisturbed, tmp_path):
     shutil.copytree(undisturbed, tmp_path / "run")
     good = (tmp_path / "run" / "previous.pt").read_bytes()
     (tmp_path / "run" / "checkpoint.pt").write_bytes(b"damaged")
-    checkpoint = utils.load_checkpoint(tmp_path / "run")
-    utils.write_whole(tmp_path / "run" / "checkpoint.pt", good)
+    checkpoint = load_checkpoint(tmp_path / "run")
+    write_atomically(tmp_path / "run" / "checkpoint.pt", good)
     assert (tmp_path / "run" / "previous.pt").read_bytes() == good
     assert checkpoint["epoch"] == 2
 
 
-def test_what_another_process_saved_before_it_gave_up_the_lock_is_gone_on_from(tmp_path, monkeypatch, capsys):
+def test_resume_reads_what_another_process_saved_before_it_released_the_lock(tmp_path, monkeypatch, capsys):
     train(*DIGITS, "--model", "mlp", "--epochs", 1, "--output-dir", "run")
 
-    def late(folder, *, lock=utils.lock):
-        monkeypatch.setattr(utils, "lock", lock)
+    def late(folder, *, lock=run_module.lock):
+        monkeypatch.setattr(run_module, "lock", lock)
         train("--resume", "run", "--epochs", 2)
         capsys.readouterr()
         return lock(folder)
 
-    monkeypatch.setattr(utils, "lock", late)
+    monkeypatch.setattr(run_module, "lock", late)
     train("--resume", "run", "--epochs", 3)
     assert [line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("epoch")] == ["3/3"]
 
 
 def test_config_names_every_commit_that_a_run_was_trained_with(tmp_path, monkeypatch):
-    whole = utils.environment
+    whole = run_module.environment
     train(*DIGITS, "--model", "mlp", "--epochs", 1, "--output-dir", "run")
     for commit in ("first", "second", "second"):
-        monkeypatch.setattr(utils, "environment", lambda commit=commit: {**whole(), "commit": commit})
+        monkeypatch.setattr(run_module, "environment", lambda commit=commit: {**whole(), "commit": commit})
         train("--resume", "run")
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["commit"].endswith(", then first, then second")
@@ -386,12 +414,12 @@ def test_results_do_not_make_a_commit_dirty_and_code_does(tmp_path, monkeypatch)
         (tmp_path / name).touch()
     for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
         subprocess.run([*git, *command], check=True)
-    monkeypatch.setattr(utils, "__file__", str(tmp_path / "utils.py"))
+    monkeypatch.setattr(provenance, "ROOT", tmp_path)
     commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     (tmp_path / "results.json").write_text("{}")
-    assert utils.environment()["commit"] == commit
+    assert provenance.environment()["commit"] == commit
     (tmp_path / "utils.py").write_text("edited")
-    assert utils.environment()["commit"] == f"{commit}-dirty"
+    assert provenance.environment()["commit"] == f"{commit}-dirty"
 
 
 def test_resume_after_the_network_was_edited_is_refused(undisturbed, tmp_path):
@@ -406,10 +434,68 @@ def test_a_loss_that_is_not_finite_stops_before_the_checkpoint(tmp_path):
     flags = [*DIGITS, "--model", "mlp", "--optimizer", "sgd", "--lr", "1e30", "--save-interval", "0"]
     _, errors = run("train_classifier.py", *flags, "--output-dir", "run", cwd=tmp_path, code=1)
     assert_one_line(errors, "not finite", "--lr", "step")
-    for path in (tmp_path / "run").glob("*.pt"):
+    paths = list((tmp_path / "run").glob("*.pt"))
+    assert paths
+    for path in paths:
         checkpoint = load(path)
         assert all(value.isfinite().all() for value in checkpoint["state"]["model"].values())
-        assert all(value.isfinite().all() for value in map(torch.tensor, checkpoint["processes"][0]["sums"].values()))
+        assert all(
+            value.isfinite().all() for value in map(torch.tensor, checkpoint["ranks"][0]["meter"]["sums"].values())
+        )
+
+
+# Runs that ended before their first step, and --auto-resume -----------------------------------------------------------
+
+
+def test_a_folder_of_a_run_that_ended_before_its_first_step_can_be_used_again(undisturbed, tmp_path, monkeypatch):
+    flags = [*EVERYTHING, "--output-dir", "run"]
+
+    def killed(self, name="checkpoint.pt"):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run_module.Run, "save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(*flags)
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock", "config.json"}
+    train(*flags)
+    assert_same_run(undisturbed, tmp_path / "run")
+
+
+def test_auto_resume_starts_a_run_and_resumes_it(undisturbed, tmp_path, capsys):
+    flags = [*EVERYTHING, "--auto-resume", "--output-dir", "run"]
+    kill_at((0, 3), 0, tmp_path, [*EVERYTHING, "--auto-resume"])
+    assert load(tmp_path / "run" / "checkpoint.pt")["batch"] == 3
+    train(*flags)
+    assert_same_run(undisturbed, tmp_path / "run")
+    capsys.readouterr()
+    train(*flags)
+    assert "finished" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize(("name", "words"), [("theirs.txt", "is not empty"), ("checkpoint.pt", "is damaged")])
+def test_auto_resume_changes_nothing_that_is_no_run(tmp_path, name, words):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).write_text("theirs")
+    _, errors = run("train_classifier.py", *DIGITS, "--auto-resume", "--output-dir", "run", cwd=tmp_path, code=1)
+    assert_one_line(errors, "run", words)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [name]
+    assert (tmp_path / "run" / name).read_text() == "theirs"
+
+
+def test_auto_resume_refuses_other_options(undisturbed, tmp_path):
+    flags = [*EVERYTHING, "--lr", "0.5", "--auto-resume", "--output-dir", undisturbed]
+    _, errors = run("train_classifier.py", *flags, cwd=tmp_path, code=1)
+    assert_one_line(errors, "--lr 0.5", "lr=0.002")
+
+
+def test_a_change_of_the_code_is_a_warning_when_a_run_is_resumed(undisturbed, tmp_path):
+    checkpoint = load(undisturbed / "checkpoint.pt")
+    checkpoint["code"]["models/mlp.py"] = "another"
+    save_sealed(checkpoint, tmp_path / "run" / "checkpoint.pt")
+    _, errors = run("train_classifier.py", "--resume", "run", cwd=tmp_path)
+    assert_one_line(errors, "warning: models/mlp.py changed since run was saved")
 
 
 # On real MNIST --------------------------------------------------------------------------------------------------------
@@ -443,12 +529,12 @@ def test_a_run_that_is_being_trained_is_not_resumed_a_second_time(tmp_path):
         while not (tmp_path / "run" / "previous.pt").exists() and time.monotonic() < deadline:
             time.sleep(0.01)
         _, errors = run("train_classifier.py", "--resume", "run", cwd=tmp_path, code=1)
-        assert "run is being trained by another process" in errors.splitlines()[-1]
+        assert "another process is training in run" in errors.splitlines()[-1]
         assert process.poll() is None
     finally:
         process.kill()
         process.wait()
-    epoch = utils.load_checkpoint(tmp_path / "run")["epoch"]
+    epoch = load_checkpoint(tmp_path / "run")["epoch"]
     run("train_classifier.py", "--resume", "run", "--epochs", epoch + 1, cwd=tmp_path)
 
 
