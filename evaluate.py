@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 
 import utils
-from datasets import SHOW_DIGITS, Batches, load, read_photo
+from datasets import SHOW_DIGITS, Batches, binarise, load, read_photo
+from datasets.binarise import TEST_SEED
 from engine import flags, pictures
 from engine.checkpoint import load_checkpoint, write_atomically
 from engine.device import pick_device
@@ -25,7 +26,8 @@ from engine.provenance import warn_if_code_changed
 from measures.classifier import classification_measures, draw_confusion, draw_filters, draw_mistakes, print_report
 from measures.generator import measure_images, nearest_images, print_measures
 from measures.judge import load_judge
-from models import GANS, build_classifier
+from measures.likelihood import draw_pictures, draw_states, likelihood_measures, print_likelihood
+from models import GANS, build_classifier, build_likelihood_model
 from models.cgan import ConditionalGenerator
 from models.gan import draw_noise
 
@@ -48,6 +50,7 @@ NETWORKS = {  # script -> the network that is the result of its runs, and its na
     "train_classifier.py": (lambda o: build_classifier(o["model"], o["activation"], o["batch_norm"]), "model"),
     "train_gan.py": (lambda o: GANS[o["networks"]][0](), "generator"),
     "train_cgan.py": (lambda o: ConditionalGenerator(), "generator"),
+    "train_likelihood.py": (build_likelihood_model, "model"),
 }
 
 
@@ -110,21 +113,31 @@ def save_figure(figure, path):
 # Generators -----------------------------------------------------------------------------------------------------------
 
 
+NOISE_SEED = 2**32  # plus --seed: training never draws these numbers, so what chose best.pt is not what is scored
+
+
 def evaluation_noise(n, options, args):
-    """Noise z [n, 100] that training never draws, so that what chose best.pt is not what is scored."""
-    return draw_noise(n, options["noise"], "cpu", torch.Generator().manual_seed(2**32 + args.seed))
+    """Noise z [n, 100] for a GAN's generator."""
+    return draw_noise(n, options["noise"], "cpu", torch.Generator().manual_seed(NOISE_SEED + args.seed))
 
 
-def draw(generator, z, labels):
-    """Images [N, 1, 28, 28] from noise z [N, 100] and, unless None, labels [N]; all on the CPU."""
-    device = next(generator.parameters()).device
-    inputs = (z,) if labels is None else (z, labels)
+def draw(network, *inputs):
+    """Images [N, 1, 28, 28] on the CPU, from noise z [N, 100] and, of a conditional generator, labels [N]."""
+    device = next(network.parameters()).device
+    blocks = zip(*(tensor.split(1000) for tensor in inputs))
     with torch.no_grad():
-        return torch.cat([generator(*(part.to(device) for part in parts)).cpu() for parts in zip(*map(blocks, inputs))])
+        return torch.cat([network(*(part.to(device) for part in block)).cpu() for block in blocks])
 
 
-def blocks(tensor):
-    return tensor.split(1000)
+def draw_samples(network, labels, options, args, device):
+    """A sample for each label [N], images on the CPU, and the labels and the noise if the model uses them."""
+    if options["script"] == "train_likelihood.py":
+        generator = torch.Generator(device).manual_seed(NOISE_SEED + args.seed)
+        return torch.cat([network.sample(len(part), generator).cpu() for part in labels.split(1000)]), None, None
+    z = evaluation_noise(len(labels), options, args)
+    if options["script"] == "train_gan.py":
+        return draw(network, z), None, z
+    return draw(network, z, labels), labels, z
 
 
 def save_grid(images, path, columns):
@@ -137,25 +150,21 @@ def suffix(args):
     return f"{'' if args.digit is None else f'-digit{args.digit}'}-seed{args.seed}"
 
 
-def write_samples(generator, options, args, folder):
-    """--samples: a grid of them, and their raw values, noise and labels as .npz."""
+def write_samples(network, options, args, device, folder):
+    """--samples: a grid of them, and their raw values, with noise and labels if they have any, as .npz."""
     import numpy as np
 
-    n, conditional = args.samples, options["script"] == "train_cgan.py"
-    z, labels = evaluation_noise(n, options, args), None
-    if conditional:
-        labels = torch.arange(n) * 10 // n if args.digit is None else torch.full((n,), args.digit)
-    images = draw(generator, z, labels)
+    n = args.samples
+    labels = torch.arange(n) * 10 // n if args.digit is None else torch.full((n,), args.digit)
+    images, labels, z = draw_samples(network, labels, options, args, device)
     path = folder / f"samples-{n}{suffix(args)}.png"
-    shown = images[:: -(-n // 2500)]
+    shown = images[:: -(-len(images) // 2500)]
     save_grid(shown, path, columns=math.ceil(len(shown) ** 0.5))
-    arrays = {"images": images[:, 0].numpy(), "z": z.numpy()}
-    if conditional:
-        arrays["labels"] = labels.numpy()
+    arrays = {"images": images[:, 0], "z": z, "labels": labels}
     packed = io.BytesIO()
-    np.savez_compressed(packed, **arrays)
+    np.savez_compressed(packed, **{name: array.numpy() for name, array in arrays.items() if array is not None})
     write_atomically(path.with_suffix(".npz"), packed.getvalue())
-    print(f"wrote {path.with_suffix('.npz')}: images {list(arrays['images'].shape)}, pixels from 0 to 1")
+    print(f"wrote {path.with_suffix('.npz')}: images {list(images[:, 0].shape)}, pixels from 0 to 1")
 
 
 def draw_walks(generator, options, args, folder):
@@ -166,19 +175,22 @@ def draw_walks(generator, options, args, folder):
     z = starts[:, None].lerp(ends[:, None], steps).flatten(0, 1)  # ten lines of ten points each
     digits = torch.arange(10)
     rows = digits.repeat_interleave(10) if args.digit is None else torch.full((100,), args.digit)
-    save_grid(draw(generator, z, rows if conditional else None), folder / f"interpolation{suffix(args)}.png", 10)
+    save_grid(draw(generator, z, *[rows] * conditional), folder / f"interpolation{suffix(args)}.png", 10)
     if conditional and args.digit is None:
         images = draw(generator, starts.repeat_interleave(10, dim=0), digits.repeat(10))
         save_grid(images, folder / f"same_noise{suffix(args)}.png", columns=10)
 
 
-def evaluate_generator(generator, options, args, device, folder):
-    dataset, conditional = options["dataset"], options["script"] == "train_cgan.py"
+def evaluate_generator(network, options, args, device, folder):
+    dataset, likelihood = options["dataset"], {}
     train_images, train_labels = load(dataset, args.data_dir or options["data_dir"], train=True)
     test_images, test_labels = load(dataset, args.data_dir or options["data_dir"], train=False)
-    labels = torch.arange(10_000) % 10 if conditional else None
-    samples = draw(generator, evaluation_noise(10_000, options, args), labels)
-    draw_walks(generator, options, args, folder)
+    if options["script"] == "train_likelihood.py":
+        likelihood = evaluate_likelihood(network, test_images, args, device, folder)
+    else:
+        draw_walks(network, options, args, folder)
+    samples, labels, _ = draw_samples(network, torch.arange(10_000) % 10, options, args, device)
+    save_grid(samples[:100], folder / "samples.png", columns=10)
     pairs = torch.cat([samples[:20], nearest_images(samples[:20], train_images)])
     save_grid(pairs, folder / "nearest_training_images.png", columns=20)
 
@@ -187,13 +199,27 @@ def evaluate_generator(generator, options, args, device, folder):
     judge = load_judge(device)
     real_images, real_labels = train_images[:cut][:10_000] / 255, train_labels[:cut][:10_000]
     metrics = {
+        **likelihood,
         **measure_images(samples, labels, judge, reference),
-        "real": measure_images(real_images, real_labels if conditional else None, judge, reference),
+        "real": measure_images(real_images, None if labels is None else real_labels, judge, reference),
     }
     print_measures(metrics, metrics["real"])
     if dataset not in SHOW_DIGITS:
         print(f"warning: the judge knows only MNIST's digits; what it reads in {dataset} means little")
     return metrics
+
+
+def evaluate_likelihood(model, test_images, args, device, folder):
+    """Nats of the binarised test images, and the pictures that show what the model is."""
+    images = (binarise(test_images, TEST_SEED) / 255).to(device)
+    measures = likelihood_measures(model, images)
+    print_likelihood(measures)
+    generator = torch.Generator(device).manual_seed(NOISE_SEED + args.seed)
+    for name, picture in draw_pictures(model, images, generator).items():
+        save_grid(picture.cpu(), folder / f"{name}.png", columns=10)
+    if hasattr(model, "viterbi"):
+        save_figure(draw_states(model, images[:1000]), folder / "states.png")
+    return measures
 
 
 def main(argv=None):
@@ -218,8 +244,9 @@ def main(argv=None):
     folder = (run if run.is_dir() else run.parent) / "evaluation"
     make_folder(folder, exist_ok=True)
     if args.samples is not None:
-        write_samples(network, options, args, folder)
-        draw_walks(network, options, args, folder)
+        write_samples(network, options, args, device, folder)
+        if script != "train_likelihood.py":
+            draw_walks(network, options, args, folder)
         return
     evaluate = evaluate_classifier if script == "train_classifier.py" else evaluate_generator
     metrics = {

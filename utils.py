@@ -38,6 +38,7 @@ from engine.pictures import draw_curves, save_gif, save_grid
 from engine.run import Run
 
 Metrics = dict[str, torch.Tensor | float]  # name -> mean over the images of the batch
+DRY_RUN_STEPS = WARM_UP + 2  # enough to capture a CUDA graph and to replay it
 TrainStep = Callable[[torch.Tensor, torch.Tensor], Metrics]
 
 
@@ -102,7 +103,7 @@ def train_epoch(run: Run, step: Callable, batches: Any, signals: list[int]) -> N
     """Run the rest of the current epoch, from batch number `run.batch` on."""
     args = run.args
     schedules = [item for item in run.state.values() if isinstance(item, LRScheduler)]
-    steps = min(len(batches), dry_run_steps(step)) if args.dry_run else len(batches)
+    steps = min(len(batches), DRY_RUN_STEPS) if args.dry_run else len(batches)
     rows = batches.rows if hasattr(batches, "take") else batches.epoch
     saved = time.monotonic()
     with progress_bar(run, steps) as bar:
@@ -155,10 +156,6 @@ def make_step(run: Run, train_step: TrainStep, batches: Any) -> Callable[..., tu
             print(f"no CUDA graph: {type(optimizer).__name__} keeps its state on the CPU; every step runs eagerly")
             return eager_step
     return GraphedStep(eager_step, optimizers, args.batch_size, device)
-
-
-def dry_run_steps(step: Callable) -> int:
-    return WARM_UP + 2 if isinstance(step, GraphedStep) else 2  # enough to capture the graph and replay it
 
 
 class Meter:
@@ -229,14 +226,15 @@ class Meter:
                 self.sums[name] = self.sums.get(name, torch.zeros((), device=device)) + value
             for name, value in state["counts"].items():
                 self.counts[name] = self.counts.get(name, 0) + value
-            self.reported = {name: tuple(pair) for name, pair in state["reported"].items()}
+            self.reported = self.reported or {name: tuple(pair) for name, pair in state["reported"].items()}
 
 
 def report(run: Run, steps: int, bar: tqdm) -> None:
     """Show the means since the last report in the progress bar, and append them to the curve."""
     means = run.meter.means_since_report()
     run.require_finite(means)
-    run.curve.append({"epoch": run.epoch + run.batch / steps, **means})
+    if means:  # none if the only batch since the last report was skipped
+        run.curve.append({"epoch": run.epoch + run.batch / steps, **means})
     bar.set_postfix({name: f"{value:.4f}" for name, value in means.items()}, refresh=False)
     bar.update(run.batch - bar.n)
 

@@ -4,11 +4,23 @@ import torch
 
 from datasets.augment import distort
 from datasets.batches import Batches, require_images
+from datasets.binarise import binarise
 from datasets.digits import load_digits
 from datasets.mnist import FOLDERS, DataError, load_mnist
 from datasets.photo import read_photo
 
-__all__ = ["CLASSES", "DATASETS", "SHOW_DIGITS", "Batches", "DataError", "distort", "hold_out", "load", "read_photo"]
+__all__ = [
+    "CLASSES",
+    "DATASETS",
+    "SHOW_DIGITS",
+    "Batches",
+    "DataError",
+    "binarise",
+    "distort",
+    "hold_out",
+    "load",
+    "read_photo",
+]
 
 DATASETS = (*FOLDERS, "digits")
 CLASSES = 10

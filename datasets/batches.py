@@ -51,6 +51,10 @@ class Batches:
         scale = (1 - self.black) / 255
         return self.images[rows].float().mul_(scale).add_(self.black), self.labels[rows]
 
+    def pixel_means(self) -> torch.Tensor:
+        """The mean of each pixel over all images, [C, H, W] in [0, 1], without a float copy of them."""
+        return self.images.sum(0).div(255 * len(self.images))
+
     def order(self, epoch: int) -> torch.Tensor:
         if not self.shuffle:
             return torch.arange(len(self.images), device=self.images.device)

@@ -4,6 +4,7 @@ import argparse
 import math
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from engine.checkpoint import has_checkpoint, load_checkpoint
@@ -109,6 +110,8 @@ def parse_args(
     if first.auto_resume and has_checkpoint(first.output_dir):
         first.resume = first.output_dir
     if first.resume:
+        if not Path(first.resume).is_dir():
+            raise UserError(f"--resume {first.resume}: there is no such run folder")
         defaults = load_checkpoint(first.resume, warn=False)["options"]
         if defaults["script"] != parser.prog:
             raise UserError(f"{first.resume} is a run of {defaults['script']}, not of {parser.prog}")

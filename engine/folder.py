@@ -10,6 +10,9 @@ from filelock import FileLock, Timeout
 
 from engine.errors import UserError
 
+# What a run leaves that was killed before its first save.
+UNSTARTED = (".lock", "config.json", "config.json.tmp", "checkpoint.pt.tmp")
+
 
 def new_folder(wanted: str | None, name: str) -> Path:
     """Make the folder `wanted`, or else the next free of runs/`name`, runs/`name`-2, and so on.
@@ -21,7 +24,7 @@ def new_folder(wanted: str | None, name: str) -> Path:
         if folder.exists() and not folder.is_dir():
             raise UserError(f"--output-dir {folder} is a file; name a new folder")
         make_folder(folder, exist_ok=True)
-        if any(path.name not in (".lock", "config.json") for path in folder.iterdir()):
+        if any(path.name not in UNSTARTED for path in folder.iterdir()):
             raise UserError(f"--output-dir {folder} is not empty; name a new folder, or use --resume {folder}")
         return folder
     for i in itertools.count(1):

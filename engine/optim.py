@@ -32,8 +32,12 @@ def build_schedule(
             return (step + 1) / warmup
         return 0.5 + 0.5 * math.cos(math.pi * min(1, (step - warmup) / (steps - warmup)))
 
-    if args.schedule == "cosine":
-        return LambdaLR(optimizer, cosine)
+    def burda(step):  # Burda et al. 2015, section 5: 10^(-i/7) for 3^i of 3,280 epochs, i = 0 ... 7
+        passed = 3280 * step / steps
+        return 10 ** -(sum(passed >= (3 ** (i + 1) - 1) / 2 for i in range(7)) / 7)
+
+    if args.schedule in ("cosine", "burda"):
+        return LambdaLR(optimizer, cosine if args.schedule == "cosine" else burda)
     if args.schedule == "maxout":
         return MaxoutSchedule(optimizer, decay, epoch_length)
     return None

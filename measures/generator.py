@@ -94,6 +94,8 @@ def print_measures(measures: dict[str, Any], real: dict[str, Any]) -> None:
     """Each measure of the samples beside that of real images."""
     print(f"{'':24}{'samples':>10}{'real':>10}   ({measures['images']} samples, {real['images']} real training images)")
     for name, value in measures.items():
+        if name not in real:
+            continue
         if isinstance(value, float):
             print(f"{name:24}{value:10.4g}{real[name]:10.4g}")
         elif isinstance(value, list):

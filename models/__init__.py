@@ -1,6 +1,7 @@
 """The networks by name: what is registered here is what the scripts' flags offer."""
 
 import inspect
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -8,8 +9,12 @@ from torch import nn
 
 from models.cnn import CNN
 from models.gan import Discriminator, Generator, LargeDiscriminator, PaperDiscriminator, PaperGenerator
+from models.hmm import HMM
 from models.maxout import MaxoutMLP
 from models.mlp import MLP
+from models.rbm import RBM
+from models.rnn import RNN
+from models.vae import VAE
 
 # A new classifier is one file and one line here: images [N, 1, 28, 28] in, logits [N, 10] out.
 CLASSIFIERS = {
@@ -23,6 +28,15 @@ GANS = {
     "lecture": (Generator, Discriminator),
     "paper": (PaperGenerator, PaperDiscriminator),
     "large": (PaperGenerator, LargeDiscriminator),
+}
+
+# Generative models that are trained by likelihood. Each has loss(images) -> scalar, sample(n, generator) -> images
+# [n, 1, 28, 28], log_likelihood(images) -> [N] in nats, and `likelihood`: exact, lower bound or estimate.
+LIKELIHOOD_MODELS = {
+    "vae": VAE,
+    "rbm": RBM,
+    "rnn": RNN,
+    "hmm": HMM,
 }
 
 ACTIVATIONS = {
@@ -45,7 +59,22 @@ def build_classifier(name: str, activation: str | None = None, batch_norm: bool 
         options["activation"] = ACTIVATIONS[activation]
     if batch_norm:
         options["batch_norm"] = True
-    for option in sorted(options.keys() - inspect.signature(CLASSIFIERS[name]).parameters.keys()):
+    return build(CLASSIFIERS, name, options)
+
+
+def build_likelihood_model(options: dict[str, Any], pixel_means: torch.Tensor | None = None) -> nn.Module:
+    """The model registered as `options["model"]`, which starts at `pixel_means`, [1, 28, 28] in [0, 1], or None.
+
+    options: all options of a run; those that some likelihood model takes are passed on unless they are None. Raises
+    ValueError if this model does not take one of them or refuses its value.
+    """
+    taken = {name for kind in LIKELIHOOD_MODELS.values() for name in inspect.signature(kind).parameters}
+    given = {name: value for name, value in options.items() if name in taken and value is not None}
+    return build(LIKELIHOOD_MODELS, options["model"], {**given, "pixel_means": pixel_means})
+
+
+def build(registry: dict[str, type[nn.Module]], name: str, options: dict[str, Any]) -> nn.Module:
+    for option in sorted(options.keys() - inspect.signature(registry[name]).parameters.keys()):
         flag = option.replace("_", "-")
         raise ValueError(f"the model {name} has no option --{flag}; omit it (--no-{flag} if the recipe sets it)")
-    return CLASSIFIERS[name](**options)
+    return registry[name](**options)

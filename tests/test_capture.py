@@ -16,6 +16,7 @@ from test_loop import Position, start, ten_images
 import train_cgan
 import train_classifier
 import train_gan
+import train_likelihood
 import utils
 from datasets import Batches
 from engine import capture, flags
@@ -92,6 +93,13 @@ CASES = {
        for script in (train_gan, train_cgan) for recipe in script.RECIPES},
     "gan large": (train_gan, ["--recipe", "best", "--networks", "large"]),
     "gan saturating": (train_gan, ["--generator-loss", "saturating"]),
+    **{
+        f"{model} {recipe}": (train_likelihood, ["--model", model, "--recipe", recipe])
+        for model in ("vae", "rbm", "hmm")
+        for recipe in train_likelihood.RECIPES
+    },
+    "iwae": (train_likelihood, ["--importance-samples", "5"]),
+    "rnn fixed": (train_likelihood, ["--model", "rnn", "--binarise", "fixed"]),
     "cgan no mismatched": (train_cgan, ["--recipe", "best", "--mismatched", "0"]),
 }  # fmt: skip
 

@@ -378,3 +378,12 @@ def test_a_metric_may_come_or_go_between_save_and_resume(tmp_path):
     assert float(rows[2]["new"]) == pytest.approx(4.5)
     assert (rows[0]["new"], rows[2]["old"]) == ("", "")
     assert (folder / "curves.png").is_file()
+
+
+def test_reports_continue_where_rank_0_left_off_when_several_ranks_become_one():
+    of_one = {"sums": {"x": 10.0}, "counts": {"x": 10}, "reported": {"x": (10.0, 10)}}
+    of_another = {"sums": {"x": 4.0}, "counts": {"x": 1}, "reported": {}}
+    meter = utils.Meter()
+    meter.load([of_one, of_another], torch.device("cpu"))
+    assert meter.means() == {"x": 14 / 11}
+    assert meter.means_since_report() == {"x": 4.0}

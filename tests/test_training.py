@@ -18,6 +18,7 @@ from helpers import DIGITS, ROOT, assert_one_line, load, run, same, save_sealed,
 import train_cgan
 import train_classifier
 import train_gan
+import train_likelihood
 from datasets import Batches
 from engine import provenance
 from engine import run as run_module
@@ -93,6 +94,10 @@ OTHERS = {
     "gan lecture": (train_gan, ["--batch-size", "100", "--ema", "0.99", "--val-size", "37"]),
     "gan paper with amp": (train_gan, ["--recipe", "paper", "--val-size", "137", "--amp"]),
     "cgan paper": (train_cgan, ["--recipe", "paper", "--val-size", "137"]),
+    "vae": (train_likelihood, ["--model", "vae", "--importance-samples", "3", "--ema", "0.9"]),
+    "rbm": (train_likelihood, ["--model", "rbm"]),  # with persistent chains
+    "rnn": (train_likelihood, ["--model", "rnn", "--val-size", "37", "--amp"]),
+    "hmm": (train_likelihood, ["--model", "hmm", "--states", "56", "--binarise", "fixed"]),
 }
 
 
@@ -186,11 +191,11 @@ def test_best_pt_is_the_first_of_the_most_accurate_epochs(undisturbed):
     assert best["epoch"] == 1 + accuracies.index(max(accuracies))
 
 
-def test_dry_run_takes_two_steps_and_writes_everything(tmp_path, capsys):
+def test_dry_run_takes_a_few_steps_and_writes_everything(tmp_path, capsys):
     train(*EVERYTHING, "--dry-run")
     folder = tmp_path / "runs" / "mlp-digits"
     checkpoint = load(folder / "checkpoint.pt")
-    assert checkpoint["state"]["schedule"]["last_epoch"] == 2
+    assert checkpoint["state"]["schedule"]["last_epoch"] == 8
     assert "python evaluate.py" in capsys.readouterr().out
     for name in ("best.pt", "metrics.csv", "curves.png", "config.json"):
         assert (folder / name).stat().st_size > 0
@@ -320,7 +325,7 @@ def test_amp_trains(tmp_path):
         (["--batch-size", "0"], 2, ["--batch-size", "whole number from 1"]),
         (["--lr", "nan"], 2, ["--lr"]),
         (["--no-such-flag"], 2, ["--no-such-flag"]),
-        (["--resume", "nowhere"], 1, ["nowhere", "does not exist"]),
+        (["--resume", "nowhere"], 1, ["nowhere", "no such run folder"]),
         ([*DIGITS, "--auto-resume"], 1, ["--auto-resume", "--output-dir"]),
         (["--betas", "1", "0.9"], 2, ["--betas"]),
         (["--batch-size", "9" * 30], 2, ["--batch-size"]),
@@ -458,6 +463,7 @@ def test_a_folder_of_a_run_that_ended_before_its_first_step_can_be_used_again(un
         with pytest.raises(KeyboardInterrupt):
             train(*flags)
     assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock", "config.json"}
+    (tmp_path / "run" / "checkpoint.pt.tmp").write_bytes(b"killed while writing")
     train(*flags)
     assert_same_run(undisturbed, tmp_path / "run")
 

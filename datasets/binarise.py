@@ -1,0 +1,17 @@
+"""Binarised images, as the literature on likelihoods has them: each pixel is drawn from Bernoulli(grey value)."""
+
+import torch
+
+# Seeds of the images that are drawn once: above those of --seed, so that no training draws them.
+TRAIN_SEED, VALIDATION_SEED, TEST_SEED = 2**32, 2**32 + 1, 2**32 + 2
+
+
+def binarise(images: torch.Tensor, seed: int) -> torch.Tensor:
+    """Draw each pixel of uint8 images once, white (255) with probability grey / 255, else black; same shape and type.
+
+    Fixed binarisation, and test sets: the same seed gives the same images on every machine. Thresholding would be
+    another, easier task (Salakhutdinov & Murray 2008, section 5, draw them).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    parts = [torch.rand(part.shape, generator=generator) * 255 < part for part in images.cpu().split(1000)]
+    return torch.cat(parts).to(torch.uint8) * 255

@@ -1,0 +1,455 @@
+"""models/vae.py, rbm.py, rnn.py and hmm.py: each against what enumeration, quadrature or the textbook says."""
+
+import copy
+import itertools
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from datasets import load
+from engine.capture import Recorder, require_same
+from models.hmm import HMM
+from models.rbm import RBM
+from models.rnn import RNN
+from models.vae import VAE
+
+GOLDEN = Path(__file__).resolve().parent.parent.parent / "shared" / "golden" / "rbm_cd25.npz"
+MODELS = {
+    "vae": lambda means=None: VAE(pixel_means=means),
+    "iwae": lambda means=None: VAE(importance_samples=3, pixel_means=means),
+    "cd": lambda means=None: RBM(hidden=50, gibbs_steps=2, pixel_means=means),
+    "pcd": lambda means=None: RBM(hidden=50, gibbs_steps=5, persistent_chains=50, pixel_means=means),
+    "rnn": lambda means=None: RNN(hidden=32, units=2, layers=2, depth=2, pixel_means=means),
+    "hmm": lambda means=None: HMM(states=30, pixel_means=means),
+}
+each_model = pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
+
+
+def striped_images(n):
+    """Binary images [n, 1, 28, 28] with horizontal or vertical stripes; a tenth of the pixels is flipped."""
+    stripes = (torch.arange(28) // 4 % 2).float().expand(28, 28)
+    kind = torch.rand(n, 1, 1) < 0.5
+    return (torch.where(kind, stripes, stripes.T) - (torch.rand(n, 28, 28) < 0.1).float()).abs().unsqueeze(1)
+
+
+def all_binary(n):
+    """All 2^n vectors of n bits, [2^n, n]."""
+    return torch.tensor(list(itertools.product((0.0, 1.0), repeat=n)))
+
+
+def randomise(model, scale=1.0):
+    """Weights so large that no two images are equally probable by accident."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, scale)
+    return model
+
+
+# The contract of all four ---------------------------------------------------------------------------------------------
+
+
+@each_model
+def test_samples_are_probabilities_that_the_generator_decides(build):
+    model, state = build(), torch.get_rng_state()
+    a, b, c = (model.sample(4, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    assert a.shape == (4, 1, 28, 28)
+    assert 0 <= a.min() <= a.max() <= 1
+    assert not a.requires_grad
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
+    assert torch.equal(torch.get_rng_state(), state), "it drew from torch's own generator"
+
+
+@each_model
+def test_a_few_steps_raise_the_likelihood_of_unseen_images(build):
+    images, unseen = striped_images(500), striped_images(50)
+    model = build(images.mean(0))
+
+    def log_likelihood():
+        if isinstance(model, RBM):
+            (log_z, _), _ = model.log_partition(50, 300, torch.Generator().manual_seed(0))
+            return model.log_likelihood(unseen, log_z)
+        return model.log_likelihood(unseen, samples=50) if isinstance(model, VAE) else model.log_likelihood(unseen)
+
+    before, optimizer = log_likelihood(), torch.optim.Adam(model.parameters(), 2e-3 if isinstance(model, RBM) else 1e-2)
+    assert before.shape == (50,)
+    assert not before.requires_grad
+    for _ in range(60):
+        loss = model.loss(images[torch.randint(500, (50,))])
+        assert loss.shape == ()
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(parameter.grad is not None for parameter in model.parameters())
+        optimizer.step()
+    assert log_likelihood().mean() > before.mean() + 20
+
+
+@each_model
+def test_a_step_can_be_a_cuda_graph(build):
+    """It reads nothing back from the device, and is the same operations on the same tensors in every step."""
+    model, images = build(), striped_images(10)
+    optimizer = torch.optim.Adam(model.parameters(), fused=True)
+    records = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        with Recorder(torch.device("cpu")) as recorder:
+            model.loss(images).backward()
+        optimizer.step()
+        records.append(recorder)
+    require_same(records[1], records[2])
+
+
+@each_model
+def test_a_copy_of_the_state_continues_alike(build):
+    model, images = build(), striped_images(10)
+    model.loss(images)  # moves the persistent chains
+    twin = build()
+    twin.load_state_dict(copy.deepcopy(model.state_dict()))
+    for _ in range(2):
+        losses = []
+        for each in (model, twin):
+            torch.manual_seed(1)
+            losses.append(each.loss(images).item())
+        assert losses[0] == losses[1]
+
+
+@each_model
+def test_bfloat16_hardly_changes_the_loss(build):
+    means = striped_images(200).mean(0)
+    model, images = build(means), striped_images(20)
+    losses = []
+    for enabled in (False, True):
+        torch.manual_seed(1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = model.loss(images)
+        assert loss.dtype == torch.float32
+        losses.append(loss.item())
+    assert losses[1] == pytest.approx(losses[0], rel=0.01, abs=1)
+
+
+@pytest.mark.parametrize("kind", [VAE, RBM, RNN, HMM])
+def test_kind_of_likelihood(kind):
+    assert kind.likelihood == {VAE: "lower bound", RBM: "estimate", RNN: "exact", HMM: "exact"}[kind]
+
+
+# VAE ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_vae():
+    """A VAE whose one latent number is integrated over exactly, and images [3, 1, 28, 28]."""
+    model = VAE(latent=1, hidden=8)
+    model.decoder[-1].weight.data.mul_(0.3)  # a posterior as wide as an encoder that has not been trained
+    return model, striped_images(3)
+
+
+def quadrature(model, images):
+    """log p(x) = log of the integral of p(x|z) N(z; 0, 1) dz, [N]."""
+    z = torch.linspace(-8, 8, 4001).unsqueeze(1)
+    log_p = -F.binary_cross_entropy_with_logits(
+        model.decoder(z).unsqueeze(1).expand(-1, len(images), -1).double(),
+        images.flatten(1).expand(len(z), -1, -1).double(),
+        reduction="none",
+    ).sum(2)
+    prior = torch.distributions.Normal(0.0, 1.0).log_prob(z).double()
+    return (log_p + prior).logsumexp(0) + math.log(16 / 4000)
+
+
+def test_vae_bound_of_many_samples_is_the_integral(small_vae):
+    model, images = small_vae
+    with torch.no_grad():
+        exact = quadrature(model, images)
+    for block in (700, 20_000):  # a part of one image's samples; all samples of all images
+        bound = model.log_likelihood(images, samples=5000, block=block)
+        assert torch.allclose(bound.double(), exact, atol=0.15), (bound, exact)
+
+
+def test_vae_decodes_no_more_than_a_block_at_once(small_vae):
+    model, images = small_vae
+    rows = []
+    model.decoder.register_forward_hook(lambda module, inputs, output: rows.append(output.numel() // 784))
+    model.log_likelihood(images, samples=50, block=20)
+    assert max(rows) <= 20
+    assert sum(rows) == 150
+    rows.clear()
+    model.log_likelihood(images, samples=50, block=100)
+    assert rows == [100, 50]
+
+
+def test_vae_elbo_with_analytic_kl_is_the_mean_of_log_w(small_vae):
+    model, images = small_vae
+    with torch.no_grad():
+        log_w = model.log_weights(images, *model.encode(images), 4000)
+        elbo = -torch.stack([model.loss(images) for _ in range(500)])
+    error = log_w.mean(1).std() / 4000**0.5 + elbo.std() / 500**0.5
+    assert abs(log_w.mean() - elbo.mean()) < 4 * error
+    assert error < 1
+
+
+def test_vae_more_samples_tighten_the_bound(small_vae):
+    model, images = small_vae
+    bounds = []
+    for k in (1, 5, 50):
+        model.importance_samples = k
+        with torch.no_grad():
+            bounds.append(-torch.stack([model.loss(images) for _ in range(200)]).mean())
+    assert bounds[0] < bounds[1] < bounds[2] < quadrature(model, images).mean() + 0.1
+
+
+def test_vae_of_no_samples_is_refused():
+    with pytest.raises(ValueError, match="importance_samples"):
+        VAE(importance_samples=0)
+
+
+def test_vae_starts_at_the_pixel_means():
+    means = striped_images(300).mean(0)
+    assert torch.allclose(VAE(pixel_means=means).decoder[-1].bias.sigmoid(), means.flatten(), atol=1e-3)
+
+
+# RBM ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_rbm():
+    """12 visible and 8 hidden units, and the exact log Z."""
+    rbm = randomise(RBM(visible=12, hidden=8, pixel_means=torch.rand(12)))
+    h = all_binary(8).double()
+    inputs = h @ rbm.weight.detach().double() + rbm.visible_bias.detach()  # of the visible units
+    log_p = h @ rbm.hidden_bias.detach().double() + F.softplus(inputs).sum(1)  # log of the sum over v of p*(v, h)
+    return rbm, log_p.logsumexp(0).item()
+
+
+def test_rbm_likelihoods_sum_to_1(small_rbm):
+    rbm, log_z = small_rbm
+    log_p = rbm.log_likelihood(all_binary(12), log_z)
+    assert log_p.logsumexp(0).item() == pytest.approx(0, abs=1e-4)
+
+
+def test_rbm_ais_finds_log_z_from_both_sides(small_rbm):
+    rbm, log_z = small_rbm
+    for estimate, error in rbm.log_partition(400, 500, torch.Generator().manual_seed(0)):
+        assert 0 < error < 0.05
+        assert estimate == pytest.approx(log_z, abs=4 * error)
+
+
+def test_rbm_likelihood_without_log_z_estimates_it(small_rbm, monkeypatch):
+    rbm, _ = small_rbm
+    v = all_binary(12)[:5]
+    monkeypatch.setattr(rbm, "log_partition", lambda generator: [(7.0, 0.1), (8.0, 0.1)])
+    assert torch.equal(rbm.log_likelihood(v), rbm.log_likelihood(v, 7.0))
+
+
+def test_rbm_ais_in_too_few_steps_brackets_log_z(small_rbm):
+    rbm, _ = small_rbm
+    rbm.weight.data.mul_(3)
+    v = all_binary(12)
+    log_p = -rbm.free_energy(v).detach().double()
+    log_z = log_p.logsumexp(0).item()
+    forward, reverse = [], []
+    for seed in range(20):
+        samples = v[torch.multinomial((log_p - log_z).exp(), 5, replacement=True)]
+        (up, _), (down, _) = rbm.log_partition(5, 3, torch.Generator().manual_seed(seed), samples)
+        forward.append(up)
+        reverse.append(down)
+    assert np.mean(forward) < log_z - 0.2
+    assert np.mean(reverse) > log_z + 0.2
+
+
+def test_rbm_gibbs_samples_its_own_distribution(small_rbm):
+    rbm, log_z = small_rbm
+    v = all_binary(12)
+    p = (-rbm.free_energy(v).detach() - log_z).exp()
+    samples = rbm.gibbs(torch.zeros(20_000, 12), 100)
+    assert torch.allclose(samples.mean(0), p @ v, atol=0.02)
+    assert torch.allclose(samples.T @ samples / 20_000, (v * p[:, None]).T @ v, atol=0.02)
+
+
+def test_rbm_gradient_is_the_textbook_cd_update(monkeypatch):
+    """Hinton 2002: dW = <v h>_data - <v h>_reconstruction, db = <v>_data - <v>_recon., da = <h>_data - <h>_recon."""
+    rbm = randomise(RBM(hidden=20), 0.1)
+    images, chain = striped_images(30), striped_images(30).flatten(1)
+    calls = []
+    monkeypatch.setattr(rbm, "gibbs", lambda v, steps, *rest: calls.append((v, steps)) or chain)
+    rbm.loss(images).backward()
+    (start, steps), data = calls[0], images.flatten(1)
+    assert steps == 1
+    assert torch.equal(start, data), "CD starts at the data"
+    h_data, h_chain = (torch.sigmoid(v @ rbm.weight.T + rbm.hidden_bias).detach() for v in (data, chain))
+    assert torch.allclose(-rbm.weight.grad, (h_data.T @ data - h_chain.T @ chain) / 30, atol=1e-5)
+    assert torch.allclose(-rbm.visible_bias.grad, (data - chain).mean(0), atol=1e-6)
+    assert torch.allclose(-rbm.hidden_bias.grad, (h_data - h_chain).mean(0), atol=1e-5)
+
+
+def test_rbm_chains_persist_in_training_alone():
+    rbm, images = RBM(hidden=20, persistent_chains=7), striped_images(10)
+    start = rbm.chains.clone()
+    rbm.eval().loss(images)
+    assert torch.equal(rbm.chains, start)
+    torch.manual_seed(1)
+    rbm.train().loss(images)
+    torch.manual_seed(1)
+    assert torch.equal(rbm.chains.float(), rbm.gibbs(start.float(), 1)), "they start where they were"
+    assert rbm.state_dict()["chains"].shape == (7, 784)
+
+
+def test_rbm_reconstructs_what_it_has_learnt():
+    rbm, images = RBM(hidden=30), striped_images(200)
+    optimizer = torch.optim.Adam(rbm.parameters(), 1e-2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        rbm.loss(images).backward()
+        optimizer.step()
+    assert ((rbm.reconstruct(images) > 0.5) == (images > 0.5)).float().mean() > 0.88  # a tenth of the pixels is noise
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not GOLDEN.exists(), reason=f"no {GOLDEN}")
+def test_rbm_log_z_of_the_authors_network(data_dir):
+    """Salakhutdinov & Murray 2008, table 1: log Z = 451.28 of the network that they released (CD-25, 500 units).
+
+    Their pixels are numbered by columns, so images are transposed. About a minute on a core.
+    """
+    train, _ = load("mnist", data_dir)
+    test, _ = load("mnist", data_dir, train=False)
+    rbm = RBM(pixel_means=train.float().mean(0).transpose(1, 2) / 255)
+    for name, values in np.load(GOLDEN).items():
+        getattr(rbm, name).data.copy_(torch.from_numpy(values))
+    pixels = torch.bernoulli(test.transpose(2, 3).float() / 255)
+    assert -rbm.free_energy(pixels.flatten(1)).mean().item() == pytest.approx(364.926, abs=0.2)
+    for estimate, error in rbm.log_partition(200, 3500, torch.Generator().manual_seed(0)):
+        assert error < 0.3
+        assert estimate == pytest.approx(451.28, abs=0.3 + error)
+
+
+# RNN ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("layers", "depth"), [(1, 1), (2, 3)])
+def test_rnn_probabilities_sum_to_1(layers, depth):
+    rnn = randomise(RNN(hidden=5, units=3, layers=layers, depth=depth, height=3, width=3))
+    log_p = rnn.log_likelihood(all_binary(9).view(-1, 1, 3, 3))
+    assert log_p.exp().sum().item() == pytest.approx(1, abs=1e-4)
+    assert log_p.std() > 1  # far from uniform
+
+
+def test_rnn_uses_all_earlier_pixels_and_no_later_ones():
+    rnn = randomise(RNN(hidden=8, units=32, height=3, width=3), 0.3)
+    rows = torch.rand(1, 3, 3, requires_grad=True)
+    logits = rnn.logits(rows, rnn.contexts(F.pad(rows, (0, 0, 1, -1)))[0]).flatten()
+    seen = torch.stack([torch.autograd.grad(logit, rows, retain_graph=True)[0].flatten() != 0 for logit in logits])
+    assert torch.equal(seen, torch.ones(9, 9).tril(-1).bool())
+
+
+def test_rnn_draws_from_its_own_distribution():
+    rnn = randomise(RNN(hidden=5, units=3, height=2, width=3))
+    x = all_binary(6)
+    p = rnn.log_likelihood(x.view(-1, 1, 2, 3)).exp()
+    drawn = rnn.sample(
+        20_000, torch.Generator().manual_seed(0)
+    )  # given what was drawn before; its mean is the marginal
+    assert torch.allclose(drawn.mean(0).flatten(), p @ x, atol=0.02)
+    top = torch.tensor([1.0, 0.0, 1.0])
+    given = (x[:, :3] == top).all(1)
+    completed = rnn.complete(top.repeat(20_000, 1, 2, 1), 1, torch.Generator().manual_seed(0))
+    assert torch.equal(completed[:, 0, 0], top.expand(20_000, 3))
+    assert torch.allclose(completed[:, 0, 1].mean(0), p[given] @ x[given, 3:] / p[given].sum(), atol=0.02)
+
+
+def test_rnn_starts_near_the_pixel_means():
+    means, images = striped_images(300).mean(0), striped_images(100)
+    independent = F.binary_cross_entropy(means.expand_as(images), images, reduction="sum") / 100
+    assert RNN(hidden=32, pixel_means=means).loss(images).item() == pytest.approx(independent.item(), abs=20)
+
+
+# HMM ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_hmm():
+    """3 states, 4 rows of 2 pixels."""
+    return randomise(HMM(states=3, pixel_means=torch.full((1, 4, 2), 0.5)))
+
+
+def path_likelihoods(hmm, images):
+    """log P(x, s) of each image and each of all state paths, float64 [N, paths], and the paths [paths, T]."""
+    pi, A, p = (
+        x.detach().double() for x in (hmm.initial.softmax(0), hmm.transition.softmax(1), hmm.emission.sigmoid())
+    )
+    paths = torch.tensor(list(itertools.product(range(len(pi)), repeat=hmm.height)))
+    rows = images[:, 0].double()
+    joint = []
+    for path in paths:
+        log_p = pi[path[0]].log() + sum(A[i, j].log() for i, j in itertools.pairwise(path))
+        joint.append(log_p + torch.where(rows == 1, p[path], 1 - p[path]).log().sum((1, 2)))
+    return torch.stack(joint, 1), paths
+
+
+def test_hmm_likelihood_is_the_sum_over_all_paths(small_hmm):
+    images = all_binary(8).view(-1, 1, 4, 2)
+    joint, _ = path_likelihoods(small_hmm, images)
+    log_p = small_hmm.log_likelihood(images)
+    assert torch.allclose(log_p.double(), joint.logsumexp(1), atol=1e-5)
+    assert log_p.exp().sum().item() == pytest.approx(1, abs=1e-5)
+    assert small_hmm.loss(images).item() == pytest.approx(-log_p.mean().item(), abs=1e-5)
+
+
+def test_hmm_viterbi_path_is_the_best_of_all_paths(small_hmm):
+    images = all_binary(8).view(-1, 1, 4, 2)
+    joint, paths = path_likelihoods(small_hmm, images)
+    assert torch.equal(small_hmm.viterbi(images), paths[joint.argmax(1)])
+
+
+def test_hmm_baum_welch_step_is_the_mean_over_all_paths(small_hmm):
+    images = (torch.rand(40, 1, 4, 2) < 0.6).float()
+    joint, paths = path_likelihoods(small_hmm, images)
+    before = small_hmm.log_likelihood(images).mean()
+    assert small_hmm.baum_welch(images).item() == pytest.approx(before.item(), abs=1e-5)
+    posterior = joint.softmax(1)  # P(s | x)
+    states = F.one_hot(paths, 3).double()  # [paths, T, S]
+    starts = torch.einsum("np,ps->s", posterior, states[:, 0])
+    moves = torch.einsum("np,pti,ptj->ij", posterior, states[:, :-1], states[:, 1:])
+    ink = torch.einsum("np,pts,ntw->sw", posterior, states, images[:, 0].double())
+    visits = torch.einsum("np,pts->s", posterior, states)
+    assert torch.allclose(small_hmm.initial.softmax(0).double(), starts / 40, atol=1e-4)
+    assert torch.allclose(small_hmm.transition.softmax(1).double(), moves / moves.sum(1, keepdim=True), atol=1e-4)
+    assert torch.allclose(small_hmm.emission.sigmoid().double(), ink / visits[:, None], atol=1e-3)
+
+
+def test_hmm_both_ways_of_training_reach_the_same_likelihood():
+    torch.manual_seed(3)
+    truth = randomise(HMM(states=2, pixel_means=torch.full((1, 6, 4), 0.5)), 2.0)
+    images = (torch.rand(300, 1, 6, 4) < truth.sample(300)).float()
+    by_em = HMM(states=2, pixel_means=images.mean(0))
+    by_gradient = copy.deepcopy(by_em)
+    history = [by_em.baum_welch(images).item() for _ in range(150)]
+    assert all(b > a - 1e-3 for a, b in itertools.pairwise(history)), "EM never lowers the likelihood"
+    optimizer = torch.optim.Adam(by_gradient.parameters(), 0.05)
+    for _ in range(500):
+        loss = by_gradient.loss(images)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert history[-1] > history[0] + 1
+    assert -loss.item() == pytest.approx(history[-1], abs=0.02)
+
+
+def test_hmm_stays_finite_far_from_the_data():
+    """Black images under states that write white ones: e^-1400, which no float can hold."""
+    hmm = HMM(states=4, pixel_means=torch.ones(1, 28, 28), noise=0.0)
+    hmm.emission.data.fill_(50.0)
+    loss = hmm.loss(torch.zeros(2, 1, 28, 28))
+    loss.backward()
+    assert loss.item() == pytest.approx(50 * 784, rel=1e-4)
+    assert all(parameter.grad.isfinite().all() for parameter in hmm.parameters())
+
+
+def test_hmm_samples_follow_the_transitions():
+    hmm = HMM(states=3, pixel_means=torch.full((1, 4, 2), 0.5))
+    with torch.no_grad():
+        hmm.initial.copy_(torch.tensor([20.0, 0, 0]))
+        hmm.transition.copy_(20 * torch.eye(3).roll(1, 1))  # 0 -> 1 -> 2 -> 0
+    assert torch.allclose(hmm.sample(5), hmm.emission[[0, 1, 2, 0]].sigmoid().expand(5, 1, 4, 2))
