@@ -27,9 +27,9 @@ from measures.classifier import classification_measures, draw_confusion, draw_fi
 from measures.generator import measure_images, nearest_images, print_measures
 from measures.judge import load_judge
 from measures.likelihood import draw_pictures, draw_states, likelihood_measures, print_likelihood
+from measures.samples import NOISE_SEED, draw_samples, draw_walks
 from models import GANS, build_classifier, build_likelihood_model
 from models.cgan import ConditionalGenerator
-from models.gan import draw_noise
 
 
 def get_args_parser():
@@ -84,8 +84,7 @@ def classify_photos(model, paths, device, black):
             unread += 1
             continue
         photo = Batches(image, torch.zeros(1, dtype=torch.int64), 1, device, black=black, shuffle=False)
-        logits, _ = utils.predict(model, photo)
-        probabilities = logits.softmax(1)[0]
+        probabilities = utils.predict(model, photo)[0].softmax(1)[0]
         print(f"{path}: {probabilities.argmax()}")
         print("  " + "  ".join(f"{digit}: {value:.1%}" for digit, value in enumerate(probabilities.tolist())))
     return unread
@@ -94,8 +93,7 @@ def classify_photos(model, paths, device, black):
 def evaluate_classifier(model, options, args, device, folder):
     images, labels = load(options["dataset"], args.data_dir or options["data_dir"], train=False)
     batches = Batches(images, labels, args.batch_size, device, black=options["black"], shuffle=False)
-    logits, _ = utils.predict(model, batches)
-    logits = logits.cpu()
+    logits = utils.predict(model, batches)[0].cpu()
     metrics = classification_measures(logits, labels)
     print_report(metrics)
     save_figure(draw_confusion(metrics["confusion_matrix"]), folder / "confusion_matrix.png")
@@ -113,33 +111,6 @@ def save_figure(figure, path):
 # Generators -----------------------------------------------------------------------------------------------------------
 
 
-NOISE_SEED = 2**32  # plus --seed: training never draws these numbers, so what chose best.pt is not what is scored
-
-
-def evaluation_noise(n, options, args):
-    """Noise z [n, 100] for a GAN's generator."""
-    return draw_noise(n, options["noise"], "cpu", torch.Generator().manual_seed(NOISE_SEED + args.seed))
-
-
-def draw(network, *inputs):
-    """Images [N, 1, 28, 28] on the CPU, from noise z [N, 100] and, of a conditional generator, labels [N]."""
-    device = next(network.parameters()).device
-    blocks = zip(*(tensor.split(1000) for tensor in inputs))
-    with torch.no_grad():
-        return torch.cat([network(*(part.to(device) for part in block)).cpu() for block in blocks])
-
-
-def draw_samples(network, labels, options, args, device):
-    """A sample for each label [N], images on the CPU, and the labels and the noise if the model uses them."""
-    if options["script"] == "train_likelihood.py":
-        generator = torch.Generator(device).manual_seed(NOISE_SEED + args.seed)
-        return torch.cat([network.sample(len(part), generator).cpu() for part in labels.split(1000)]), None, None
-    z = evaluation_noise(len(labels), options, args)
-    if options["script"] == "train_gan.py":
-        return draw(network, z), None, z
-    return draw(network, z, labels), labels, z
-
-
 def save_grid(images, path, columns):
     pictures.save_grid(images, path, columns)
     print(f"wrote {path}")
@@ -150,13 +121,13 @@ def suffix(args):
     return f"{'' if args.digit is None else f'-digit{args.digit}'}-seed{args.seed}"
 
 
-def write_samples(network, options, args, device, folder):
+def write_samples(network, options, args, folder):
     """--samples: a grid of them, and their raw values, with noise and labels if they have any, as .npz."""
     import numpy as np
 
     n = args.samples
     labels = torch.arange(n) * 10 // n if args.digit is None else torch.full((n,), args.digit)
-    images, labels, z = draw_samples(network, labels, options, args, device)
+    images, labels, z = draw_samples(network, labels, options, args.seed)
     path = folder / f"samples-{n}{suffix(args)}.png"
     shown = images[:: -(-len(images) // 2500)]
     save_grid(shown, path, columns=math.ceil(len(shown) ** 0.5))
@@ -167,18 +138,9 @@ def write_samples(network, options, args, device, folder):
     print(f"wrote {path.with_suffix('.npz')}: images {list(images[:, 0].shape)}, pixels from 0 to 1")
 
 
-def draw_walks(generator, options, args, folder):
-    """Images along straight lines through the noise and, of a conditional generator, the same z as all ten digits."""
-    conditional = options["script"] == "train_cgan.py"
-    starts, ends = evaluation_noise(20, options, args).chunk(2)
-    steps = torch.linspace(0, 1, 10).view(1, 10, 1)
-    z = starts[:, None].lerp(ends[:, None], steps).flatten(0, 1)  # ten lines of ten points each
-    digits = torch.arange(10)
-    rows = digits.repeat_interleave(10) if args.digit is None else torch.full((100,), args.digit)
-    save_grid(draw(generator, z, *[rows] * conditional), folder / f"interpolation{suffix(args)}.png", 10)
-    if conditional and args.digit is None:
-        images = draw(generator, starts.repeat_interleave(10, dim=0), digits.repeat(10))
-        save_grid(images, folder / f"same_noise{suffix(args)}.png", columns=10)
+def save_walks(network, options, args, folder):
+    for name, images in draw_walks(network, options, args.seed, args.digit).items():
+        save_grid(images, folder / f"{name}{suffix(args)}.png", columns=10)
 
 
 def evaluate_generator(network, options, args, device, folder):
@@ -187,9 +149,8 @@ def evaluate_generator(network, options, args, device, folder):
     test_images, test_labels = load(dataset, args.data_dir or options["data_dir"], train=False)
     if options["script"] == "train_likelihood.py":
         likelihood = evaluate_likelihood(network, test_images, args, device, folder)
-    else:
-        draw_walks(network, options, args, folder)
-    samples, labels, _ = draw_samples(network, torch.arange(10_000) % 10, options, args, device)
+    save_walks(network, options, args, folder)
+    samples, labels, _ = draw_samples(network, torch.arange(10_000) % 10, options, args.seed)
     save_grid(samples[:100], folder / "samples.png", columns=10)
     pairs = torch.cat([samples[:20], nearest_images(samples[:20], train_images)])
     save_grid(pairs, folder / "nearest_training_images.png", columns=20)
@@ -244,9 +205,8 @@ def main(argv=None):
     folder = (run if run.is_dir() else run.parent) / "evaluation"
     make_folder(folder, exist_ok=True)
     if args.samples is not None:
-        write_samples(network, options, args, device, folder)
-        if script != "train_likelihood.py":
-            draw_walks(network, options, args, folder)
+        write_samples(network, options, args, folder)
+        save_walks(network, options, args, folder)
         return
     evaluate = evaluate_classifier if script == "train_classifier.py" else evaluate_generator
     metrics = {

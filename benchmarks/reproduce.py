@@ -57,6 +57,8 @@ ROWS = {
     "cgan-best": ("train_cgan.py --recipe best --amp", ""),
     "cgan-best-no-mismatched": ("train_cgan.py --recipe best --amp --mismatched 0", ""),
     "cgan-paper": ("train_cgan.py --recipe paper --epochs 45 --amp", "Parzen 132 ± 1.8 (Mirza & Osindero 2014)"),
+    "rnn-lecture": ("train_likelihood.py --model rnn", ""),
+    "hmm-lecture": ("train_likelihood.py --model hmm", ""),
 }
 
 # name -> flags that shorten the row for --quick, and what is compared.
@@ -74,6 +76,11 @@ KEPT = {
     "cnn-best": {
         "evaluation/mistakes.png": "assets/mistakes.png",
         "evaluation/confusion_matrix.png": "assets/confusion.png",
+    },
+    "rnn-lecture": {"evaluation/samples.png": "assets/rnn-lecture.png"},
+    "hmm-lecture": {
+        "evaluation/samples.png": "assets/hmm-lecture.png",
+        "evaluation/states.png": "assets/hmm-states.png",
     },
     "gan-lecture": {"samples/epoch-0025.png": "assets/gan-lecture.png"},
     "cgan-lecture": {"samples/epoch-0025.png": "assets/cgan-lecture.png"},

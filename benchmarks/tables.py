@@ -6,6 +6,7 @@ python benchmarks/tables.py
 import argparse
 import json
 import re
+import statistics
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ SLIDES = [
     ("Code snippet: Discriminator", "models/gan.py", "class Discriminator("),
     ("Code snippet: Maxout", "models/maxout.py", "class Maxout("),
     ("What is cGAN?", "train_cgan.py", "fakes = generator("),
+    ("Various generative models: HMM, RBM, VAE, RNN", "train_likelihood.py", "loss = model.loss(images)"),
     ("CPU vs. GPU", "engine/device.py", "def pick_device("),
     ("Activation functions", "models/__init__.py", "ACTIVATIONS = {"),
     ("Loss functions", "train_classifier.py", "LOSSES = {"),
@@ -84,11 +86,33 @@ def accuracy(row: dict[str, Any]) -> str:
 
 def generators_table() -> str:
     rows = {name: row["seeds"][0] for name, row in read("results.json").items() if "seeds" in row}
+    rows = {name: row for name, row in rows.items() if "kind" not in row}
     real = real_images(rows)
     lines = [generator_line(name, str(row["epochs"]), row, row["real"]) for name, row in rows.items()]
     header = ["name", "epochs", "Parzen (sigma)", "FID", "KID", "precision", "recall", "density", "coverage"]
     header += ["rarest to most frequent digit", "KL", "conditional accuracy", "class coverage, share of real"]
     return table(header, [*lines, generator_line("real training images", "", real, real)])
+
+
+def likelihood_table() -> str:
+    """Each model with a likelihood: mean and standard deviation over its seeds of every measure."""
+    rows = {name: row for name, row in read("results.json").items() if "kind" in row.get("seeds", [{}])[0]}
+    header = ["name", "command", "epochs", "seeds", "likelihood", "nats per image", "Parzen", "FID"]
+    header += ["precision", "recall", "density", "coverage"]
+    lines = []
+    for name, row in rows.items():
+        seeds = row["seeds"]
+        cells = [name, f"`{row['command']}`", str(row["epochs_trained"][0]), str(len(seeds)), seeds[0]["kind"]]
+        nats = [{**seed, "nats": -seed["log_likelihood"]} for seed in seeds]
+        cells += [mean_sd(nats, "nats", 2), mean_sd(seeds, "parzen_log_likelihood", 1), mean_sd(seeds, "fid", 4)]
+        lines.append([*cells, *(mean_sd(seeds, key, 3) for key in ("precision", "recall", "density", "coverage"))])
+    return table(header, lines)
+
+
+def mean_sd(seeds: list[dict[str, Any]], key: str, digits: int) -> str:
+    values = [seed[key] for seed in seeds]
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
 def real_images(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -247,7 +271,11 @@ def slides_table() -> str:
 # page -> section, between `<!-- NAME -->` and `<!-- /NAME -->` -> what makes it
 PAGES = {
     ROOT / "README.md": {"slides": slides_table, "best": best_table, "pace": race_sentence},
-    ROOT / "docs" / "results.md": {"results": results_table, "generators": generators_table},
+    ROOT / "docs" / "results.md": {
+        "results": results_table,
+        "generators": generators_table,
+        "likelihood": likelihood_table,
+    },
     ROOT / "docs" / "speed.md": {"race": lambda: race_table("cpu"), "speed": lambda: speed_table("cpu")},
     ROOT / "docs" / "gpus.md": {"gpu": gpu_section},
 }

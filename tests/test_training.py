@@ -292,6 +292,21 @@ def test_a_flag_beats_the_recipe_and_is_shown(tmp_path, capsys):
     assert config["options"]["weight_decay"] == 0.05
 
 
+@pytest.mark.parametrize(
+    ("flags", "code", "parts"),
+    [
+        (["--model", "nope"], 2, ["--model", "nope", "vae"]),
+        (["--importance-samples", "0"], 2, ["--importance-samples", "at least 1"]),
+        ([*DIGITS, "--model", "hmm", "--hidden", "5"], 1, ["hmm", "--hidden"]),
+        ([*DIGITS, "--model", "rnn", "--recipe", "paper"], 1, ["--recipe paper", "rnn"]),
+    ],
+)
+def test_bad_flags_of_a_likelihood_model_get_one_line_and_leave_nothing(tmp_path, flags, code, parts):
+    _, errors = run("train_likelihood.py", *flags, cwd=tmp_path, code=code)
+    assert_one_line(errors, *parts)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("model", ["mlp", "cnn", "maxout"])
 @pytest.mark.parametrize("recipe", ["lecture", "best", "paper"])
 def test_every_recipe_runs_on_every_model(model, recipe):

@@ -1,0 +1,57 @@
+"""Samples of a trained generative model, from random numbers that training never draws."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from models.gan import draw_noise
+
+NOISE_SEED = 2**32  # plus --seed. Training uses seeds below, so what chose best.pt is not what is scored
+
+
+def evaluation_noise(n: int, options: dict[str, Any], seed: int) -> torch.Tensor:
+    """Noise z [n, 100] for a GAN's generator. options: of its run."""
+    return draw_noise(n, options["noise"], "cpu", torch.Generator().manual_seed(NOISE_SEED + seed))
+
+
+@torch.no_grad()
+def draw(network: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
+    """Images [N, 1, 28, 28] on the CPU, from noise z [N, 100] and, for a conditional generator, labels [N]."""
+    device = next(network.parameters()).device
+    blocks = zip(*(tensor.split(1000) for tensor in inputs))
+    return torch.cat([network(*(part.to(device) for part in block)).cpu() for block in blocks])
+
+
+def draw_samples(
+    network: nn.Module, labels: torch.Tensor, options: dict[str, Any], seed: int
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """A sample for each label [N], images on the CPU, and the labels and the noise if the model uses them."""
+    if options["script"] == "train_likelihood.py":
+        device = next(network.parameters()).device
+        generator = torch.Generator(device).manual_seed(NOISE_SEED + seed)
+        return torch.cat([network.sample(len(part), generator).cpu() for part in labels.split(1000)]), None, None
+    z = evaluation_noise(len(labels), options, seed)
+    if options["script"] == "train_gan.py":
+        return draw(network, z), None, z
+    return draw(network, z, labels), labels, z
+
+
+def draw_walks(network: nn.Module, options: dict[str, Any], seed: int, digit: int | None) -> dict[str, torch.Tensor]:
+    """Name -> 100 images of a GAN: along straight lines through the noise, and the same z as all ten digits.
+
+    A conditional generator draws a line for each digit, or all lines as `digit`. {} for other models.
+    """
+    if options["script"] == "train_likelihood.py":
+        return {}
+    starts, ends = evaluation_noise(20, options, seed).chunk(2)
+    steps = torch.linspace(0, 1, 10).view(1, 10, 1)
+    z = starts[:, None].lerp(ends[:, None], steps).flatten(0, 1)  # ten lines of ten points each
+    if options["script"] == "train_gan.py":
+        return {"interpolation": draw(network, z)}
+    digits = torch.arange(10)
+    rows = digits.repeat_interleave(10) if digit is None else torch.full((100,), digit)
+    walks = {"interpolation": draw(network, z, rows)}
+    if digit is None:
+        walks["same_noise"] = draw(network, starts.repeat_interleave(10, dim=0), digits.repeat(10))
+    return walks
