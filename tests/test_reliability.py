@@ -27,6 +27,7 @@ def test_a_signal_anywhere_saves_and_says_how_to_resume(tmp_path):
     assert "| 143 |" in table
 
 
+@pytest.mark.slow
 def test_the_loss_of_any_saved_part_is_noticed(tmp_path):
     """The control of the tests above."""
     table = reliability("dropped", cwd=tmp_path)
