@@ -70,7 +70,7 @@ def get_args_parser():
     add("--label-smoothing", type=number(float, 0, 1), default=0.0, help="share of the target spread over all classes")
     add("--max-norm", type=number(float, 0), help="largest norm of a linear unit's incoming weights (None: no limit)")
     add("--schedule", choices=["constant", "cosine", "maxout"], default="constant", help="learning rate over time")
-    add("--augment", action=on_off, default=False, help="distort each training image anew in every epoch")
+    add("--augment", action=on_off, default=False, help="distort each training image differently in every epoch")
     add("--second-stage", metavar="RUN", help="train on from RUN's best epoch, with its validation split too")
     add("--patience", type=number(int, 1), help="stop after this many epochs without a better validation accuracy")
     return parser
@@ -132,7 +132,7 @@ def begin_second_stage(args, state, network, batches, first_batches):
     """Load RUN's best epoch, and return its loss on the images that it was trained on.
 
     Goodfellow et al. 2013, section 5.1: the second stage trains on all images, and ends when the loss on the former
-    validation split is as low. Its schedule begins anew from the learning rate and momentum that RUN had reached.
+    validation split is as low. Its schedule starts from the learning rate and momentum that RUN had reached.
     """
     first = load_checkpoint(Path(args.second_stage) / "best.pt")
     if args.schedule == "cosine":

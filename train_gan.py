@@ -70,7 +70,6 @@ def build(args, device, batches):
         loss_g.backward()
         optimizer_g.step()
         discriminator.requires_grad_(True)
-
         if args.simultaneous:
             optimizer_d.step()
         d_x, d_g_z = (logits.detach().sigmoid().mean() for logits in (real, fake))

@@ -7,7 +7,7 @@ python benchmarks/speed.py --data-dir data --profile    # where the time of our 
 
 Same networks, batch size and data. Each loop runs in a process of its own; they take turns, so that a noisy machine
 slows all alike, and the ratio of each turn counts. Beside them stands the least that a step could take on this machine:
-its matrix products at the rate of a product of two 1024 x 1024 matrices, and the optimiser's reads and writes at the
+its matrix products at the rate of a product of two 1024 x 1024 matrices, and the optimizer's reads and writes at the
 rate of a copy. Writes speed-DEVICE.json and its chart, or profile-DEVICE.txt, into benchmarks/results/.
 """
 
@@ -185,7 +185,7 @@ def ours(case, device, flags, data_dir, folder, steps):
 
 
 def bytes_moved(optimizer):
-    """Bytes that one update reads and writes: weights, gradients, and the optimiser's own tensors of their size."""
+    """Bytes that one update reads and writes: weights, gradients, and the optimizer's own tensors of their size."""
     own = {torch.optim.Adam: 2, torch.optim.AdamW: 2, torch.optim.SGD: 1}[type(optimizer)]
     weights = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
     return 4 * weights * (2 * (1 + own) + 1)
