@@ -86,11 +86,7 @@ def build(args, device, batches):
     if args.amp:
         model = model.to(memory_format=torch.channels_last)  # in which bfloat16 convolutions are faster
     optimizer = optim.build_optimizer(args, model.parameters())
-    state = {"model": model, "optimizer": optimizer}
-    if schedule := optim.build_schedule(args, optimizer, len(batches)):
-        state["schedule"] = schedule
-    if args.ema is not None:
-        state["ema"] = optim.EMA(model, args.ema)
+    state = optim.training_state(args, model, optimizer, len(batches))
     loss_of = LOSSES[args.loss]
     targets = target_probabilities(args, device)
 

@@ -94,6 +94,18 @@ class EMA:
         self.updates.copy_(state["updates"])
 
 
+def training_state(
+    args: argparse.Namespace, model: nn.Module, optimizer: Optimizer, epoch_length: int
+) -> dict[str, Any]:
+    """What training one network saves: the network, its optimizer, and a schedule and an EMA if the options ask."""
+    state: dict[str, Any] = {"model": model, "optimizer": optimizer}
+    if schedule := build_schedule(args, optimizer, epoch_length):
+        state["schedule"] = schedule
+    if args.ema is not None:
+        state["ema"] = EMA(model, args.ema)
+    return state
+
+
 def adversarial_state(
     args: argparse.Namespace, generator: nn.Module, discriminator: nn.Module, epoch_length: int, decay: float
 ) -> dict[str, Any]:

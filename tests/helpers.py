@@ -60,6 +60,15 @@ def load(path):
     return torch.load(path, weights_only=True)
 
 
+def tensors(state, name=""):
+    """Yield (name, tensor) for every tensor in nested dicts."""
+    if isinstance(state, torch.Tensor):
+        yield name, state
+    elif isinstance(state, dict):
+        for key, value in state.items():
+            yield from tensors(value, f"{name}.{key}")
+
+
 def same(a, b):
     """Whether two checkpoints hold equal tensors and values."""
     if isinstance(a, torch.Tensor):

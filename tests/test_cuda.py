@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from helpers import DIGITS, ROOT, load, run
+from helpers import DIGITS, ROOT, load, run, tensors
 from test_loop import Position, start, ten_images
 
 import evaluate
@@ -53,14 +53,6 @@ def replays(monkeypatch):
 
 def metrics(folder):
     return [float(value) for row in csv.DictReader((folder / "metrics.csv").open()) for value in row.values() if value]
-
-
-def tensors(state, name=""):
-    if isinstance(state, torch.Tensor):
-        yield name, state
-    elif isinstance(state, dict):
-        for key, value in state.items():
-            yield from tensors(value, f"{name}.{key}")
 
 
 def assert_close(a, b, rtol, atol):

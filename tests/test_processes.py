@@ -13,7 +13,7 @@ from functools import partial
 import helpers
 import pytest
 import torch
-from helpers import DIGITS, ROOT, load
+from helpers import DIGITS, ROOT, load, tensors
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="kills processes with POSIX signals")
 
@@ -196,14 +196,6 @@ def test_a_last_batch_that_is_left_out_is_in_no_report(tmp_path):
     flags = [*DIGITS, "--model", "mlp", "--batch-size", "4", "--log-interval", "1", "--output-dir", "run"]
     run(2, ROOT / "train_classifier.py", *flags, "--epochs", "1", cwd=tmp_path)
     assert len(load(tmp_path / "run" / "checkpoint.pt")["curve"]) == 359
-
-
-def tensors(state, name=""):
-    if isinstance(state, torch.Tensor):
-        yield name, state
-    elif isinstance(state, dict):
-        for key, value in state.items():
-            yield from tensors(value, f"{name}.{key}")
 
 
 def assert_close(a, b):
