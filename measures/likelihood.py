@@ -90,15 +90,15 @@ def draw_states(model: nn.Module, images: torch.Tensor) -> "Figure":
     for row in rows:
         visits[:, row] += paths[:, row].bincount(minlength=len(visits))
     usual = (visits * rows).sum(1) / visits.sum(1).clamp(min=1)
-    figure = Figure(figsize=(14, 4), layout="constrained")
+    figure = Figure(figsize=(12, 7.5), layout="constrained")
     figure.suptitle("images, and the states that wrote their rows; the colour says where a state is usually visited")
     for place in range(10):
-        axis = figure.add_subplot(1, 10, place + 1)
+        axis = figure.add_subplot(2, 5, place + 1)
         axis.imshow(images[place, 0].cpu().numpy(), cmap="gray", extent=(0, 28, 28, 0))
         strip = usual[paths[place]].view(-1, 1)
         axis.imshow(strip.numpy(), cmap="turbo", vmin=0, vmax=27, extent=(29, 37, 28, 0))
         for row, state in enumerate(paths[place].tolist()):
-            axis.text(33, row + 0.5, str(state), fontsize=3, ha="center", va="center")
+            axis.text(33, row + 0.5, str(state), fontsize=5, ha="center", va="center")
         axis.set(xlim=(0, 37), ylim=(28, 0))
         axis.axis("off")
     return figure
