@@ -90,7 +90,7 @@ def draw_states(model: nn.Module, images: torch.Tensor) -> "Figure":
     for row in rows:
         visits[:, row] += paths[:, row].bincount(minlength=len(visits))
     usual = (visits * rows).sum(1) / visits.sum(1).clamp(min=1)
-    figure = Figure(figsize=(12, 7.5), layout="constrained")
+    figure = Figure(figsize=(12, 4.6), layout="constrained")
     figure.suptitle("images, and the states that wrote their rows; the colour says where a state is usually visited")
     for place in range(10):
         axis = figure.add_subplot(2, 5, place + 1)
