@@ -3,7 +3,7 @@
 import torch
 
 from datasets.augment import distort
-from datasets.batches import Batches, require_images
+from datasets.batches import Batches
 from datasets.binarise import binarise
 from datasets.digits import load_digits
 from datasets.mnist import FOLDERS, DataError, load_mnist
@@ -32,7 +32,6 @@ Images = tuple[torch.Tensor, torch.Tensor]  # uint8 [N, 1, 28, 28], and int64 la
 def load(name: str, data_dir: str, train: bool = True) -> Images:
     """Training or test part of a data set. Raises DataError."""
     images, labels = load_digits(train) if name == "digits" else load_mnist(name, data_dir, train)
-    require_images(images, labels)
     if labels.min() < 0 or labels.max() >= CLASSES:
         found = f"labels from {labels.min()} to {labels.max()}"
         raise DataError(f"the data set {name} has {found}; they must be from 0 to {CLASSES - 1}")
