@@ -10,6 +10,7 @@ import io
 import json
 import math
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -150,7 +151,9 @@ def evaluate_generator(network, options, args, device, folder):
     if options["script"] == "train_likelihood.py":
         likelihood = evaluate_likelihood(network, test_images, args, device, folder)
     save_walks(network, options, args, folder)
+    started = time.monotonic()
     samples, labels, _ = draw_samples(network, torch.arange(10_000) % 10, options, args.seed)
+    sampling_seconds = time.monotonic() - started
     save_grid(samples[:100], folder / "samples.png", columns=10)
     pairs = torch.cat([samples[:20], nearest_images(samples[:20], train_images)])
     save_grid(pairs, folder / "nearest_training_images.png", columns=20)
@@ -160,6 +163,8 @@ def evaluate_generator(network, options, args, device, folder):
     judge = load_judge(device)
     real_images, real_labels = train_images[:cut][:10_000] / 255, train_labels[:cut][:10_000]
     metrics = {
+        "parameters": sum(parameter.numel() for parameter in network.parameters()),
+        "sampling_seconds": sampling_seconds,
         **likelihood,
         **measure_images(samples, labels, judge, reference),
         "real": measure_images(real_images, None if labels is None else real_labels, judge, reference),

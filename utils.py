@@ -81,10 +81,9 @@ def train(
             if run.epoch == run.batch == 0:
                 run.save()
             while not finished():
-                started = time.monotonic()
                 train_epoch(run, step, batches, signals)
                 end_epoch(run, validate, score, draw)
-                print_row(run.history[-1], epochs, time.monotonic() - started)
+                print_row(run.history[-1], epochs, run.seconds[-2])
                 if after_epoch and rank() == 0:
                     after_epoch(run.history[-1])
                 signal, _ = sync_flags(signals, due=True)

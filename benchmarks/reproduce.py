@@ -8,6 +8,7 @@ If it was interrupted, the same command resumes it. With --jobs 2, two seeds tra
 """
 
 import argparse
+import csv
 import json
 import os
 import shutil
@@ -57,8 +58,24 @@ ROWS = {
     "cgan-best": ("train_cgan.py --recipe best --amp", ""),
     "cgan-best-no-mismatched": ("train_cgan.py --recipe best --amp --mismatched 0", ""),
     "cgan-paper": ("train_cgan.py --recipe paper --epochs 45 --amp", "Parzen 132 ± 1.8 (Mirza & Osindero 2014)"),
+    "vae-lecture": ("train_likelihood.py --model vae", ""),
+    "rbm-lecture": ("train_likelihood.py --model rbm", ""),
     "rnn-lecture": ("train_likelihood.py --model rnn", ""),
     "hmm-lecture": ("train_likelihood.py --model hmm", ""),
+    "hmm-64": ("train_likelihood.py --model hmm --states 64", ""),
+    "hmm-128": ("train_likelihood.py --model hmm --states 128", ""),
+    "hmm-512": ("train_likelihood.py --model hmm --states 512", ""),
+    "vae-best": ("train_likelihood.py --model vae --recipe best", "86.76 nats (Burda et al. 2015)"),
+    "vae-best-k5": (
+        "train_likelihood.py --model vae --recipe best --importance-samples 5",
+        "85.54 nats (Burda et al. 2015)",
+    ),
+    "vae-best-k50": (
+        "train_likelihood.py --model vae --recipe best --importance-samples 50",
+        "84.78 nats (Burda et al. 2015)",
+    ),
+    "rbm-best": ("train_likelihood.py --model rbm --recipe best", "86.34 nats (Salakhutdinov & Murray 2008)"),
+    "rnn-best": ("train_likelihood.py --model rnn --recipe best --amp", "79.20 nats (PixelRNN, 2016)"),
 }
 
 # name -> flags that shorten the row for --quick, and what is compared.
@@ -76,6 +93,14 @@ KEPT = {
     "cnn-best": {
         "evaluation/mistakes.png": "assets/mistakes.png",
         "evaluation/confusion_matrix.png": "assets/confusion.png",
+    },
+    "vae-lecture": {
+        "evaluation/samples.png": "assets/vae-lecture.png",
+        "evaluation/latent_walk.png": "assets/vae-latent-walk.png",
+    },
+    "rbm-lecture": {
+        "evaluation/samples.png": "assets/rbm-lecture.png",
+        "evaluation/gibbs_chains.png": "assets/rbm-gibbs-chains.png",
     },
     "rnn-lecture": {"evaluation/samples.png": "assets/rnn-lecture.png"},
     "hmm-lecture": {
@@ -134,20 +159,21 @@ def run_row(name, args):
             metrics = [job.result() for job in jobs]
         finally:  # if one has failed, no more are begun
             pool.shutdown(cancel_futures=True)
-    epochs = [len((folder / "metrics.csv").read_text().splitlines()) - 1 for folder in folders]
-    record(name, metrics, epochs, json.loads((folders[0] / "config.json").read_text()))
+    seconds = [[float(row["seconds"]) for row in csv.DictReader(open(folder / "seconds.csv"))] for folder in folders]
+    record(name, metrics, seconds, json.loads((folders[0] / "config.json").read_text()))
     for source, target in KEPT.get(name, {}).items():
         shutil.copy(folders[0] / source, ROOT / target)
 
 
-def record(name, metrics, epochs, config):
-    """Put the row into results.json; metrics: the metrics.json of each seed, from 0; epochs: that each one trained."""
+def record(name, metrics, seconds, config):
+    """Put the row into results.json. metrics: the metrics.json of each seed, from 0; seconds: that each epoch took."""
     command, published = ROWS[name]
     row = {
         "command": f"python {command}",
         "published": published,
         "options": {key: value for key, value in config["options"].items() if key not in PATHS},
-        "epochs_trained": epochs,
+        "epochs_trained": [len(epochs) for epochs in seconds],
+        "training_seconds": [round(sum(epochs)) for epochs in seconds],
         "epochs_evaluated": [seed["epochs"] for seed in metrics],  # best.pt's, if images are held out
     }
     if "test_accuracy" in metrics[0]:

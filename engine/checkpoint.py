@@ -20,7 +20,7 @@ from engine.errors import UserError
 
 DIGEST_SIZE = hashlib.sha256().digest_size
 POSITION = ("epoch", "batch", "history", "curve")  # where the training is: attributes of engine.run.Run
-KEYS = {"options", "classes", "code", "state", "ranks", *POSITION}
+KEYS = {"options", "classes", "code", "state", "ranks", "seconds", *POSITION}
 
 
 def seal(archive: bytes) -> bytes:

@@ -41,7 +41,7 @@ def run_script(main: Callable[[], object]) -> None:
             fail(f"--compile failed ({str(error).splitlines()[0]}); leave it out, or install what it needs")
         if not is_out_of_memory(error):
             raise
-        fail("out of memory; start a new run with a smaller --batch-size")
+        fail("out of memory; start again with a smaller --batch-size")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

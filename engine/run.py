@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ class Run:
         self.args, self.state = args, state
         self.epoch, self.batch = 0, 0  # done: whole epochs, and batches of the current one
         self.history, self.curve = [], []  # a row of metrics per epoch, and one per report
+        self.seconds, self.counted = [0.0], time.monotonic()  # of training, per epoch; counted until when
         self.meter = None  # sums of the current epoch's metrics; utils.train sets it
         self.share = 1.0  # of the batch that this rank computes
         for optimizer in self.optimizers():
@@ -69,6 +71,7 @@ class Run:
         ranks = all_gather({"random": random_state(), "meter": meter})
         if rank() > 0:
             return
+        self.count_seconds()
         state = {key: state_of(item) for key, item in self.state.items()}
         self.require_finite({key: largest(value) for key, value in state.items()})
         checkpoint = {
@@ -77,6 +80,7 @@ class Run:
             "code": code_fingerprint(self.args.script),
             "state": state,
             "ranks": ranks,
+            "seconds": self.seconds,
             **{key: getattr(self, key) for key in POSITION},
         }
         save_checkpoint(checkpoint, self.folder / name)
@@ -102,7 +106,7 @@ class Run:
             self.load_state(checkpoint)
             for key in POSITION:
                 setattr(self, key, checkpoint[key])
-            ranks = checkpoint["ranks"]
+            ranks, self.seconds = checkpoint["ranks"], checkpoint["seconds"]
             self.write_metrics()
         if len(ranks) == world_size():
             random, meters = ranks[rank()]["random"], [ranks[rank()]["meter"]]
@@ -112,6 +116,7 @@ class Run:
         if self.args.resume or world_size() > 1:  # several ranks draw different numbers
             set_random_state(random, self.args.seed + 1_000_003 * (1 + rank()) + self.epoch + self.batch)
         self.write_config()
+        self.counted = time.monotonic()
 
     def load_state(self, checkpoint: dict[str, Any]) -> None:
         for name, then in checkpoint["classes"].items():
@@ -128,6 +133,8 @@ class Run:
 
     def end_epoch(self, row: dict[str, float]) -> dict[str, float]:
         """Close the current epoch: `row`, its metrics, becomes a row of the history, which is returned."""
+        self.count_seconds()
+        self.seconds.append(0.0)
         self.epoch, self.batch = self.epoch + 1, 0
         self.require_finite(row)
         self.history.append({"epoch": self.epoch, **row})
@@ -140,15 +147,29 @@ class Run:
             raise UserError(f"no epoch has the metric {score}, which chooses the best one; validate() must return it")
         return max(rows, key=lambda row: row[score])["epoch"]
 
+    def count_seconds(self) -> None:
+        """Add the time since the last call to the current epoch's seconds, which a resumed run continues."""
+        now = time.monotonic()
+        self.seconds[-1] += now - self.counted
+        self.counted = now
+
     def write_metrics(self) -> None:
-        """metrics.csv: a row per epoch. Metrics that came or went leave empty cells."""
+        """metrics.csv: a row per epoch; curve.csv: a row per report; seconds.csv: the time that each epoch took."""
+        if not self.history:
+            return
+        self.write_csv("metrics.csv", self.history)
+        self.write_csv("curve.csv", self.curve)
+        seconds = [{"epoch": i + 1, "seconds": f"{self.seconds[i]:.2f}"} for i in range(self.epoch)]
+        self.write_csv("seconds.csv", seconds)
+
+    def write_csv(self, name: str, rows: list[dict[str, Any]]) -> None:
+        """Metrics that came or went leave empty cells."""
         text = io.StringIO()
-        names = dict.fromkeys(name for row in self.history for name in row)
+        names = dict.fromkeys(name for row in rows for name in row)
         writer = csv.DictWriter(text, fieldnames=names, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(self.history)
-        if self.history:
-            write_atomically(self.folder / "metrics.csv", text.getvalue().encode())
+        writer.writerows(rows)
+        write_atomically(self.folder / name, text.getvalue().encode())
 
     def write_config(self) -> None:
         """config.json: the options, and what is needed to trace a figure to its code and machine."""

@@ -6,10 +6,11 @@ import sys
 
 import pytest
 import torch
-from helpers import DIGITS, assert_one_line, run, train
+from helpers import DIGITS, PROCESSES, assert_one_line, run, train
 
 from datasets import Batches
 from engine.errors import UserError
+from models.vae import VAE
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits a process as Linux does")
 
@@ -118,3 +119,32 @@ def test_out_of_memory_names_the_batch_size_and_can_be_resumed(begun):
     assert_one_line(errors, "out of memory", "--batch-size")
     assert (begun / "checkpoint.pt").read_bytes() == before
     assert_resumes(begun)
+
+
+def little_memory():
+    """256 MiB more than this process has now."""
+    import resource
+
+    with open("/proc/self/statm") as file:
+        size = int(file.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + 2**28, size + 2**28))
+
+
+def test_a_bound_of_too_many_samples_is_one_line(tmp_path):
+    flags = ["--model", "vae", "--dataset", "digits", "--importance-samples", 10**6, "--output-dir", "run"]
+    _, errors = run("train_likelihood.py", *flags, cwd=tmp_path, code=1, before=little_memory)
+    assert_one_line(errors, "out of memory", "--batch-size")
+
+
+def score_with_little_memory(block):
+    little_memory()
+    images = torch.zeros(40, 1, 28, 28)
+    VAE(hidden=20, latent=5).log_likelihood(images, block=block)
+
+
+@pytest.mark.parametrize(("block", "code"), [(1000, 0), (10**6, 1)])
+def test_the_bound_of_five_thousand_samples_is_computed_in_blocks(block, code):
+    process = PROCESSES.Process(target=score_with_little_memory, args=(block,))
+    process.start()
+    process.join(60)
+    assert process.exitcode == code

@@ -57,7 +57,7 @@ def assert_same_run(a, b):
     """Weights, optimizer, schedule, EMA, random state, position, history; and the table, byte for byte."""
     for name in sorted({path.name for path in a.glob("*.pt")} - {"previous.pt"}):
         first, second = (load(folder / name) for folder in (a, b))
-        for key in first.keys() - {"options"}:  # save_interval may differ
+        for key in first.keys() - {"options", "seconds"}:  # save_interval may differ, and time does
             assert same(first[key], second[key]), key
     assert (a / "metrics.csv").read_bytes() == (b / "metrics.csv").read_bytes()
 
@@ -86,6 +86,8 @@ def test_killed_at_a_step_and_resumed_gives_the_same_run(undisturbed, tmp_path, 
     assert (checkpoint["epoch"], checkpoint["batch"]) == ((epoch, batch) if save_interval == 0 else (epoch, 0))
     run("train_classifier.py", "--resume", "run", cwd=tmp_path)
     assert_same_run(undisturbed, tmp_path / "run")
+    seconds = load(tmp_path / "run" / "checkpoint.pt")["seconds"]
+    assert seconds[epoch] > checkpoint["seconds"][epoch] >= 0  # the time before the kill counts too
 
 
 OTHERS = {
@@ -146,7 +148,7 @@ def test_the_large_networks_train_on_the_digits_too():
 def test_every_recipe_of_a_generator_writes_everything_in_a_dry_run(tmp_path, script, recipe):
     script.main([*DIGITS, "--recipe", recipe, "--dry-run", "--output-dir", "run"])
     expected = {".lock", "config.json", "metrics.csv", "curves.png", "checkpoint.pt", "previous.pt", "samples"}
-    expected |= {"samples.gif"}
+    expected |= {"samples.gif", "curve.csv", "seconds.csv"}
     validated = recipe == "paper"
     assert {path.name for path in (tmp_path / "run").iterdir()} == expected | ({"best.pt"} if validated else set())
     assert [path.name for path in (tmp_path / "run" / "samples").iterdir()] == ["epoch-0001.png"]
@@ -173,7 +175,8 @@ def interrupted(epoch):
 
 
 def test_run_folder_holds_what_is_promised(undisturbed):
-    names = {".lock", "config.json", "metrics.csv", "checkpoint.pt", "previous.pt", "best.pt", "curves.png"}
+    names = {".lock", "config.json", "metrics.csv", "curve.csv", "seconds.csv", "curves.png"}
+    names |= {"checkpoint.pt", "previous.pt", "best.pt"}
     assert {path.name for path in undisturbed.iterdir()} == names
     config = json.loads((undisturbed / "config.json").read_text())
     assert config["options"]["epochs"] == 3
