@@ -155,6 +155,7 @@ def evaluate_generator(network, options, args, device, folder):
     samples, labels, _ = draw_samples(network, torch.arange(10_000) % 10, options, args.seed)
     sampling_seconds = time.monotonic() - started
     save_grid(samples[:100], folder / "samples.png", columns=10)
+    save_grid(test_images[:100] / 255, folder / "real_images.png", columns=10)
     pairs = torch.cat([samples[:20], nearest_images(samples[:20], train_images)])
     save_grid(pairs, folder / "nearest_training_images.png", columns=20)
 

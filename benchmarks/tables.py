@@ -42,6 +42,23 @@ SLIDES = [
     ("Convolution arithmetic (o = i - k + 2p + 1, stride)", "models/cnn.py", "def conv_output_size("),
 ]
 
+# The slide "Various generative models": each family, its row of results.json and its samples.
+FAMILIES = {
+    "HMM": ("hmm-lecture", "assets/hmm-lecture.png"),
+    "RBM": ("rbm-lecture", "assets/rbm-lecture.png"),
+    "VAE": ("vae-lecture", "assets/vae-lecture.png"),
+    "RNN": ("rnn-lecture", "assets/rnn-lecture.png"),
+    "GAN": ("gan-best", "assets/gan-best.png"),
+}
+# What each family can do, in that order, and then what real images say of it.
+ABILITIES = {
+    "maximises": ["log p(x)", "log p(x), by contrastive divergence", "a lower bound on log p(x)", "log p(x)",
+                  "D's error", ""],
+    "scores an image": ["exactly", "up to log Z, estimated by AIS", "by a lower bound", "exactly", "no", ""],
+    "completes a half": ["no", "by Gibbs sampling", "no", "row by row", "no", ""],
+    "takes a label": ["no", "no", "no", "no", "as a conditional GAN", ""],
+}  # fmt: skip
+
 # The rows of results.json that the README shows, and what each one is.
 BEST = {
     "mlp-lecture": "the lecture's MLP, one epoch",
@@ -107,6 +124,30 @@ def likelihood_table() -> str:
         cells += [mean_sd(nats, "nats", 2), mean_sd(seeds, "parzen_log_likelihood", 1), mean_sd(seeds, "fid", 4)]
         lines.append([*cells, *(mean_sd(seeds, key, 3) for key in ("precision", "recall", "density", "coverage"))])
     return table(header, lines)
+
+
+def families_table() -> str:
+    """The slide's five families side by side, a column each below its samples; then real images."""
+    rows = {family: read("results.json")[name] for family, (name, _) in FAMILIES.items()}
+    seeds = [row["seeds"] for row in rows.values()]
+    real = [real_images({name: row["seeds"][0] for name, row in rows.items()})]
+    samples = [f"![Samples of the {name}]({picture})" for name, (_, picture) in FAMILIES.items()]
+    lines = [["samples", *samples, "![Real test images](assets/real.png)"]]
+    lines += [[what, *cells] for what, cells in ABILITIES.items()]
+    nats = [[{"nats": -seed["log_likelihood"]} for seed in row if "kind" in seed] for row in seeds]
+    lines.append(["nats per image", *(mean_sd(row, "nats", 2) if row else "" for row in nats), ""])
+    for what, key, digits in (
+        ("Parzen", "parzen_log_likelihood", 1),
+        ("FID", "fid", 4),
+        ("coverage", "coverage", 3),
+    ):
+        lines.append([what, *(mean_sd(row, key, digits) for row in [*seeds, real])])
+    lines.append(["parameters", *(f"{row[0]['parameters']:,}" for row in seeds), ""])
+    minutes = [statistics.mean(row["training_seconds"]) / 60 for row in rows.values()]
+    lines.append(["training, minutes", *(f"{value:.1f}" for value in minutes), ""])
+    seconds = [statistics.mean(seed["sampling_seconds"] for seed in row) for row in seeds]
+    lines.append(["10,000 samples, seconds", *(f"{value:.1f}" for value in seconds), ""])
+    return table(["", *FAMILIES, "real images"], lines)
 
 
 def mean_sd(seeds: list[dict[str, Any]], key: str, digits: int) -> str:
