@@ -67,11 +67,11 @@ ROWS = {
     "hmm-512": ("train_likelihood.py --model hmm --states 512", ""),
     "vae-best": ("train_likelihood.py --model vae --recipe best", "86.76 nats (Burda et al. 2015)"),
     "vae-best-k5": (
-        "train_likelihood.py --model vae --recipe best --importance-samples 5 --epochs 150",
+        "train_likelihood.py --model vae --recipe best --importance-samples 5 --epochs 150 --amp",
         "85.54 nats (Burda et al. 2015)",
     ),
     "vae-best-k50": (
-        "train_likelihood.py --model vae --recipe best --importance-samples 50 --epochs 60",
+        "train_likelihood.py --model vae --recipe best --importance-samples 50 --epochs 60 --amp",
         "84.78 nats (Burda et al. 2015)",
     ),
     "rbm-best": ("train_likelihood.py --model rbm --recipe best", "86.34 nats (Salakhutdinov & Murray 2008)"),
