@@ -1,16 +1,20 @@
-"""Train and evaluate what the README's table states, seed by seed, and write benchmarks/results/results.json.
+"""Train and evaluate several seeds of a published row, or of a command of your own.
 
 python benchmarks/reproduce.py --list
-python benchmarks/reproduce.py mlp-lecture --seeds 5 --data-dir data
-python benchmarks/reproduce.py --quick --data-dir data    # minutes: do short forms fall where they fell before?
+python benchmarks/reproduce.py mlp-lecture --seeds 5 --jobs 2
+python benchmarks/reproduce.py --command "train_classifier.py --model mlp --lr 1e-3" --seeds 5
+python benchmarks/reproduce.py --quick    # minutes: do short forms of some rows fall where they fell before?
 
-If it was interrupted, the same command resumes it. With --jobs 2, two seeds train side by side.
+If it was interrupted, the same command resumes it. With --jobs 2, two seeds train side by side, each on half of the
+cores; OMP_NUM_THREADS sets another number of threads for each. Only --record writes to benchmarks/results/ and assets/.
 """
 
-import argparse
 import csv
+import hashlib
 import json
 import os
+import re
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -22,8 +26,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from engine.checkpoint import has_checkpoint
+from compare import MEASURES, format_metric, mean_sd
+from engine import flags
+from engine.checkpoint import has_checkpoint, load_checkpoint
 from engine.errors import UserError, run_script
+from engine.provenance import warn_if_code_changed
 
 RESULTS = ROOT / "benchmarks" / "results" / "results.json"
 BANDS = ROOT / "benchmarks" / "results" / "quick.json"
@@ -106,6 +113,7 @@ KEPT = {
     "hmm-lecture": {
         "evaluation/samples.png": "assets/hmm-lecture.png",
         "evaluation/states.png": "assets/hmm-states.png",
+        "evaluation/real_images.png": "assets/real.png",
     },
     "gan-lecture": {"samples/epoch-0025.png": "assets/gan-lecture.png"},
     "cgan-lecture": {"samples/epoch-0025.png": "assets/cgan-lecture.png"},
@@ -113,6 +121,7 @@ KEPT = {
     "gan-best-large": {"curves.png": "assets/gan-best-large-curves.png"},
     "gan-best": {
         "samples.gif": "assets/gan-best.gif",
+        "evaluation/samples.png": "assets/gan-best.png",
         "evaluation/nearest_training_images.png": "assets/gan-best-neighbours.png",
     },
     "cgan-best": {
@@ -122,52 +131,122 @@ KEPT = {
 }
 
 
-def run_seed(command, seed, folder, data_dir, threads):
+OURS = {"--seed", "--data-dir", "--output-dir", "--resume", "--auto-resume"}  # flags that --command may not hold
+
+
+def run_seed(command, seed, folder, data_dir, jobs=1):
     """Train and evaluate one seed in `folder`, resuming what is there; returns its metrics.json."""
 
-    def call(script, *flags):
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        if subprocess.run([sys.executable, str(ROOT / script), *map(str, flags)], env=environment).returncode:
+    def call(script, *options):
+        environment = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // jobs)), **os.environ}
+        if subprocess.run([sys.executable, str(ROOT / script), *map(str, options)], env=environment).returncode:
             raise UserError(f"{script} stopped; fix what it says, then the same command resumes {folder}")
 
     metrics = folder / "evaluation" / "metrics.json"
-    script, *flags = [folder.with_name(f"{word}-{seed}") if word in ROWS else word for word in command.split()]
-    if not metrics.is_file():
+    script, *options = [folder.with_name(f"{word}-{seed}") if word in ROWS else word for word in shlex.split(command)]
+    if metrics.is_file():
+        print(f"{folder} is finished; delete it, or name another --output-dir, to train it again")
+        if has_checkpoint(folder):
+            warn_if_code_changed(load_checkpoint(folder), folder)
+    else:
         if has_checkpoint(folder):
             call(script, "--resume", folder, "--data-dir", data_dir)
         else:
             for path in (folder / "config.json", folder / "best.pt", *folder.glob("*.tmp")):  # of a run without one
                 path.unlink(missing_ok=True)
-            call(script, *flags, "--seed", seed, "--data-dir", data_dir, "--output-dir", folder)
+            call(script, *options, "--seed", seed, "--data-dir", data_dir, "--output-dir", folder)
         call("evaluate.py", folder, "--data-dir", data_dir)
     return json.loads(metrics.read_text())
 
 
-def run_row(name, args):
-    """Train and evaluate every seed of a row, after those of a row that it continues; put it into results.json."""
-    for word in ROWS[name][0].split():
+def run_seeds(name, command, args):
+    """Train and evaluate every seed, after those of a row that it continues; returns the folders and metrics.json."""
+    for word in shlex.split(command):
         if word in ROWS:
             run_row(word, args)
     folders = [Path(args.output_dir) / f"{name}-{seed}" for seed in range(args.seeds)]
-    threads = max(1, os.cpu_count() // args.jobs)
     with ThreadPoolExecutor(args.jobs) as pool:
         jobs = [
-            pool.submit(run_seed, ROWS[name][0], seed, folder, args.data_dir, threads)
+            pool.submit(run_seed, command, seed, folder, args.data_dir, args.jobs)
             for seed, folder in enumerate(folders)
         ]
         try:
-            metrics = [job.result() for job in jobs]
+            return folders, [job.result() for job in jobs]
         finally:  # if one has failed, no more are begun
             pool.shutdown(cancel_futures=True)
-    seconds = [[float(row["seconds"]) for row in csv.DictReader(open(folder / "seconds.csv"))] for folder in folders]
-    record(name, metrics, seconds, json.loads((folders[0] / "config.json").read_text()))
-    for source, target in KEPT.get(name, {}).items():
-        shutil.copy(folders[0] / source, ROOT / target)
 
 
-def record(name, metrics, seconds, config):
-    """Put the row into results.json. metrics: the metrics.json of each seed, from 0; seconds: that each epoch took."""
+def run_row(name, args):
+    """Run a row's seeds. With --record, put it into results.json and its pictures into assets/."""
     command, published = ROWS[name]
+    folders, metrics = run_seeds(name, command, args)
+    print_seeds(name, folders, metrics, read_results().get(name, {}))
+    if published:
+        print(f"  published: {published}")
+    if args.record:
+        record(name, metrics, [read_seconds(folder) for folder in folders], folders[0])
+
+
+def run_command(command, args):
+    """Run the seeds of a command that is no row."""
+    words = shlex.split(command)
+    words = words[1:] if words[:1] == ["python"] else words
+    if not words or not words[0].startswith("train_") or not (ROOT / words[0]).is_file():
+        raise UserError(f'--command {command!r} must begin with a training script, like "train_gan.py --recipe best"')
+    if ours := OURS & {word.split("=")[0] for word in words}:
+        raise UserError(f"--command must not hold {min(ours)}, which reproduce.py sets; see its --help")
+    name = folder_name(words)
+    folders, metrics = run_seeds(name, shlex.join(words), args)
+    print_seeds(name, folders, metrics, {})
+
+
+def folder_name(words):
+    """'train_gan.py --lr 1e-3 --amp' -> 'gan-lr=1e-3-amp': another command has another name."""
+    script, *words = [re.sub(r"[^\w.,+=-]", "%", word) for word in words]
+    name = script.removeprefix("train_").removesuffix(".py")
+    name += "".join(f"-{word[2:]}" if word.startswith("--") else f"={word}" for word in words)
+    return name if len(name) <= 120 else f"{name[:110]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+def print_seeds(name, folders, metrics, row):
+    """Print each measure's mean ± standard deviation beside that of `row` of results.json, and how to draw the runs."""
+    print(f"{name}, {len(folders)} seed{'s' * (len(folders) > 1)}")
+    for measure in MEASURES:
+        if measure in metrics[0]:
+            text = mean_sd(measure, [seed[measure] for seed in metrics])
+            print(f"  {measure} {text}{recorded(measure, row)}")
+    print(f"  seconds of training {mean_sd('seconds', [sum(read_seconds(folder)) for folder in folders])}")
+    print(f'  picture: python compare.py "{folders[0].with_name(name)}-[0-9]*"')
+
+
+def recorded(measure, row):
+    if measure == "test_accuracy" and "test_errors" in row:
+        seeds = row["test_errors"]
+        text = format_metric(measure, row["test_accuracy_mean"], row["test_accuracy_sd"] if len(seeds) > 1 else None)
+    elif measure in row.get("seeds", [{}])[0]:
+        text, seeds = mean_sd(measure, [seed[measure] for seed in row["seeds"]]), row["seeds"]
+    else:
+        return ""
+    return f", recorded {text} with {len(seeds)} seed{'s' * (len(seeds) > 1)}"
+
+
+def read_seconds(folder):
+    """The seconds of training that each epoch took."""
+    with open(folder / "seconds.csv") as file:
+        return [float(row["seconds"]) for row in csv.DictReader(file)]
+
+
+def read_results():
+    return json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+
+
+def record(name, metrics, seconds, folder):
+    """Put the row into results.json and what KEPT says of the first seed's `folder` into assets/.
+
+    metrics: the metrics.json of each seed, from 0; seconds: that each epoch of each seed took.
+    """
+    command, published = ROWS[name]
+    config = json.loads((folder / "config.json").read_text())
     row = {
         "command": f"python {command}",
         "published": published,
@@ -181,59 +260,68 @@ def record(name, metrics, seconds, config):
         row["test_accuracy_mean"] = statistics.mean(accuracies)
         row["test_accuracy_sd"] = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
         row["test_errors"] = [seed["test_errors"] for seed in metrics]
-        print(f"{name}: test accuracy {row['test_accuracy_mean']:.2%} ± {row['test_accuracy_sd']:.2%}")
     else:
         row["seeds"] = metrics
     row.update({key: config[key] for key in ("torch", "python", "processor", "cores", "threads", "gpu", "commit")})
-    rows = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
-    rows[name] = row
+    rows = {**read_results(), name: row}
     RESULTS.parent.mkdir(exist_ok=True)
     rows = {name: rows[name] for name in ROWS if name in rows}  # in the order above
     RESULTS.write_text(json.dumps(rows, indent=2) + "\n")
+    print(f"  wrote {RESULTS}")
+    for source, target in KEPT.get(name, {}).items():
+        shutil.copy(folder / source, ROOT / target)
+        print(f"  wrote {ROOT / target}")
 
 
 def quick(args):
     """Train the short forms; whether each falls in its band. With --record: make the bands, from three seeds each."""
     bands, good = {} if args.record else json.loads(BANDS.read_text()), True
-    for name, (flags, metric) in QUICK.items():
-        if "digits" not in f"{name} {flags}" and not (Path(args.data_dir) / "MNIST").is_dir():
+    for name, (shorter, metric) in QUICK.items():
+        if "digits" not in f"{name} {shorter}" and not (Path(args.data_dir) / "MNIST").is_dir():
             print(f"{name}: skipped, there is no MNIST in {args.data_dir}")
             continue
         with tempfile.TemporaryDirectory() as folder:
-            command, threads = f"{ROWS[name][0]} {flags}", os.cpu_count()
             values = [
-                run_seed(command, seed, Path(folder) / str(seed), args.data_dir, threads)[metric]
+                run_seed(f"{ROWS[name][0]} {shorter}", seed, Path(folder) / str(seed), args.data_dir)[metric]
                 for seed in range(3 if args.record else 1)
             ]
         if args.record:  # three values say little about the spread: twice their range on either side
-            spread = 2 * (max(values) - min(values))
-            bands[name] = {"flags": flags, "metric": metric, "low": min(values) - spread, "high": max(values) + spread}
+            low, high, spread = min(values), max(values), 2 * (max(values) - min(values))
+            bands[name] = {"flags": shorter, "metric": metric, "low": low - spread, "high": high + spread}
         low, high = bands[name]["low"], bands[name]["high"]
         good &= low <= values[0] <= high
-        print(f"{name} {flags}: {metric} {values[0]:.4f}, band {low:.4f} to {high:.4f}", flush=True)
+        print(f"{name} {shorter}: {metric} {values[0]:.4f}, band {low:.4f} to {high:.4f}", flush=True)
     if args.record:
         BANDS.write_text(json.dumps(bands, indent=2) + "\n")
     return good
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", metavar="NAME", nargs="*", choices=[[], *ROWS], help="rows to run")
-    parser.add_argument("--list", action="store_true", help="print the rows and their commands")
-    parser.add_argument("--quick", action="store_true", help="train short forms and compare with their bands")
-    parser.add_argument("--record", action="store_true", help="with --quick: make new bands")
-    parser.add_argument("--seeds", type=int, default=5, help="number of seeds, from 0 (default: 5)")
-    parser.add_argument("--jobs", type=int, default=1, help="seeds side by side (default: 1)")
-    parser.add_argument("--data-dir", default="data", help="folder of the data sets (default: data)")
-    parser.add_argument("--output-dir", default="runs/reproduce", help="folder of the runs (default: runs/reproduce)")
-    args = parser.parse_args()
+def get_args_parser():
+    parser = flags.ArgumentParser(prog="reproduce.py", description=__doc__.splitlines()[0])
+    add, positive = parser.add_argument, flags.number(int, 1)
+    add("names", metavar="NAME", nargs="*", choices=[[], *ROWS], help="rows to run")
+    add("--list", action="store_true", help="print the rows and their commands")
+    add("--command", metavar='"SCRIPT ..."', help="run this training command of your own")
+    add("--quick", action="store_true", help="train short forms and compare with their bands")
+    add("--record", action="store_true", help="write the rows, or with --quick the bands, to benchmarks/results/")
+    add("--seeds", type=positive, default=5, help="number of seeds, from 0")
+    add("--jobs", type=positive, default=1, help="seeds side by side")
+    add("--data-dir", default="data", help="folder of the data sets")
+    add("--output-dir", default="runs/reproduce", help="folder of the runs")
+    return parser
+
+
+def main(argv=None):
+    args = get_args_parser().parse_args(argv)
     if args.quick:
         sys.exit(0 if quick(args) else "a short form falls outside its band in benchmarks/results/quick.json")
-    if args.list or not args.names:
+    if args.list or not (args.names or args.command is not None):
         width = max(map(len, ROWS))
         print("\n".join(f"{name:{width}}  python {command}" for name, (command, _) in ROWS.items()))
     for name in args.names:
         run_row(name, args)
+    if args.command is not None:
+        run_command(args.command, args)
 
 
 if __name__ == "__main__":

@@ -98,7 +98,8 @@ def results_table() -> str:
 
 
 def accuracy(row: dict[str, Any]) -> str:
-    return f"{100 * row['test_accuracy_mean']:.2f} ± {100 * row['test_accuracy_sd']:.2f} %"
+    spread = f" ± {100 * row['test_accuracy_sd']:.2f}" if len(row["test_errors"]) > 1 else ""
+    return f"{100 * row['test_accuracy_mean']:.2f}{spread} %"
 
 
 def generators_table() -> str:

@@ -14,10 +14,13 @@ import torch.distributed.run
 from helpers import ROOT, run
 from PIL import Image
 
+import compare
+import demo
 import evaluate
 import train_cgan
 import train_classifier
 import train_gan
+import train_likelihood
 from datasets import load
 from engine.flags import parse_args
 
@@ -141,7 +144,8 @@ def test_every_row_that_a_command_reproduces_exists():
 
 # Flags, messages, files and links -------------------------------------------------------------------------------------
 
-PARSERS = [script.get_args_parser() for script in (train_classifier, train_gan, train_cgan, evaluate)]
+SCRIPTS = (train_classifier, train_gan, train_cgan, train_likelihood, evaluate, compare, demo, reproduce)
+PARSERS = [script.get_args_parser() for script in SCRIPTS]
 
 
 def test_every_flag_exists():

@@ -1,0 +1,183 @@
+"""Draw runs in one picture, over epochs and over seconds, and print what they reached.
+
+python compare.py runs/mlp-mnist runs/cnn-mnist
+python compare.py "runs/tanh-*" "runs/relu-*" --output activations.png
+
+Runs that differ only in their seed are one setting: a line for the mean, a band from the lowest to the highest seed,
+and mean ± standard deviation. A setting is named by the options in which it differs from the others.
+"""
+
+import csv
+import json
+import statistics
+from glob import glob
+from itertools import count
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from engine import flags, pictures
+from engine.checkpoint import has_checkpoint, load_checkpoint
+from engine.errors import UserError, run_script
+from engine.folder import read_config
+
+SAME = ("seed", "data_dir", "log_interval", "save_interval")  # options that make no other setting
+KINDS = ("recipe", "script", "dataset", "model", "networks")  # what the defaults of the others depend on
+MEASURES = ("test_accuracy", "log_likelihood", "parzen_log_likelihood", "fid", "coverage", "conditional_accuracy")
+
+
+def get_args_parser():
+    parser = flags.ArgumentParser(prog="compare.py", description=__doc__.splitlines()[0])
+    parser.add_argument("runs", metavar="RUN", nargs="+", help='run folders, or patterns such as "runs/mlp-*"')
+    parser.add_argument("--output", metavar="FILE", help="the picture (None: compare.png, or the next free name)")
+    return parser
+
+
+def read_run(folder):
+    if not folder.is_dir():
+        raise UserError(f"{folder}: there is no such run folder")
+    config = read_config(folder)
+    if "options" not in config:
+        raise UserError(f"{folder} is not a run folder: it has no config.json that can be read")
+    history, curve, seconds = (read_csv(folder / name) for name in ("metrics.csv", "curve.csv", "seconds.csv"))
+    if not history or not seconds:
+        raise UserError(f"{folder} has no finished epoch yet; leave it out, or wait for the first one")
+    options = {name: value for name, value in config["options"].items() if name not in SAME}
+    options["device"] = config["device"].split(":")[0]  # instead of auto
+    if "second_stage" in options:
+        options["second_stage"] = bool(options["second_stage"])  # each seed continues a run of its own
+    code = load_checkpoint(folder, warn=False)["code"] if has_checkpoint(folder) else {}
+    run = SimpleNamespace(folder=folder, seed=config["options"]["seed"], options=options, history=history, curve=curve)
+    run.setting = json.dumps([options, config["classes"], code], sort_keys=True)
+    run.seconds = np.cumsum([0, *(row["seconds"] for row in seconds)]).tolist()  # at the end of each epoch
+    run.figures = {"seconds": run.seconds[-1], **{name: value for row in history for name, value in row.items()}}
+    run.figures.update(read_measures(folder, run.figures.pop("epoch")))
+    return run
+
+
+def read_csv(path):
+    """A dict of numbers per row, without the empty cells; [] if there is no such file."""
+    if not path.is_file():
+        return []
+    with open(path, newline="") as file:
+        return [{name: float(cell) for name, cell in row.items() if cell} for row in csv.DictReader(file)]
+
+
+def read_measures(folder, epoch):
+    """What evaluate.py measured; {} if it has not, or if the run's result has changed since."""
+    path, best = folder / "evaluation" / "metrics.json", folder / "best.pt"
+    measures = json.loads(path.read_text()) if path.is_file() else {}
+    result = load_checkpoint(best)["epoch"] if measures and best.is_file() else epoch
+    return {name: measures[name] for name in MEASURES if name in measures and measures["epochs"] == result}
+
+
+def name_settings(settings):
+    """A label for each setting; and the differing options that no label has, since the recipe decides them."""
+    options = [runs[0].options for runs in settings]
+    kinds = [[each.get(name) for name in KINDS] for each in options]
+
+    def differs(name, kind=None):
+        return len({str(each[name]) for each, its in zip(options, kinds) if name in each and kind in (None, its)}) > 1
+
+    names = [name for name in dict.fromkeys(name for each in options for name in each) if differs(name)]
+    decided = [name for name in names if name not in KINDS and not any(differs(name, kind) for kind in kinds)]
+    decided = decided if "recipe" in names else []
+    labels = [" ".join(f"{n}={each[n]}" for n in names if n in each and n not in decided) for each in options]
+    places = [str(runs[0].folder).removesuffix(f"-{runs[0].seed}" if runs[1:] else "") for runs in settings]
+    unclear = {label for label in labels if not label or labels.count(label) > 1}  # as after an edit of the code
+    labels = [f"{label} {place}".strip() if label in unclear else label for label, place in zip(labels, places)]
+    words = ["seeds" if len({run.seed for run in runs}) == len(runs) else "runs" for runs in settings]
+    several = [f" ({len(runs)} {word})" if len(runs) > 1 else "" for runs, word in zip(settings, words)]
+    return [label + text for label, text in zip(labels, several)], decided
+
+
+def curves(runs, name, fine):
+    """Epochs, mean seconds and values [runs, points] of a metric, up to the last epoch that all these runs have."""
+    last, points = min(len(run.history) for run in runs), []
+    for run in runs:
+        reports = [row for row in run.curve if fine and name in row and row["epoch"] <= last]
+        rows = reports or [row for row in run.history[:last] if name in row]
+        points.append(([row["epoch"] for row in rows], [row[name] for row in rows]))
+    epochs = min((x for x, _ in points), key=len)
+    seconds = [np.interp(epochs, range(len(run.seconds)), run.seconds) for run in runs]
+    return epochs, np.mean(seconds, axis=0), np.array([np.interp(epochs, *each) for each in points])
+
+
+def draw(settings, labels, names, fine):
+    """A column per metric, over epochs and over seconds. fine: from curve.csv, which has more points than epochs."""
+    figure = Figure(figsize=(max(8, 5 * len(names)), 8), layout="constrained")
+    for axes, name in zip(figure.subplots(2, len(names), squeeze=False).T, names):
+        ends = []
+        for i, (runs, label) in enumerate(zip(settings, labels)):
+            epochs, seconds, values = curves(runs, name, fine)
+            color, style = f"C{i % 10}", ("-", "--", ":", "-.")[i // 10 % 4]
+            for axis, x in zip(axes, (epochs, seconds)):
+                axis.plot(x, values.mean(0), style, color=color, lw=1, label=label, ms=3, marker="o" * (len(x) < 20))
+                axis.fill_between(x, values.min(0), values.max(0), color=color, alpha=0.2, lw=0)
+            ends += values[:, min(len(epochs) // 4, len(epochs) - 2) :].flatten().tolist()
+        margin = 0.05 * (max(ends) - min(ends))
+        for axis, x in zip(axes, ("epoch", "seconds of training")):
+            axis.set(xlabel=x, ylabel=name)
+            axis.grid(alpha=0.3)
+            if margin:  # not the first quarter of the training, beside which 92 % and 93 % look alike
+                axis.set_ylim(min(ends) - margin, max(ends) + margin)
+    title = "line: mean; band: lowest to highest seed" if max(map(len, settings)) > 1 else None
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper left", title=title, alignment="left")
+    return figure
+
+
+def mean_sd(name, values):
+    """The mean of a metric's values as text, with ± standard deviation if there are several."""
+    return format_metric(name, statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None)
+
+
+def format_metric(name, mean, sd=None):
+    scale, unit = (100, " %") if name.endswith("accuracy") else (1, " nats" * name.endswith("log_likelihood"))
+    digits = 1 if name == "seconds" else 2 if unit or abs(mean) >= 10 else 4
+    return f"{scale * mean:.{digits}f}" + ("" if sd is None else f" ± {scale * sd:.{digits}f}") + unit
+
+
+def print_table(settings, labels):
+    """A row per setting: seconds of training, last metrics, measures. A cell is empty unless every seed has it."""
+    names = dict.fromkeys(name for runs in settings for run in runs for name in run.figures)
+    table = [["", "epochs", *names]]
+    for runs, label in zip(settings, labels):
+        epochs = sorted({len(run.history) for run in runs})
+        table.append([label, " to ".join(map(str, epochs[:1] + epochs[1:][-1:]))])
+        for name in names:
+            values = [run.figures[name] for run in runs if name in run.figures]
+            table[-1].append(mean_sd(name, values) if len(values) == len(runs) else "")
+    widths = [max(map(len, column)) for column in zip(*table)]
+    for row in table:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+
+
+def main(argv=None):
+    args = get_args_parser().parse_args(argv)
+    paths = [path for each in args.runs for path in ([each] if Path(each).exists() else sorted(glob(each)) or [each])]
+    runs = [read_run(folder) for folder in {Path(path).resolve(): Path(path) for path in paths}.values()]
+    shortest = min(len(run.history) for run in runs)
+    metrics = [{name for row in run.history[:shortest] for name in row} - {"epoch"} for run in runs]
+    names = [name for name in runs[0].figures if all(name in each for each in metrics)]
+    if not names:
+        raise UserError("these runs have no metric in common; compare runs of one script")
+    settings = {}
+    for run in runs:
+        settings.setdefault(run.setting, []).append(run)
+    settings = list(settings.values())
+    labels, decided = name_settings(settings)
+    print_table(settings, labels)
+    if decided:
+        print(f"with the recipe, these differ too: {', '.join(decided)}")
+    if missing := [str(run.folder) for run in runs if not run.figures.keys() & MEASURES]:
+        print(f"without a test result, which evaluate.py adds: {' '.join(missing)}")
+    free = (Path(f"compare-{i}.png" if i > 1 else "compare.png") for i in count(1))
+    output = Path(args.output or next(path for path in free if not path.exists()))
+    pictures.save_figure(draw(settings, labels, names, fine=shortest < 5), output)
+    print(f"wrote {output}")
+
+
+if __name__ == "__main__":
+    run_script(main)

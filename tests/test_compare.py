@@ -1,0 +1,253 @@
+"""compare.py: which runs make one setting, how it is named, what is printed and drawn, and errors on one line."""
+
+import json
+import shutil
+import statistics
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import DIGITS, assert_one_line, load, run, save_sealed, train
+
+import compare
+import evaluate
+from engine.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Two settings of two seeds each; those of tanh are evaluated."""
+    folder = tmp_path_factory.mktemp("runs")
+    for activation, lr, log_interval in (("relu", 2e-4, 100), ("tanh", 1e-3, 10)):
+        for seed in (0, 1):
+            flags = ["--model", "mlp", "--epochs", 2, "--activation", activation, "--lr", lr, "--seed", seed]
+            flags += ["--log-interval", log_interval + seed]  # it makes no other setting
+            train(*DIGITS, *flags, "--output-dir", folder / f"{activation}-{seed}")
+            if activation == "tanh":
+                evaluate.main([str(folder / f"{activation}-{seed}")])
+    return folder
+
+
+@pytest.fixture
+def runs(trained, tmp_path, monkeypatch):
+    """A copy of them in the current folder, which a test may change."""
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def table(capsys, *names):
+    """What compare.py prints: for each setting, column -> cell; and the lines below."""
+    capsys.readouterr()
+    compare.main([*map(str, names), "--output", "picture.png"])
+    header, *lines = capsys.readouterr().out.splitlines()
+    starts = [i for i in range(len(header)) if header[i] != " " and header[i - 1] == " "]
+    rows = next(i for i, line in enumerate(lines) if line.startswith(("with", "wrote")))
+    cells = {
+        line[: starts[0]].strip(): {header[a:b].strip(): line[a:b].strip() for a, b in pairwise([*starts, None])}
+        for line in lines[:rows]
+    }
+    return cells, lines[rows:]
+
+
+def change_options(folder, **options):
+    config = json.loads((folder / "config.json").read_text())
+    config["options"].update(options)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def settings_of(*names):
+    settings = {}
+    for name in names:
+        each = compare.read_run(Path(name))
+        settings.setdefault(each.setting, []).append(each)
+    return list(settings.values())
+
+
+def labels_of(*names):
+    return compare.name_settings(settings_of(*names))
+
+
+# Settings -------------------------------------------------------------------------------------------------------------
+
+
+def test_seeds_of_one_setting_are_mean_and_sd(runs, capsys):
+    cells, lines = table(capsys, "relu-0", "relu-1", "tanh-*", "tanh-0")  # no shell has expanded the pattern
+    assert list(cells) == ["lr=0.0002 activation=relu (2 seeds)", "lr=0.001 activation=tanh (2 seeds)"]
+    relu, tanh = cells.values()
+    tested = [json.loads((runs / f"tanh-{i}/evaluation/metrics.json").read_text())["test_accuracy"] for i in (0, 1)]
+    assert tanh["test_accuracy"] == f"{100 * statistics.mean(tested):.2f} ± {100 * statistics.stdev(tested):.2f} %"
+    losses = [load(f"relu-{i}/checkpoint.pt")["history"][-1]["loss"] for i in (0, 1)]
+    assert relu["loss"] == f"{statistics.mean(losses):.4f} ± {statistics.stdev(losses):.4f}"
+    assert relu["epochs"] == "2"
+    assert relu["test_accuracy"] == ""
+    assert lines == ["without a test result, which evaluate.py adds: relu-0 relu-1", "wrote picture.png"]
+
+
+def test_one_seed_has_no_sd(runs, capsys):
+    cells, _ = table(capsys, "tanh-0")
+    assert cells.keys() == {"tanh-0"}  # nothing differs: the folder's name
+    assert "±" not in "".join(cells["tanh-0"].values())
+    assert cells["tanh-0"]["test_accuracy"].endswith(" %")
+
+
+def test_the_mean_of_some_seeds_is_not_that_of_all(runs, capsys):
+    shutil.rmtree("tanh-1/evaluation")
+    cells, _ = table(capsys, "tanh-0", "tanh-1", "relu-0")
+    assert all(row.get("test_accuracy", "") == "" for row in cells.values())
+
+
+@pytest.mark.parametrize("best", [False, True])
+def test_a_result_measured_before_the_run_trained_on_is_left_out(runs, best):
+    assert compare.read_run(Path("tanh-0")).figures["test_accuracy"]
+    if best:  # then that epoch's network is the result
+        save_sealed({**load("tanh-0/checkpoint.pt"), "epoch": 1}, runs / "tanh-0" / "best.pt")
+    else:
+        metrics = json.loads(Path("tanh-0/evaluation/metrics.json").read_text())
+        Path("tanh-0/evaluation/metrics.json").write_text(json.dumps({**metrics, "epochs": 1}))
+    assert "test_accuracy" not in compare.read_run(Path("tanh-0")).figures
+
+
+def test_other_devices_are_other_settings(runs):
+    config = json.loads((runs / "relu-1" / "config.json").read_text())
+    (runs / "relu-1" / "config.json").write_text(json.dumps({**config, "device": "cuda:0"}))
+    assert labels_of("relu-0", "relu-1")[0] == ["device=cpu", "device=cuda"]
+
+
+def test_the_same_seed_twice_is_not_two_seeds(runs):
+    shutil.copytree("relu-0", "again")
+    assert labels_of("relu-0", "again")[0] == ["relu (2 runs)"]
+
+
+def test_runs_before_and_after_an_edit_of_the_code_are_two_settings(runs):
+    checkpoint = load("relu-1/checkpoint.pt")
+    checkpoint["code"]["train_classifier.py"] = "edited"
+    save_sealed(checkpoint, runs / "relu-1" / "checkpoint.pt")
+    assert labels_of("relu-0", "relu-1")[0] == ["relu-0", "relu-1"]
+    assert labels_of("relu-0", "relu-1", "tanh-0")[0] == [
+        "lr=0.0002 activation=relu relu-0",
+        "lr=0.0002 activation=relu relu-1",
+        "lr=0.001 activation=tanh",
+    ]
+
+
+def test_a_second_stage_of_each_seed_is_one_setting(runs):
+    change_options(runs / "relu-0", second_stage="first-0")
+    change_options(runs / "relu-1", second_stage="first-1")
+    assert [len(setting) for setting in settings_of("relu-0", "relu-1")] == [2]
+    change_options(runs / "relu-1", second_stage=None)
+    assert [len(setting) for setting in settings_of("relu-0", "relu-1")] == [1, 1]
+
+
+def test_what_follows_from_the_recipe_is_not_in_the_label(runs, capsys):
+    change_options(runs / "relu-0", recipe="best", lr=0.002, epochs=60)
+    change_options(runs / "relu-1", recipe="best", lr=0.002, epochs=60, activation="sigmoid")
+    labels, decided = labels_of("relu-0", "relu-1", "tanh-0")
+    assert labels == [
+        "recipe=best activation=relu",
+        "recipe=best activation=sigmoid",
+        "recipe=lecture activation=tanh",
+    ]
+    assert decided == ["epochs", "lr"]
+    assert "with the recipe, these differ too: epochs, lr" in table(capsys, "relu-0", "relu-1", "tanh-0")[1]
+
+
+# The picture ----------------------------------------------------------------------------------------------------------
+
+
+def fake(accuracies, seconds, seed=0, **curve):
+    rows = [{"epoch": i + 1, "accuracy": value} for i, value in enumerate(accuracies)]
+    ends = np.cumsum([0, *seconds]).tolist()
+    return compare.SimpleNamespace(history=rows, curve=curve.get("curve", []), seconds=ends, seed=seed)
+
+
+def test_lines_are_means_and_bands_reach_from_the_lowest_to_the_highest():
+    settings = [
+        [fake([0.2, 0.6, 0.8], [1, 1, 1]), fake([0.4, 0.8], [3, 3], seed=1)],
+        [fake([0.5, 0.7, 0.9], [1, 1, 1])],
+    ]
+    figure = compare.draw(settings, ["several", "one"], ["accuracy"], fine=False)
+    over_epochs, over_seconds = figure.axes
+    line, other = over_epochs.lines
+    np.testing.assert_allclose(line.get_xydata(), [[1, 0.3], [2, 0.7]])  # up to the last epoch that both have
+    np.testing.assert_allclose(other.get_xydata(), [[1, 0.5], [2, 0.7], [3, 0.9]])
+    np.testing.assert_allclose(over_seconds.lines[0].get_xydata(), [[2, 0.3], [4, 0.7]])
+    band = over_epochs.collections[0].get_paths()[0].vertices
+    assert {tuple(corner) for corner in band.round(6)} == {(1, 0.2), (1, 0.4), (2, 0.6), (2, 0.8)}
+    legend = figure.legends[0]
+    assert [text.get_text() for text in legend.get_texts()] == ["several", "one"]
+    assert legend.get_title().get_text() == "line: mean; band: lowest to highest seed"
+
+
+def test_a_line_ends_where_the_first_seed_ends():
+    coarse = [{"epoch": i, "accuracy": i / 10} for i in (1, 2, 3)]
+    fine = [{"epoch": i / 4, "accuracy": i / 40} for i in range(1, 9)]
+    seeds = [fake([0.1, 0.2, 0.3], [1] * 3, curve=coarse), fake([0.1, 0.2], [1] * 2, seed=1, curve=fine)]
+    line = compare.draw([seeds], ["several"], ["accuracy"], fine=True).axes[0].lines[0]
+    np.testing.assert_allclose(line.get_xydata(), [[1, 0.1], [2, 0.2]])
+
+
+def test_92_and_93_percent_lie_apart():
+    rise = [0.1, 0.3, *[0.9] * 4]
+    figure = compare.draw(
+        [[fake([*rise, 0.92, 0.92], [1] * 8)], [fake([*rise, 0.93, 0.93], [1] * 8)]], "ab", ["accuracy"], False
+    )
+    for axis in figure.axes:
+        low, high = axis.get_ylim()
+        assert low < 0.92 < 0.93 < high
+        assert 0.01 / (high - low) > 0.1
+
+
+def test_few_epochs_are_drawn_from_the_reports_within_them(runs, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(compare.pictures, "save_figure", lambda figure, path: drawn.update({path: figure}))
+    compare.main(["tanh-0", "tanh-1"])
+    (figure,) = drawn.values()
+    loss = figure.axes[0]
+    assert loss.get_ylabel() == "loss"
+    assert len(loss.lines[0].get_xdata()) > 2
+    assert max(loss.lines[0].get_xdata()) == 2
+    assert [axis.get_xlabel() for axis in figure.axes] == ["epoch"] * 2 + ["seconds of training"] * 2
+
+
+def test_runs_show_what_they_share(runs, capsys):
+    (runs / "tanh-0" / "metrics.csv").write_text("epoch,loss,val_loss\n1,2.0,\n2,1.0,3.0\n3,0.5,2.5\n")
+    cells, _ = table(capsys, "tanh-0", "tanh-1")
+    (row,) = cells.values()
+    assert row["epochs"] == "2 to 3"
+    assert "±" in row["loss"]
+    assert row["val_loss"] == row["accuracy"] == ""  # of one of the two only
+    (runs / "tanh-0" / "metrics.csv").write_text("epoch,loss_d\n1,2.0\n2,1.0\n")
+    with pytest.raises(UserError, match="no metric in common"):
+        compare.main(["tanh-0", "tanh-1"])
+
+
+def test_only_a_picture_that_was_named_is_overwritten(runs, capsys):
+    Path("compare.png").write_text("mine")
+    compare.main(["tanh-0"])
+    assert Path("compare.png").read_text() == "mine"
+    assert "wrote compare-2.png" in capsys.readouterr().out
+    assert Path("compare-2.png").read_bytes().startswith(b"\x89PNG")
+    compare.main(["tanh-0", "--output", "compare.png"])
+    assert Path("compare.png").read_bytes().startswith(b"\x89PNG")
+
+
+# Errors ---------------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_no_run_or_has_no_epoch_is_one_line(runs):
+    (runs / "empty").mkdir()
+    (runs / "begun").mkdir()
+    shutil.copy(runs / "relu-0" / "config.json", runs / "begun")
+    for name, reason in (
+        ("missing", "there is no such run folder"),
+        ("nothing-*", "there is no such run folder"),
+        ("empty", "is not a run folder"),
+        ("begun", "has no finished epoch yet"),
+    ):
+        with pytest.raises(UserError, match=rf"^{name.replace('*', '.')}.*{reason}"):
+            compare.main(["relu-0", name])
+    assert not Path("compare.png").exists()
+    _, errors = run("compare.py", "missing", cwd=runs, code=1)
+    assert_one_line(errors, "compare.py: error: missing")
