@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import utils
-from datasets import DATASETS, SHOW_DIGITS, Batches, hold_out, load
+from datasets import DATASETS, SHOW_DIGITS, Batches, class_names, hold_out, load, short_name
 from engine import distributed, errors, flags, optim
 from engine.device import pick_device
 from measures.watch import Watch
@@ -46,7 +46,9 @@ def get_args_parser():
 
 def build(args, device, batches):
     """The objects to train, by name, the step that trains them, and the generator that draws the samples."""
-    generator, discriminator = ConditionalGenerator(args.dropout_g), ConditionalDiscriminator(args.dropout_d)
+    classes = len(args.classes)
+    generator = ConditionalGenerator(args.dropout_g, classes)
+    discriminator = ConditionalDiscriminator(args.dropout_d, classes)
     init_weights(generator, discriminator, args.init, batches.images)
     state = optim.adversarial_state(args, generator.to(device), discriminator.to(device), len(batches), decay=1.00004)
     optimizer_g, optimizer_d = state["optimizer_g"], state["optimizer_d"]
@@ -57,7 +59,7 @@ def build(args, device, batches):
         # (1) update D: maximise log D(x|y) + log(1 - D(G(z|y)|y)); with logits l, -log D = softplus(-l), never infinite
         shown = [(images, labels), (fakes.detach(), labels)]
         if args.mismatched:
-            shown.append((images, (labels + torch.randint_like(labels, 1, 10)) % 10))
+            shown.append((images, (labels + torch.randint_like(labels, 1, classes)) % classes))
         real, fake, *mismatched = discriminator(*map(torch.cat, zip(*shown))).float().split(len(images))
         loss_d = F.softplus(-real).mean() + (1 - args.mismatched) * F.softplus(fake).mean()
         for logits in mismatched:  # log(1 - D(x|a wrong y)) keeps G from shapes that could be another digit
@@ -88,19 +90,22 @@ def main(argv=None):
     args = flags.parse_args(get_args_parser(), RECIPES, VARIANTS, argv)
     device = pick_device(args.device, args.amp)
     torch.manual_seed(args.seed)
+    args.classes = distributed.broadcast(lambda: class_names(args.dataset, args.data_dir, args.resume and args.classes))
     train_set, val_set = hold_out(*distributed.rank_0_first(lambda: load(args.dataset, args.data_dir)), args.val_size)
     batches = Batches(*train_set, args.batch_size, device, black=0.0, seed=args.seed)
     state, train_step, sampler = build(args, device, batches)
-    z = draw_noise(1000, args.noise, "cpu", torch.Generator().manual_seed(args.seed)).to(device)
-    z, digits = z.repeat_interleave(10, dim=0), torch.arange(10, device=device).repeat(1000)  # each z as all ten digits
+    classes = len(args.classes)
+    n = max(10, -(-10_000 // classes))
+    z = draw_noise(n, args.noise, "cpu", torch.Generator().manual_seed(args.seed)).to(device)
+    z, labels = z.repeat_interleave(classes, dim=0), torch.arange(classes, device=device).repeat(n)  # z as each class
 
     def draw(n):
         with utils.evaluating(sampler):
-            return sampler(z[:n], digits[:n])
+            return sampler(z[:n], labels[:n])
 
-    watch = Watch(draw, val_set[0], judge=args.dataset in SHOW_DIGITS, labels=digits)
-    run = utils.Run(args, state, name=f"cgan-{args.dataset}")
-    utils.train(run, train_step, batches, watch.validate, "val_log_likelihood", watch.grid, watch.warn)
+    watch = Watch(draw, val_set[0], judge=args.dataset in SHOW_DIGITS, labels=labels)
+    run = utils.Run(args, state, name=f"cgan-{short_name(args.dataset)}")
+    return utils.train(run, train_step, batches, watch.validate, "val_log_likelihood", watch.grid, watch.warn)
 
 
 if __name__ == "__main__":

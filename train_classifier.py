@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 import utils
-from datasets import CLASSES, DATASETS, Batches, distort, hold_out, load
+from datasets import DATASETS, Batches, class_names, distort, hold_out, load, short_name
 from engine import distributed, flags, optim
 from engine.checkpoint import load_checkpoint
 from engine.device import pick_device
@@ -44,12 +44,13 @@ RECIPES = {
 VARIANTS = {
     ("lecture", "digits"): dict(epochs=42),  # as many steps as one epoch of MNIST
     ("best", "digits"): dict(epochs=60, batch_size=64, val_size=0),
+    ("best", "folder"): dict(batch_size=64, val_size=0),
     ("best", "mlp"): dict(epochs=60),
     ("best", "maxout"): dict(batch_norm=False, black=0.0),
     ("paper", "digits"): dict(val_size=137),
 }
 
-# What the loss compares: logits [N, 10] and target probabilities [N, 10] (one-hot labels, perhaps smoothed).
+# What the loss compares: logits [N, classes] and target probabilities [N, classes] (one-hot labels, perhaps smoothed).
 LOSSES = {
     "cross-entropy": F.cross_entropy,  # L = -sum_k t_k log Z_k, with Z = softmax(logits)
     # L = -sum_k t_k log p_k + (1 - t_k) log(1 - p_k), with p = sigmoid(logits)
@@ -79,7 +80,7 @@ def get_args_parser():
 def build(args, device, batches):
     """The objects to train, by name, the step that trains them, and the network that is the result."""
     try:
-        model = build_classifier(args.model, args.activation, args.batch_norm)
+        model = build_classifier(args.model, args.activation, args.batch_norm, len(args.classes))
     except ValueError as error:
         raise UserError(error) from error
     model = model.to(device)
@@ -106,8 +107,9 @@ def build(args, device, batches):
 
 
 def target_probabilities(args, device):
-    """Row t is what the network should say of an image labelled t: one-hot, perhaps smoothed; [10, 10]."""
-    return torch.eye(CLASSES, device=device) * (1 - args.label_smoothing) + args.label_smoothing / CLASSES
+    """Row t is what the network should say of an image labelled t: one-hot, perhaps smoothed; [classes, classes]."""
+    classes = len(args.classes)
+    return torch.eye(classes, device=device) * (1 - args.label_smoothing) + args.label_smoothing / classes
 
 
 def check_network(args, model, batches):
@@ -119,9 +121,10 @@ def check_network(args, model, batches):
     except RuntimeError as error:
         reason = f"cannot read images {list(images.shape)} ({str(error).splitlines()[0]})"
         raise UserError(f"--model {args.model} {reason}; change its layers in models/ or the data set") from error
-    if shape != [2, CLASSES]:
-        remedy = f"give its last layer {CLASSES} outputs"
-        raise UserError(f"--model {args.model} gives {shape} for 2 images, not [2, {CLASSES}] logits; {remedy}")
+    classes = len(args.classes)
+    if shape != [2, classes]:
+        remedy = f"give its last layer {classes} outputs"
+        raise UserError(f"--model {args.model} gives {shape} for 2 images, not [2, {classes}] logits; {remedy}")
 
 
 def begin_second_stage(args, state, network, batches, first_batches):
@@ -153,6 +156,7 @@ def main(argv=None):
     device = pick_device(args.device, args.amp)
     torch.manual_seed(args.seed)
 
+    args.classes = distributed.broadcast(lambda: class_names(args.dataset, args.data_dir, args.resume and args.classes))
     everything = distributed.rank_0_first(lambda: load(args.dataset, args.data_dir))
     train_set, val_set = hold_out(*everything, args.val_size)
     batches = Batches(
@@ -181,8 +185,8 @@ def main(argv=None):
         score, should_stop = None, lambda row: row["val_loss"] <= args.goal  # the last epoch is the result
     elif args.patience:
         should_stop = lambda row: row["epoch"] - run.best_epoch(score) >= args.patience  # noqa: E731
-    run = utils.Run(args, state, name=f"{args.model}-{args.dataset}")
-    utils.train(run, train_step, batches, validate, score, should_stop=should_stop)
+    run = utils.Run(args, state, name=f"{args.model}-{short_name(args.dataset)}")
+    return utils.train(run, train_step, batches, validate, score, should_stop=should_stop)
 
 
 def refuse_lone_images(args, count):

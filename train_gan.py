@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import utils
-from datasets import DATASETS, SHOW_DIGITS, Batches, hold_out, load
+from datasets import DATASETS, SHOW_DIGITS, Batches, class_names, hold_out, load, short_name
 from engine import distributed, errors, flags, optim
 from engine.device import pick_device
 from measures.watch import Watch
@@ -82,6 +82,7 @@ def main(argv=None):
     args = flags.parse_args(get_args_parser(), RECIPES, VARIANTS, argv)
     device = pick_device(args.device, args.amp)
     torch.manual_seed(args.seed)
+    args.classes = distributed.broadcast(lambda: class_names(args.dataset, args.data_dir, args.resume and args.classes))
     train_set, val_set = hold_out(*distributed.rank_0_first(lambda: load(args.dataset, args.data_dir)), args.val_size)
     batches = Batches(*train_set, args.batch_size, device, black=0.0, seed=args.seed)
     state, train_step, sampler = build(args, device, batches)
@@ -92,8 +93,8 @@ def main(argv=None):
             return sampler(z[:n])
 
     watch = Watch(draw, val_set[0], judge=args.dataset in SHOW_DIGITS)
-    run = utils.Run(args, state, name=f"gan-{args.dataset}")
-    utils.train(run, train_step, batches, watch.validate, "val_log_likelihood", watch.grid, watch.warn)
+    run = utils.Run(args, state, name=f"gan-{short_name(args.dataset)}")
+    return utils.train(run, train_step, batches, watch.validate, "val_log_likelihood", watch.grid, watch.warn)
 
 
 if __name__ == "__main__":

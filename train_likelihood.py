@@ -10,7 +10,7 @@ python train_likelihood.py --resume runs/vae-mnist         # continue where it s
 import torch
 
 import utils
-from datasets import DATASETS, Batches, binarise, hold_out, load
+from datasets import DATASETS, Batches, binarise, class_names, hold_out, load, short_name
 from datasets.binarise import TRAIN_SEED, VALIDATION_SEED
 from engine import distributed, flags, optim
 from engine.device import pick_device
@@ -85,6 +85,7 @@ def main(argv=None):
         raise UserError(f"--recipe paper: no published recipe for --model {args.model}; use lecture or best")
     device = pick_device(args.device, args.amp)
     torch.manual_seed(args.seed)
+    args.classes = distributed.broadcast(lambda: class_names(args.dataset, args.data_dir, args.resume and args.classes))
     (images, labels), (val_images, _) = hold_out(
         *distributed.rank_0_first(lambda: load(args.dataset, args.data_dir)), args.val_size
     )
@@ -110,8 +111,8 @@ def main(argv=None):
         with utils.evaluating(network):
             return network.sample(100, torch.Generator(device).manual_seed(args.seed))
 
-    run = utils.Run(args, state, name=f"{args.model}-{args.dataset}")
-    utils.train(run, train_step, batches, validate, "val_log_likelihood", draw)
+    run = utils.Run(args, state, name=f"{args.model}-{short_name(args.dataset)}")
+    return utils.train(run, train_step, batches, validate, "val_log_likelihood", draw)
 
 
 if __name__ == "__main__":

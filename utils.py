@@ -39,6 +39,7 @@ from engine.run import Run
 
 Metrics = dict[str, torch.Tensor | float]  # name -> mean over the images of the batch
 DRY_RUN_STEPS = WARM_UP + 2  # enough to capture a CUDA graph and to replay it
+ESTIMATE_STEPS = 200  # after which the time for the rest is estimated
 TrainStep = Callable[[torch.Tensor, torch.Tensor], Metrics]
 
 
@@ -51,7 +52,7 @@ def train(
     draw: Callable[[], torch.Tensor] | None = None,
     after_epoch: Callable[[dict[str, float]], None] | None = None,
     should_stop: Callable[[dict[str, float]], bool] | None = None,
-) -> None:
+) -> dict[str, Any]:
     """Run `train_step(images, labels) -> {name: mean over the images}` over `batches` for --epochs epochs.
 
     batches: has a length, and `epoch(e, start)` yields the (images, labels) of epoch `e` from batch `start` on. If it
@@ -64,7 +65,8 @@ def train(
     should_stop: called with the last row, on every rank; ends the training.
 
     Saves checkpoint.pt before the first step, every --save-interval seconds, after each epoch, and on SIGINT or
-    SIGTERM, after which it raises Stopped. Raises UserError if a metric or a weight is not finite.
+    SIGTERM, after which it raises Stopped. Raises UserError if a metric or a weight is not finite. Returns the run
+    folder and the metrics of the last epoch.
     """
     epochs = 1 if run.args.dry_run else run.args.epochs
 
@@ -96,6 +98,7 @@ def train(
     finally:
         if run.lock:
             run.lock.release()
+    return {"folder": str(run.folder), **run.history[-1]}
 
 
 def train_epoch(run: Run, step: Callable, batches: Any, signals: list[int]) -> None:
@@ -104,7 +107,7 @@ def train_epoch(run: Run, step: Callable, batches: Any, signals: list[int]) -> N
     schedules = [item for item in run.state.values() if isinstance(item, LRScheduler)]
     steps = min(len(batches), DRY_RUN_STEPS) if args.dry_run else len(batches)
     rows = batches.rows if hasattr(batches, "take") else batches.epoch
-    saved = time.monotonic()
+    saved, first, started = time.monotonic(), run.batch, None
     with progress_bar(run, steps) as bar:
         for batch in itertools.islice(rows(run.epoch, run.batch), steps - run.batch):
             part = shard(batch)  # all of the batch, unless torchrun started several processes
@@ -117,6 +120,11 @@ def train_epoch(run: Run, step: Callable, batches: Any, signals: list[int]) -> N
             run.batch += 1
             if run.batch % args.log_interval == 0 or run.batch == steps:
                 report(run, steps, bar)
+            done = run.batch - first
+            if done == 2:  # the first steps compile and allocate
+                started = time.monotonic()
+            elif started and not run.estimated and (done == ESTIMATE_STEPS or run.batch == steps):
+                print_estimate(run, (time.monotonic() - started) / (done - 2), len(batches))
             signal, due = sync_flags(signals, due=time.monotonic() - saved >= args.save_interval)
             if signal or due:
                 run.save()
@@ -236,6 +244,8 @@ def report(run: Run, steps: int, bar: tqdm) -> None:
         run.curve.append({"epoch": run.epoch + run.batch / steps, **means})
     bar.set_postfix({name: f"{value:.4f}" for name, value in means.items()}, refresh=False)
     bar.update(run.batch - bar.n)
+    if bar.disable and run.batch < steps:  # no terminal: a line instead of a bar
+        print(f"epoch {run.epoch + 1} step {run.batch}/{steps}  {listed(means)}", flush=True)
 
 
 def end_epoch(run: Run, validate: Callable | None, score: str | None, draw: Callable | None) -> None:
@@ -262,8 +272,20 @@ def progress_bar(run: Run, steps: int) -> tqdm:
 
 
 def print_row(row: dict[str, float], epochs: int, seconds: float) -> None:
-    metrics = "  ".join(f"{name} {value:.4f}" for name, value in row.items() if name != "epoch")
-    print(f"epoch {row['epoch']}/{epochs}  {metrics}  {seconds:.1f} s", flush=True)
+    print(f"epoch {row['epoch']}/{epochs}  {listed(row)}  {seconds:.1f} s", flush=True)
+
+
+def listed(metrics: dict[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name != "epoch")
+
+
+def print_estimate(run: Run, seconds_per_step: float, epoch_length: int) -> None:
+    """Say, once per process, how long the rest of the training will take at this pace, without validation."""
+    run.estimated = True
+    steps = (run.args.epochs - run.epoch) * epoch_length - run.batch
+    left = steps * seconds_per_step
+    time_left = f"{left:.0f} s" if left < 120 else f"{left / 60:.0f} min" if left < 7200 else f"{left / 3600:.1f} h"
+    print(f"about {time_left} left: {steps:,} steps of {1000 * seconds_per_step:.1f} ms", flush=True)
 
 
 def draw_pictures(run: Run) -> None:

@@ -1,69 +1,51 @@
-"""A picture of a handwritten digit, made to look like MNIST's."""
+"""Pictures of handwritten digits, made to look like MNIST's."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from datasets.mnist import DataError
+from datasets.picture import open_picture
 
-MOST_PIXELS = 100_000_000
+if TYPE_CHECKING:  # Pillow takes a while to import
+    from PIL import Image
+
+SIDE = 800  # larger pictures are reduced to so many pixels, enough for a digit of a twentieth of the side
 
 
-def read_photo(path: str | Path) -> torch.Tensor:
-    """Read a picture of one digit: any size and mode, dark on light or light on dark. Returns uint8 [1, 1, 28, 28].
+def read_photo(picture: "str | Path | Image.Image") -> torch.Tensor:
+    """Read the digits in a picture, from left to right: uint8 [N, 1, 28, 28], white on black, as networks see them.
 
-    Prepared as MNIST was (yann.lecun.com/exdb/mnist): the ink is scaled to fit into 20x20 pixels, then its centre of
-    mass is moved to the centre of 28x28. Raises DataError.
+    Any photo or drawing, dark on light or light on dark. Prepared as MNIST was (yann.lecun.com/exdb/mnist): a digit
+    is scaled to fit into 20x20 pixels, then its centre of mass is moved to the centre of 28x28. Raises DataError, too
+    if nothing is found, or several things that do not stand in one row.
     """
-    ink = find_ink(read_grey(path))
-    if ink is None:
-        raise DataError(f"{path} shows no digit: it is blank; take a picture of one digit on a plain background")
-    return torch.from_numpy(centre(ink)).view(1, 1, 28, 28)
+    from datasets.ink import find_digits  # SciPy takes a while to import
+
+    digits, boxes = find_digits(read_pixels(picture))
+    name = picture if isinstance(picture, str | Path) else "the picture"
+    if not digits:
+        raise DataError(f"{name} shows no digit: nothing stands out; take a picture of one digit on a plain background")
+    if not in_one_row([rows for rows, _ in boxes]):
+        raise DataError(f"{name} shows {len(boxes)} things that do not stand in one row; crop it to one digit")
+    if any(width > 2 * height for height, width in (ink.shape for ink in digits)):
+        raise DataError(f"{name} shows something too wide for a digit; leave a gap between digits, or crop it to one")
+    return torch.from_numpy(np.stack([centre(ink) for ink in digits])).unsqueeze(1)
 
 
-def read_grey(path: str | Path) -> np.ndarray:
-    """Brightness of each pixel, float32 [H, W], 0 (black) to 255.
-
-    Transparent parts are white, or black if the digit on them is light.
-    """
-    from PIL import Image, ImageOps
-
-    if not Path(path).is_file():
-        raise DataError(f"{path} is not a file; name a picture, such as a PNG or JPEG")
-    try:
-        with Image.open(path) as image:
-            if image.width * image.height > MOST_PIXELS:
-                raise DataError(
-                    f"{path} has {image.width} x {image.height} pixels; make it smaller than 100 megapixels"
-                )
-            image = ImageOps.exif_transpose(image)
-            if image.mode[0] in "IF":  # 16 bits and more: the range is the file's own
-                deep = np.asarray(image, dtype=np.float32)
-                return (deep - deep.min()) / max(np.ptp(deep), 1) * 255
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                drawn = np.asarray(image.convert("L"))[np.asarray(image.getchannel("A")) > 127]
-                paper = "black" if drawn.size and drawn.mean() > 127 else "white"
-                image = Image.alpha_composite(Image.new("RGBA", image.size, paper), image)
-            return np.asarray(image.convert("L"), dtype=np.float32)
-    except DataError:
-        raise
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path} cannot be read as a picture ({error}); save it as PNG or JPEG") from error
+def in_one_row(sides: list[slice]) -> bool:
+    """Whether the middle of each digit lies between top and bottom of every other."""
+    return all(side.start < (other.start + other.stop) / 2 < side.stop for side in sides for other in sides)
 
 
-def find_ink(grey: np.ndarray) -> np.ndarray | None:
-    """The ink in each pixel, from 0 (background) to 1, cropped to the part that holds any; None if blank."""
-    border = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
-    paper = np.median(border)
-    darker, lighter = paper - grey.min(), grey.max() - paper
-    if max(darker, lighter) < 16:
-        return None
-    ink = (paper - grey) / darker if darker > lighter else (grey - paper) / lighter
-    ink = ((ink - 0.2) / 0.6).clip(0, 1)  # shadows and paper grain count as 0, a full stroke as 1
-    rows, columns = ink.any(axis=1).nonzero()[0], ink.any(axis=0).nonzero()[0]
-    return ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+def read_pixels(picture: "str | Path | Image.Image") -> np.ndarray:
+    """The picture's channels, float32 [C, H, W], 0 (black) to 255, reduced to SIDE pixels; a tiny one is enlarged."""
+    image = open_picture(picture, SIDE)
+    if max(image.size) < 200:
+        image = image.resize([round(200 / max(image.size) * length) or 1 for length in image.size])
+    return np.asarray(image, dtype=np.float32).transpose(2, 0, 1)
 
 
 def centre(ink: np.ndarray) -> np.ndarray:
@@ -76,8 +58,8 @@ def centre(ink: np.ndarray) -> np.ndarray:
     small = np.asarray(Image.fromarray(ink.astype(np.float32)).resize(size, Image.Resampling.LANCZOS)).clip(0, None)
     small = small / small.max()
     mass = small.sum()
-    top = round(13.5 - (small.sum(axis=1) @ np.arange(len(small))) / mass)
-    left = round(13.5 - (small.sum(axis=0) @ np.arange(len(small[0]))) / mass)
+    top = round(14 - (small.sum(axis=1) @ np.arange(len(small))) / mass)
+    left = round(14 - (small.sum(axis=0) @ np.arange(len(small[0]))) / mass)
     top, left = min(max(top, 0), 28 - size[1]), min(max(left, 0), 28 - size[0])
     canvas = np.zeros((28, 28), dtype=np.float32)
     canvas[top : top + size[1], left : left + size[0]] = small

@@ -20,7 +20,8 @@ from engine.errors import UserError
 
 DIGEST_SIZE = hashlib.sha256().digest_size
 POSITION = ("epoch", "batch", "history", "curve")  # where the training is: attributes of engine.run.Run
-KEYS = {"options", "classes", "code", "state", "ranks", "seconds", *POSITION}
+NETWORK = {"options", "code", "state", "epoch"}  # what a network is built from; all that the files of weights/ hold
+KEYS = {*NETWORK, "classes", "ranks", "seconds", *POSITION}  # what resuming needs
 
 
 def seal(archive: bytes) -> bytes:
@@ -75,7 +76,7 @@ def load_checkpoint(path: str | Path, warn: bool = True) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_dir():
-        return read_checkpoint(path)
+        return read_checkpoint(path, NETWORK)
     try:
         return read_checkpoint(path / "checkpoint.pt")
     except UserError as error:
@@ -86,7 +87,7 @@ def load_checkpoint(path: str | Path, warn: bool = True) -> dict[str, Any]:
         return read_checkpoint(path / "previous.pt")
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
+def read_checkpoint(path: Path, keys: set[str] = KEYS) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path} does not exist: this is not a run, or nothing was saved yet; start a new run")
     content = path.read_bytes()
@@ -97,6 +98,6 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # of many kinds
         raise foreign from error
-    if not isinstance(checkpoint, dict) or not checkpoint.keys() >= KEYS:
+    if not isinstance(checkpoint, dict) or not checkpoint.keys() >= keys:
         raise foreign
     return checkpoint

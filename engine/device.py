@@ -14,20 +14,27 @@ from engine.errors import UserError
 
 
 def pick_device(name: str, amp: bool = False) -> torch.device:
-    """The device for --device; `auto` takes CUDA, then MPS, then the CPU. Raises UserError.
+    """The device for --device; `auto` takes CUDA, then MPS, then the CPU; `cuda:1` is the second GPU. Raises UserError.
 
     Under torchrun, joins the process group and takes the GPU of this process's local rank.
     """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(kind for kind, found in available.items() if found)
-    if not available[name]:
-        raise UserError(f"--device {name}: this machine or this build of torch has no {name} device; use --device auto")
+    kind, _, index = name.partition(":")
+    if not available[kind]:
+        raise UserError(f"--device {name}: this machine or this build of torch has no {kind} device; use --device auto")
+    if index and dist.is_torchelastic_launched():
+        raise UserError(f"--device {name}: torchrun gives each process a GPU of its own; use --device cuda")
+    if index and int(index) >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: the last GPU of this machine is cuda:{torch.cuda.device_count() - 1}")
     torch.set_flush_denormal(True)  # denormal numbers, which long trainings produce, slow a CPU down
     warnings.filterwarnings("ignore", message="The value of the smallest subnormal")  # from older versions of numpy
     if sys.platform == "linux":
         keep_freed_memory()
-    if name == "cuda":
+    if kind == "cuda":
+        if index:
+            torch.cuda.set_device(int(index))  # of random numbers and graphs too
         torch.set_float32_matmul_precision("high")  # matrix products in TF32, as convolutions are by default
         if amp and not torch.cuda.is_bf16_supported(including_emulation=False):
             print("warning: --amp: this GPU emulates bfloat16, which is slower than float32; omit --amp")

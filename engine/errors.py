@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,11 +12,18 @@ import torch
 import torch.distributed as dist
 
 
-class UserError(Exception):
+class OneLine(Exception):
+    """An exception that a notebook shows as one line, without a traceback."""
+
+    def _render_traceback_(self) -> list[str]:  # IPython asks for it
+        return [f"{type(self).__name__}: {self.args[-1]}"]
+
+
+class UserError(OneLine):
     """An error the user can fix. The message is one line that names the cause and the remedy."""
 
 
-class Stopped(Exception):
+class Stopped(OneLine):
     """SIGINT or SIGTERM ended the training after a whole step, and the run was saved. Arguments: signal, message."""
 
 
@@ -64,8 +72,14 @@ def interrupt(number, _) -> None:
 
 @contextmanager
 def caught_signals() -> Iterator[list[int]]:
-    """A list that SIGINT and SIGTERM append to instead of ending the process. A second signal ends it at once."""
+    """A list that SIGINT and SIGTERM append to instead of ending the process. A second signal ends it at once.
+
+    Python delivers signals to the main thread alone: in any other, the list stays empty.
+    """
     caught = []
+    if threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
 
     def catch(number, frame):
         if caught and not dist.is_torchelastic_launched():  # torchrun repeats the terminal's signal

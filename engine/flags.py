@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -40,13 +41,21 @@ def number(kind: type, smallest: float, largest: float = math.inf) -> Callable[[
     return parse
 
 
+def device_name(text: str) -> str:
+    """An argparse type: the name of a device."""
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"must be auto, cpu, cuda, cuda:1, ... or mps, not {text}")
+    return text
+
+
 def shared_args_parser(script: str, description: str, recipes: Recipes, datasets: Sequence[str]) -> ArgumentParser:
-    """The flags of every training script. script: its file name."""
+    """The flags of every training script. script: its file name. datasets: names that are no folders."""
     parser = ArgumentParser(prog=script, description=description)
-    parser.set_defaults(script=script)
+    parser.set_defaults(script=script, classes=list("0123456789"))  # the names of the classes: the data set's, in main
+    parser.datasets = datasets
     add, on_off = parser.add_argument, argparse.BooleanOptionalAction
     add("--recipe", choices=list(recipes), default="lecture", help="named set of defaults")
-    add("--dataset", choices=datasets, default="mnist", help="what to train on")
+    add("--dataset", metavar="NAME", default="mnist", help=f"{', '.join(datasets)}, or a folder of images")
     add("--data-dir", default="data", help="folder of the data sets; missing files are downloaded")
     add("--epochs", type=number(int, 1), default=1, help="passes over the training images")
     add("--batch-size", type=number(int, 1, 2**31), default=32, help="images per step")
@@ -57,7 +66,7 @@ def shared_args_parser(script: str, description: str, recipes: Recipes, datasets
     add("--weight-decay", type=number(float, 0), default=0.0, help="pull of the weights towards 0")
     add("--ema", type=number(float, 0, 1), help="decay per step of the weights' moving average, which is the result")
     add("--seed", type=number(int, 0, 2**31), default=0, help="of weights, order and noise")
-    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to train")
+    add("--device", type=device_name, default="auto", help="where to train: auto, cpu, cuda, cuda:1, ... or mps")
     add("--cuda-graph", action=on_off, default=True, help="on CUDA, replay the step as one graph")
     add("--compile", action=on_off, default=False, help="compile the networks (needs a C++ compiler; Triton on CUDA)")
     add("--amp", action="store_true", help="mixed precision (bfloat16)")
@@ -66,6 +75,7 @@ def shared_args_parser(script: str, description: str, recipes: Recipes, datasets
     add("--save-interval", type=number(float, 0), default=60, help="seconds between checkpoints within an epoch")
     add("--output-dir", metavar="RUN", help="new run folder (None: the next free runs/<model>-<dataset>)")
     add("--resume", metavar="RUN", help="resume this run with its own options")
+    add("--start-from", metavar="RUN", help="start a new run from the weights of this one, or of a file of weights/")
     add("--auto-resume", action="store_true", help="resume the run in --output-dir, or start it if there is none")
     add("--dry-run", action="store_true", help="a few steps and one evaluation; writes everything")
     return parser
@@ -120,7 +130,8 @@ def parse_args(
         defaults = dict(recipes[first.recipe])
         parser.set_defaults(**defaults)
         first, _ = parser.parse_known_args(without_help)
-        for name in (getattr(first, "model", None), getattr(first, "networks", None), first.dataset):
+        dataset = first.dataset if first.dataset in parser.datasets else "folder"
+        for name in (getattr(first, "model", None), getattr(first, "networks", None), dataset):
             defaults.update((variants or {}).get((first.recipe, name), {}))
         parser.set_defaults(**defaults)
     args = parser.parse_args(argv)

@@ -32,6 +32,20 @@ def new_folder(wanted: str | None, name: str) -> Path:
         with suppress(FileExistsError):
             make_folder(folder)
             return folder
+        if was_never_started(folder):
+            return folder
+
+
+def was_never_started(folder: Path) -> bool:
+    """Whether a run ended here before its first save. An empty folder may be one that is just about to start."""
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if ".lock" not in names or not names.issubset(UNSTARTED):
+        return False
+    try:
+        lock(folder).release()
+    except UserError:  # it is running
+        return False
+    return True
 
 
 def make_folder(folder: Path, exist_ok: bool = False) -> None:

@@ -32,7 +32,7 @@ def draw_curves(history: list[dict], curve: list[dict], path: Path) -> None:
         ]
         for table, key, style, label in lines:
             points = [(row["epoch"], row[key]) for row in table if key in row]
-            axis.plot(*zip(*points), style, lw=1, ms=3, label=label)
+            axis.plot(*zip(*points), style if len(points) > 1 else "o", lw=1, ms=3, label=label)
         axis.set(xlabel="epoch", ylabel=name)
         axis.grid(alpha=0.3)
         axis.legend()

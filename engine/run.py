@@ -19,6 +19,7 @@ from engine.device import random_state, set_random_state
 from engine.distributed import all_gather, broadcast, rank, sum_gradients, world_size
 from engine.errors import UserError
 from engine.folder import lock, new_folder, read_config
+from engine.optim import EMA
 from engine.provenance import code_fingerprint, environment, warn_if_code_changed
 
 
@@ -37,6 +38,7 @@ class Run:
         self.epoch, self.batch = 0, 0  # done: whole epochs, and batches of the current one
         self.history, self.curve = [], []  # a row of metrics per epoch, and one per report
         self.seconds, self.counted = [0.0], time.monotonic()  # of training, per epoch; counted until when
+        self.estimated = False  # whether this process has said how long the training will take
         self.meter = None  # sums of the current epoch's metrics; utils.train sets it
         self.share = 1.0  # of the batch that this rank computes
         for optimizer in self.optimizers():
@@ -100,6 +102,8 @@ class Run:
         Nothing may draw random numbers between this and the first step.
         """
         ranks = []
+        if getattr(self.args, "start_from", None) and not self.args.resume:
+            self.start_from(Path(self.args.start_from))
         if self.args.resume:
             checkpoint = load_checkpoint(self.folder)
             warn_if_code_changed(checkpoint, self.folder)
@@ -117,6 +121,26 @@ class Run:
             set_random_state(random, self.args.seed + 1_000_003 * (1 + rank()) + self.epoch + self.batch)
         self.write_config()
         self.counted = time.monotonic()
+
+    def start_from(self, path: Path) -> None:
+        """Take the networks' weights from another run; of the network that has an EMA, the EMA."""
+        state = load_checkpoint(path / "best.pt" if (path / "best.pt").is_file() else path)["state"]
+        main = "model" if "model" in self.state else "generator"
+        if "ema" in state:
+            state[main] = state["ema"]["model"]
+        networks = {name: item for name, item in self.state.items() if isinstance(item, torch.nn.Module)}
+        if isinstance(self.state.get("ema"), EMA):
+            networks["ema"], state["ema"] = self.state["ema"].model, state.get(main)
+        for name, network in networks.items():
+            if state.get(name) is None:
+                raise UserError(
+                    f"--start-from {path}: it has no weights of the {name}; name a run folder of this script"
+                )
+            try:
+                network.load_state_dict(state[name])
+            except RuntimeError as error:
+                reason = " ".join(str(error).split())
+                raise UserError(f"--start-from {path}: its {name} is another network: {reason}") from error
 
     def load_state(self, checkpoint: dict[str, Any]) -> None:
         for name, then in checkpoint["classes"].items():

@@ -1,5 +1,6 @@
 """What a classifier gets right and wrong: figures, and pictures of its mistakes and filters."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,54 +10,73 @@ from torch import nn
 if TYPE_CHECKING:  # matplotlib takes a while to import
     from matplotlib.figure import Figure
 
+DIGITS = "0123456789"  # the names of the classes, unless told
 
-def classification_measures(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
-    """Accuracy, errors, cross-entropy, and figures per class, of logits [N, 10] and labels [N] on the CPU."""
+
+def classification_measures(
+    logits: torch.Tensor, labels: torch.Tensor, names: Sequence[str] = DIGITS
+) -> dict[str, Any]:
+    """Accuracy, errors, cross-entropy, and figures per class, of logits [N, classes] and labels [N] on the CPU."""
     from sklearn.metrics import classification_report, confusion_matrix
 
     predictions = logits.argmax(1)
-    digits = list(range(10))
-    report = classification_report(labels, predictions, labels=digits, output_dict=True, zero_division=0)
+    numbers = list(range(len(names)))
+    report = classification_report(labels, predictions, labels=numbers, output_dict=True, zero_division=0)
     return {
         "test_images": len(labels),
         "test_accuracy": (predictions == labels).double().mean().item(),
         "test_errors": (predictions != labels).sum().item(),
         "test_loss": F.cross_entropy(logits.double(), labels).item(),
-        "per_class": {str(digit): report[str(digit)] for digit in digits},
-        "confusion_matrix": confusion_matrix(labels, predictions, labels=digits).tolist(),  # rows: true digits
+        "per_class": {name: report[str(number)] for number, name in enumerate(names)},
+        "confusion_matrix": confusion_matrix(labels, predictions, labels=numbers).tolist(),  # rows: true classes
     }
 
 
 def print_report(measures: dict[str, Any]) -> None:
-    print("digit  precision  recall      f1  images")
-    for digit, row in measures["per_class"].items():
+    width = max(map(len, ["class", *measures["per_class"]]))
+    print(f"{'class':>{width}}  precision  recall      f1  images")
+    for name, row in measures["per_class"].items():
         figures = f"{row['precision']:9.4f}  {row['recall']:6.4f}  {row['f1-score']:6.4f}  {row['support']:6.0f}"
-        print(f"{digit:>5}  {figures}")
+        print(f"{name:>{width}}  {figures}")
     print(
         f"test accuracy {measures['test_accuracy']:.2%}: {measures['test_errors']} errors in {measures['test_images']} "
         f"images, cross-entropy {measures['test_loss']:.4f}"
     )
 
 
-def draw_confusion(matrix: list[list[int]]) -> "Figure":
+def shorten(name: str, most: int) -> str:
+    return name if len(name) <= most else name[: most - 1] + "…"
+
+
+def draw_confusion(matrix: list[list[int]], names: Sequence[str] = DIGITS) -> "Figure":
     from matplotlib.figure import Figure
     from sklearn.metrics import ConfusionMatrixDisplay
 
-    figure = Figure(figsize=(6, 6), layout="constrained")
+    side = min(30, max(6, 0.45 * len(names)))
+    figure = Figure(figsize=(side, side), layout="constrained")
     counts = torch.tensor(matrix)
     axis = figure.add_subplot()
     # The colours saturate at twice the most frequent mistake: the diagonal would hide all others.
     worst = max(1, (counts - torch.diag(counts.diag())).max().item())
     display = ConfusionMatrixDisplay(counts.numpy())
-    display.plot(ax=axis, cmap="Blues", colorbar=False, im_kw={"vmin": 0, "vmax": 2 * worst})
-    axis.set(xlabel="predicted digit", ylabel="true digit")
+    legible = len(names) <= 50
+    display.plot(ax=axis, cmap="Blues", colorbar=False, include_values=legible, im_kw={"vmin": 0, "vmax": 2 * worst})
+    axis.set(xlabel="predicted class", ylabel="true class")
+    ticks = [shorten(name, 20) for name in names]
+    rotation = 90 if max(map(len, ticks)) > 3 else 0
+    axis.set_xticks(range(len(ticks)), ticks, rotation=rotation, parse_math=False)  # a name may hold a $
+    axis.set_yticks(range(len(ticks)), ticks, parse_math=False)
     return figure
 
 
-def draw_mistakes(images: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> "Figure":
-    """The 30 most confident mistakes. images: uint8 [N, 1, 28, 28]; logits: [N, 10]; labels: [N]; all on the CPU."""
+def draw_mistakes(
+    images: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor, names: Sequence[str] = DIGITS
+) -> "Figure":
+    """The 30 most confident mistakes. images: uint8 [N, 1, 28, 28]; logits: [N, classes]; labels: [N]; on the CPU."""
     from matplotlib.figure import Figure
 
+    names = [shorten(name, 11) for name in names]
+    size = 9 if max(map(len, names)) <= 3 else 7
     probabilities, predictions = logits.softmax(1).max(1)
     wrong = (predictions != labels).nonzero().flatten()
     worst = wrong[probabilities[wrong].argsort(descending=True)][:30].tolist()
@@ -66,7 +86,8 @@ def draw_mistakes(images: torch.Tensor, logits: torch.Tensor, labels: torch.Tens
     for place, index in enumerate(worst):
         axis = figure.add_subplot(rows, 10, place + 1)
         axis.imshow(images[index, 0].numpy(), cmap="gray", vmin=0, vmax=255)
-        axis.set_title(f"{predictions[index]} ({probabilities[index]:.0%})\ntrue {labels[index]}", fontsize=9)
+        title = f"{names[predictions[index]]} ({probabilities[index]:.0%})\ntrue {names[labels[index]]}"
+        axis.set_title(title, fontsize=size, parse_math=False)
         axis.axis("off")
     return figure
 

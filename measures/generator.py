@@ -6,8 +6,11 @@ from typing import Any
 
 import torch
 
+from engine.errors import UserError
 from measures.judge import Judge
 from measures.parzen import parzen_measures
+
+NEIGHBOURS = 5
 
 
 def feature_distances(features: torch.Tensor, real_features: torch.Tensor) -> dict[str, float]:
@@ -27,7 +30,7 @@ def feature_distances(features: torch.Tensor, real_features: torch.Tensor) -> di
     return {"fid": fid.compute().item(), "kid": kid.compute()[0].item()}
 
 
-def neighbour_measures(features: torch.Tensor, real_features: torch.Tensor, k: int = 5) -> dict[str, float]:
+def neighbour_measures(features: torch.Tensor, real_features: torch.Tensor, k: int = NEIGHBOURS) -> dict[str, float]:
     """Do the samples lie among the real images (precision, density), and do they reach all of them (recall, coverage)?
 
     Kynkäänniemi et al. 2019 (arXiv 1904.06991), Naeem et al. 2020 (arXiv 2002.09797): an image's ball reaches to its
@@ -66,12 +69,22 @@ def measure_images(
     labels: torch.Tensor | None,
     judge: Judge,
     reference: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    classes: int = 10,
 ) -> dict[str, Any]:
     """All measures of generated or real images [N, 1, 28, 28] with pixels in [0, 1].
 
-    labels: the digits they should show, or None. reference: validation images, test images, and test labels.
+    labels: the classes they should show, or None. reference: validation images, test images, and test labels. What the
+    judge reads is compared with the classes only if there are ten of them, as of digits. Raises UserError if there are
+    too few images.
     """
     validation_images, test_images, test_labels = reference
+    conditional = labels is not None and classes == 10
+    counts = [len(images), len(test_images)]
+    if conditional:
+        counts += [*labels.bincount(minlength=10).tolist(), *test_labels.bincount(minlength=10).tolist()]
+    if min(counts) <= NEIGHBOURS:
+        remedy = f"it takes more than {NEIGHBOURS} of each class in each part"
+        raise UserError(f"{min(counts)} images are too few to measure a generator by; {remedy}")
     features, digits = judge.read(images)
     test_features, _ = judge.read(test_images)
     measures = {
@@ -79,9 +92,10 @@ def measure_images(
         **parzen_measures(images, validation_images, test_images),
         **feature_distances(features, test_features),
         **neighbour_measures(features, test_features),
-        **class_measures(digits),
     }
-    if labels is not None:
+    if classes == 10:
+        measures.update(class_measures(digits))
+    if conditional:
         measures["conditional_accuracy"] = (digits == labels).double().mean().item()
         measures["class_coverage"] = [
             neighbour_measures(features[labels == digit], test_features[test_labels == digit])["coverage"]

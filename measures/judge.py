@@ -1,8 +1,7 @@
 """The judge: one fixed classifier of MNIST digits, which reads what generators draw.
 
-judge.pt holds the weights of `python train_classifier.py --model cnn --recipe best --amp --seed 0`, written by
-`python benchmarks/judge.py RUN`, which checks them on the test images. The network is a copy of its own, so that edits
-to models/ leave it alone. Figures from different judges cannot be compared.
+Its weights are weights/cnn.pt, those of `python train_classifier.py --model cnn --recipe best --amp --seed 0`. The
+network is a copy of its own, which edits to models/ leave alone. Figures from different judges cannot be compared.
 """
 
 import hashlib
@@ -12,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-WEIGHTS = Path(__file__).with_name("judge.pt")
-SHA256 = "5e6051821ba3bafa95cf166fc18a1a2559861bc350ec90f7b3dabbe20602bda7"
+WEIGHTS = Path(__file__).parent.parent / "weights" / "cnn.pt"
+SHA256 = "db3d0871f108fde500a7224c079faf3fc4ea173fe35b83da2293621296c99ca8"
 
 
 class Judge(nn.Module):
@@ -47,10 +46,10 @@ class Judge(nn.Module):
 
 
 def load_judge(device: torch.device | str) -> Judge:
-    """The judge in eval mode. Raises OSError if judge.pt is missing or not the file that this repository ships."""
+    """The judge in eval mode. Raises OSError if weights/cnn.pt is missing or not the file that was pinned."""
     content = WEIGHTS.read_bytes()
     if hashlib.sha256(content).hexdigest() != SHA256:
         raise OSError(f"{WEIGHTS} is not the judge of this repository (its SHA-256 differs); git checkout {WEIGHTS}")
     judge = Judge()
-    judge.load_state_dict(torch.load(WEIGHTS, map_location="cpu", weights_only=True))
+    judge.load_state_dict(torch.load(WEIGHTS, map_location="cpu", weights_only=True)["state"]["model"])
     return judge.eval().to(device)

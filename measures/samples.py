@@ -1,5 +1,6 @@
 """Samples of a trained generative model, from random numbers that training never draws."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -37,21 +38,28 @@ def draw_samples(
     return draw(network, z, labels), labels, z
 
 
-def draw_walks(network: nn.Module, options: dict[str, Any], seed: int, digit: int | None) -> dict[str, torch.Tensor]:
-    """Name -> 100 images of a GAN: along straight lines through the noise, and the same z as all ten digits.
+def draw_walks(
+    network: nn.Module, options: dict[str, Any], seed: int, digits: Sequence[int] | None
+) -> dict[str, torch.Tensor]:
+    """Name -> images of a GAN [rows, columns, 1, 28, 28]: along straight lines through the noise, and z as all classes.
 
-    A conditional generator draws a line for each digit, or all lines as `digit`. {} for other models.
+    interpolation: ten points on each line. A conditional generator draws a line for each class, or ten lines of those
+    with the numbers `digits`. same_noise: a row for each of ten z, a column for each class. {} for other models.
     """
     if options["script"] == "train_likelihood.py":
         return {}
-    starts, ends = evaluation_noise(20, options, seed).chunk(2)
+    conditional = options["script"] == "train_cgan.py"
+    classes = network.classes if conditional else 10
+    lines = 10 if digits else classes
+    starts, ends = evaluation_noise(2 * lines, options, seed).chunk(2)
     steps = torch.linspace(0, 1, 10).view(1, 10, 1)
-    z = starts[:, None].lerp(ends[:, None], steps).flatten(0, 1)  # ten lines of ten points each
-    if options["script"] == "train_gan.py":
-        return {"interpolation": draw(network, z)}
-    digits = torch.arange(10)
-    rows = digits.repeat_interleave(10) if digit is None else torch.full((100,), digit)
-    walks = {"interpolation": draw(network, z, rows)}
-    if digit is None:
-        walks["same_noise"] = draw(network, starts.repeat_interleave(10, dim=0), digits.repeat(10))
+    z = starts[:, None].lerp(ends[:, None], steps).flatten(0, 1)
+    if not conditional:
+        return {"interpolation": draw(network, z).unflatten(0, (10, 10))}
+    labels = torch.arange(classes)
+    of_lines = torch.tensor(digits)[torch.arange(10) * len(digits) // 10] if digits else labels
+    walks = {"interpolation": draw(network, z, of_lines.repeat_interleave(10)).unflatten(0, (lines, 10))}
+    if not digits:
+        z = evaluation_noise(10, options, seed).repeat_interleave(classes, dim=0)
+        walks["same_noise"] = draw(network, z, labels.repeat(10)).unflatten(0, (10, classes))
     return walks

@@ -14,7 +14,8 @@ class Watch:
 
     draw(n): the same n samples in every call up to training, [n, 1, 28, 28] with pixels in [0, 1].
     validation_images: uint8 [M, 1, 28, 28]; the first 1,000 are scored. judge: whether MNIST's judge can read the data.
-    labels: the digits that the samples should show, in order, or None. Raises UserError if the images do not fit.
+    labels: the classes that the samples should show, all of them in order for each z, or None. Raises UserError if the
+    images do not fit.
     """
 
     def __init__(
@@ -40,9 +41,11 @@ class Watch:
         return {"val_log_likelihood": densities.mean(1).max().item()}
 
     def grid(self) -> torch.Tensor:
-        """100 samples in rows of ten; with labels, a row for each digit and a column for each z."""
-        samples = self.draw(100)
-        return samples if self.labels is None else samples.unflatten(0, (10, 10)).transpose(0, 1).flatten(0, 1)
+        """100 samples in rows of ten; with labels, a row for each class and a column for each of ten z."""
+        if self.labels is None:
+            return self.draw(100)
+        classes = int(self.labels.max()) + 1
+        return self.draw(10 * classes).unflatten(0, (10, classes)).transpose(0, 1).flatten(0, 1)
 
     def warn(self, row: dict[str, float]) -> None:
         """Print the signs of failure. row: an epoch's metrics."""
@@ -63,7 +66,7 @@ def failure_signs(
         yield f"D's loss is near zero ({row['loss_d']:.4f}): it detects every fake, so G learns nothing; try --r1 0.5"
     if digits is None:
         return
-    remedy = "if this lasts, try --recipe best, or a larger --r1"
+    remedy = "if this lasts, try a larger --r1; --recipe best sets one"
     share, digit = digits.bincount(minlength=10).div(len(digits)).max(0)
     if share > 0.5:
         yield f"{share:.0%} of the samples are read as the digit {digit}; {remedy}"

@@ -16,7 +16,7 @@ from models.rbm import RBM
 from models.rnn import RNN
 from models.vae import VAE
 
-# A new classifier is one file and one line here: images [N, 1, 28, 28] in, logits [N, 10] out.
+# A new classifier is one file and one line here: images [N, 1, 28, 28] in, logits [N, classes] out.
 CLASSIFIERS = {
     "mlp": MLP,
     "cnn": CNN,
@@ -47,7 +47,9 @@ ACTIVATIONS = {
 }
 
 
-def build_classifier(name: str, activation: str | None = None, batch_norm: bool = False) -> nn.Module:
+def build_classifier(
+    name: str, activation: str | None = None, batch_norm: bool = False, classes: int = 10
+) -> nn.Module:
     """The network registered as `name`, with the activation of that name (None: the network's own).
 
     Raises ValueError if there is no such network or it has no such option.
@@ -59,6 +61,8 @@ def build_classifier(name: str, activation: str | None = None, batch_norm: bool 
         options["activation"] = ACTIVATIONS[activation]
     if batch_norm:
         options["batch_norm"] = True
+    if "classes" in inspect.signature(CLASSIFIERS[name]).parameters:
+        options["classes"] = classes
     return build(CLASSIFIERS, name, options)
 
 

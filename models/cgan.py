@@ -13,19 +13,21 @@ class ConditionalGenerator(nn.Module):
     Input: noise z [N, 100] and labels [N]. Output: images [N, 1, 28, 28] with pixels in [0, 1].
 
     dropout: share of the hidden units that training drops; none in eval mode, in which samples are drawn.
+    classes: how many different labels there are.
     """
 
-    def __init__(self, dropout: float = 0.5):
+    def __init__(self, dropout: float = 0.5, classes: int = 10):
         super().__init__()
+        self.classes = classes
         self.from_z = nn.Linear(100, 200)
-        self.from_y = nn.Linear(10, 1000)
+        self.from_y = nn.Linear(classes, 1000)
         self.joint = nn.Linear(200 + 1000, 1200)
         self.output = nn.Linear(1200, 28 * 28)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, z, labels):
         z = self.dropout(F.relu(self.from_z(z)))
-        y = self.dropout(F.relu(self.from_y(F.one_hot(labels, 10).to(z.dtype))))
+        y = self.dropout(F.relu(self.from_y(F.one_hot(labels, self.classes).to(z.dtype))))
         hidden = self.dropout(F.relu(self.joint(torch.cat([z, y], dim=1))))
         return self.output(hidden).sigmoid().view(-1, 1, 28, 28)
 
@@ -36,18 +38,20 @@ class ConditionalDiscriminator(nn.Module):
     Input: images [N, 1, 28, 28] with pixels in [0, 1], and labels [N]. Output: logits [N, 1]; their sigmoid is D(x|y).
 
     dropout: share of the units dropped before the joint layer and before the last.
+    classes: how many different labels there are.
     """
 
-    def __init__(self, dropout: float = 0.5):
+    def __init__(self, dropout: float = 0.5, classes: int = 10):
         super().__init__()
+        self.classes = classes
         self.from_x = Maxout(28 * 28, 240, k=5, dropout=False)
-        self.from_y = Maxout(10, 50, k=5, dropout=False)
+        self.from_y = Maxout(classes, 50, k=5, dropout=False)
         self.joint = Maxout(240 + 50, 240, k=4, p=dropout)
         self.output = nn.Sequential(nn.Dropout(dropout), nn.Linear(240, 1))
 
     def forward(self, x, labels):
         x = self.from_x(x.flatten(1))
-        y = self.from_y(F.one_hot(labels, 10).to(x.dtype))
+        y = self.from_y(F.one_hot(labels, self.classes).to(x.dtype))
         return self.output(self.joint(torch.cat([x, y], dim=1)))
 
     def probability(self, x, labels):

@@ -18,13 +18,14 @@ def conv_output_size(i: int, k: int, s: int = 1, p: int = 0) -> int:
 class CNN(nn.Module):
     """Three 3x3 convolutions with stride 2, then one linear layer; 410,634 parameters as on the slide.
 
-    Input: images [N, 1, 28, 28]. Output: logits [N, 10].
+    Input: images [N, 1, 28, 28]. Output: logits [N, classes].
 
     activation: a function of one tensor, applied after each convolution.
     batch_norm: CONV-BN-ReLU as on the slide; adds `bn1` to `bn3` to the state dict.
+    classes: how many there are to tell apart.
     """
 
-    def __init__(self, activation: Callable[[torch.Tensor], torch.Tensor] = F.relu, batch_norm: bool = False):
+    def __init__(self, activation: Callable = F.relu, batch_norm: bool = False, classes: int = 10):
         super().__init__()
         self.activation = activation
         self.conv1 = nn.Conv2d(in_channels=1, out_channels=64, kernel_size=3, stride=2, padding=1)
@@ -36,9 +37,9 @@ class CNN(nn.Module):
         side = 28
         for _ in (self.conv1, self.conv2, self.conv3):
             side = conv_output_size(side, k=3, s=2, p=1)  # 28 -> 14 -> 7 -> 4
-        self.fc = nn.Linear(in_features=side * side * 256, out_features=10)
+        self.fc = nn.Linear(in_features=side * side * 256, out_features=classes)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.activation(self.bn1(self.conv1(x)))  # [N, 64, 14, 14]
         x = self.activation(self.bn2(self.conv2(x)))  # [N, 128, 7, 7]
         x = self.activation(self.bn3(self.conv3(x)))  # [N, 256, 4, 4]

@@ -27,16 +27,16 @@ class Maxout(nn.Module):
 class MaxoutMLP(nn.Module):
     """The paper's permutation-invariant MNIST classifier (section 5.1): maxout 240 x 5, maxout 240 x 5, softmax.
 
-    Input: images [N, 1, 28, 28]. Output: logits [N, 10]. Dropout keeps .8 of the input and .5 of the hidden units;
+    Input: images [N, 1, 28, 28]. Output: logits [N, classes]. Dropout keeps .8 of the input and .5 of the hidden units;
     initial weights are U(-.005, .005), biases 0. As in the configuration the authors released (pylearn2's
     mnist_pi.yaml), the pixels that are kept are not scaled up.
     """
 
-    def __init__(self):
+    def __init__(self, classes: int = 10):
         super().__init__()
         self.maxout1 = Maxout(28 * 28, 240, k=5, dropout=False)
         self.maxout2 = Maxout(240, 240, k=5, p=0.5)
-        self.fc = nn.Sequential(nn.Dropout(0.5), nn.Linear(240, 10))
+        self.fc = nn.Sequential(nn.Dropout(0.5), nn.Linear(240, classes))
         for layer in linear_layers(self):
             nn.init.uniform_(layer.weight, -0.005, 0.005)
             nn.init.zeros_(layer.bias)

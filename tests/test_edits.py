@@ -19,7 +19,7 @@ MLP = [*DIGITS, "--model", "mlp"]
 def copy(tmp_path):
     """A copy of the repository's code."""
     folder = tmp_path / "repository"
-    for name in FOLDERS:
+    for name in (*FOLDERS, "weights"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for path in ROOT.glob("*.py"):
         shutil.copy(path, folder)
@@ -80,7 +80,7 @@ def test_every_example_of_the_page_works(copy, title):
     for command in commands:
         python, script, *words = shlex.split(command)
         assert python == "python"
-        words += [] if script == "evaluate.py" else ["--dry-run", "--device", "cpu"]
+        words += ["--dry-run", "--device", "cpu"] if script.startswith("train_") else []
         _, errors = run_in(copy, script, *words)
         assert not errors
 
@@ -196,7 +196,7 @@ def test_another_optimizer_is_saved_by_name_and_does_not_resume_the_first_ones_r
 
 
 def test_a_network_with_other_outputs_is_one_line(copy):
-    edit(copy, "models/mlp.py", "in_features=64, out_features=10", "in_features=64, out_features=9")
+    edit(copy, "models/mlp.py", "in_features=64, out_features=classes", "in_features=64, out_features=9")
     _, errors = run_in(copy, "train_classifier.py", *MLP, code=1)
     assert_one_line(errors, "--model mlp", "[2, 9]", "10 outputs")
 

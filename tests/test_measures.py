@@ -168,7 +168,7 @@ def test_parzen_is_computed_in_double():
 def test_another_judge_is_refused(tmp_path, monkeypatch):
     changed = bytearray(judge_module.WEIGHTS.read_bytes())
     changed[1000] ^= 1
-    (tmp_path / "judge.pt").write_bytes(changed)
-    monkeypatch.setattr(judge_module, "WEIGHTS", tmp_path / "judge.pt")
+    (tmp_path / "cnn.pt").write_bytes(changed)
+    monkeypatch.setattr(judge_module, "WEIGHTS", tmp_path / "cnn.pt")
     with pytest.raises(OSError, match="is not the judge"):
         load_judge("cpu")

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -23,8 +24,9 @@ from datasets import Batches
 from engine import provenance
 from engine import run as run_module
 from engine.checkpoint import load_checkpoint, write_atomically
+from engine.device import pick_device
 from engine.errors import Stopped, UserError
-from engine.folder import new_folder
+from engine.folder import lock, new_folder
 from models import ACTIVATIONS
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="kills processes with POSIX signals")
@@ -278,10 +280,76 @@ def test_a_finished_run_resumes_with_more_epochs(tmp_path, capsys):
     assert json.loads((tmp_path / "a" / "config.json").read_text())["options"]["epochs"] == 2
 
 
-def test_without_a_terminal_each_epoch_is_one_line(tmp_path):
-    output, errors = run("train_classifier.py", *DIGITS, "--model", "mlp", "--epochs", 2, cwd=tmp_path)
-    assert [line.split()[1] for line in output.splitlines() if line.startswith("epoch")] == ["1/2", "2/2"]
+def test_without_a_terminal_each_report_and_each_epoch_is_one_line(tmp_path):
+    flags = [*DIGITS, "--model", "mlp", "--epochs", 2, "--log-interval", 20]
+    output, errors = run("train_classifier.py", *flags, cwd=tmp_path)
+    lines = [line.split("  ")[0] for line in output.splitlines() if line.startswith("epoch")]
+    steps = ["step 20/45", "step 40/45"]
+    assert lines == [
+        *(f"epoch 1 {step}" for step in steps),
+        "epoch 1/2",
+        *(f"epoch 2 {step}" for step in steps),
+        "epoch 2/2",
+    ]
     assert "\r" not in errors  # no progress bar
+
+
+@pytest.mark.parametrize(("flags", "steps"), [([], "45 steps"), (["--dry-run"], "82 steps")])
+def test_the_time_that_is_left_is_estimated_once(flags, steps, capsys):
+    """After the first epoch if it is short, and in a dry run, which takes 8 of 90 steps."""
+    train(*DIGITS, "--model", "mlp", "--epochs", 2, *flags)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("about")]
+    assert re.fullmatch(rf"about \d+ s left: {steps} of \d+\.\d ms", line)
+
+
+@pytest.mark.parametrize("ema", [[], ["--ema", "0.9"]])
+def test_a_new_run_starts_from_the_weights_of_another(tmp_path, ema):
+    train(*DIGITS, "--model", "mlp", *ema, "--output-dir", "first")
+    train(*DIGITS, "--model", "mlp", "--ema", "0.5", "--lr", 0, "--start-from", "first", "--output-dir", "second")
+    first, second = (load(tmp_path / name / "checkpoint.pt")["state"] for name in ("first", "second"))
+    expected = first["ema"]["model"] if ema else first["model"]
+    assert same(second["model"], expected)
+    assert all(value.allclose(expected[name]) for name, value in second["ema"]["model"].items())
+    train("--resume", "second", "--epochs", 2)  # goes on from its own weights
+
+
+def test_a_new_run_starts_from_the_shipped_weights():
+    with pytest.raises(UserError, match=r"its model is another network"):
+        train(*DIGITS, "--model", "mlp", "--start-from", ROOT / "weights" / "cnn.pt")
+    train(*DIGITS, "--batch-norm", "--start-from", ROOT / "weights" / "cnn.pt", "--lr", 0, "--output-dir", "run")
+    assert load(Path("run") / "checkpoint.pt")["history"][0]["accuracy"] > 0.8
+    with pytest.raises(UserError, match="it has no weights of the discriminator"):
+        train_cgan.main([*DIGITS, "--start-from", str(ROOT / "weights" / "cgan.pt")])
+    with pytest.raises(UserError, match=r"nowhere does not exist"):
+        train(*DIGITS, "--start-from", "nowhere")
+
+
+def test_a_folder_whose_run_never_started_is_used_again(tmp_path):
+    stale = tmp_path / "runs" / "cnn-digits"
+    stale.mkdir(parents=True)
+    for name in (".lock", "config.json"):
+        (stale / name).touch()
+    (tmp_path / "runs" / "cnn-digits-2").mkdir()  # another process may be about to start there
+    held = lock(stale)
+    assert new_folder(None, "cnn-digits").name == "cnn-digits-3"
+    held.release()
+    assert new_folder(None, "cnn-digits").name == "cnn-digits"
+    (stale / "checkpoint.pt").touch()
+    assert new_folder(None, "cnn-digits").name == "cnn-digits-4"
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:x", "1", "cpu:0"])
+def test_a_device_that_does_not_exist_is_named(name, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        train(*DIGITS[:2], "--device", name)
+    assert f"must be auto, cpu, cuda, cuda:1, ... or mps, not {name}" in capsys.readouterr().err
+
+
+def test_a_gpu_that_does_not_exist_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match=r"--device cuda:2: the last GPU of this machine is cuda:1"):
+        pick_device("cuda:2")
 
 
 def test_a_flag_beats_the_recipe_and_is_shown(tmp_path, capsys):

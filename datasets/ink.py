@@ -1,0 +1,182 @@
+"""Find handwritten digits in a photo, whatever else it shows: shadows, ruled lines, specks, the edge of a table."""
+
+import itertools
+
+import numpy as np
+from scipy import ndimage
+
+Box = tuple[slice, slice]  # rows and columns
+
+
+def find_digits(pixels: np.ndarray) -> tuple[list[np.ndarray], list[Box]]:
+    """The ink of each digit in a picture [C, H, W], from left to right, from 0 (paper) to 1, and where it stands.
+
+    Whatever resembles strokes most: dark on light or light on dark. A picture that is cropped closely gets a margin of
+    paper, since a stroke along its edge looks like a table beside the page.
+    """
+    found = [search(pixels, sign) for sign in (1, -1)]
+    if is_close_up(max(found, key=lambda result: result[0])[2]):
+        border = np.concatenate([pixels[:, 0], pixels[:, -1], pixels[:, :, 0], pixels[:, :, -1]], axis=1)
+        paper, margin = np.median(border, axis=1)[:, None, None], max(pixels.shape) // 2
+        wide = np.pad(pixels - paper, ((0, 0), (margin, margin), (margin, margin))) + paper
+        found += [search(wide, sign) for sign in (1, -1)]
+    _, ink, labels = max(found, key=lambda result: result[0])
+    boxes = ndimage.find_objects(labels)
+    return [cut_out(ink, labels == number, box) for number, box in enumerate(boxes, 1)], boxes
+
+
+def is_close_up(labels: np.ndarray) -> bool:
+    """Whether a few digits fill most of the picture's height, or nearly touch its edge."""
+    near = max(labels.shape) // 25 + 1
+    rows = labels.any(axis=1).nonzero()[0]
+    if not 0 < labels.max() < 10:
+        return False
+    return np.ptp(rows) > 0.6 * len(labels) or labels[near:-near, near:-near].sum() < labels.sum()
+
+
+def search(pixels: np.ndarray, sign: int) -> tuple[float, np.ndarray, np.ndarray]:
+    """How far it resembles strokes, the ink [H, W], and the digits it forms, numbered from 1 from left to right [H, W].
+
+    sign: 1 for dark on light, -1 for light on dark. With the wrong one, parts of the paper are taken for ink.
+    """
+    step = max(1, max(pixels.shape) // 200)
+    channel = max(pixels, key=lambda channel: (measure_ink(channel[::step, ::step], sign) ** 2).sum())
+    ink = measure_ink(channel, sign)
+    for view in (ink, ink.T):  # level lines, then upright ones
+        view[find_lines(view > faintest(view))] = 0
+    labels = join_strokes(keep_strokes(ink > threshold(ink)))
+    return resemblance(channel, labels > 0) if labels.any() else 0, ink, labels
+
+
+def measure_ink(channel: np.ndarray, sign: int) -> np.ndarray:
+    """How far each pixel differs from the paper around it, relative to the paper's brightness.
+
+    The paper is a closing: it fills what is narrower than a third of the picture, as strokes are, and follows shadows.
+    Beyond the picture, its edge goes on for ever: so a dark table along the edge is wide, and no ink.
+    """
+    width = max(3, min(channel.shape) // 3)
+    margin = width // 2 + 1
+    smooth = sign * ndimage.gaussian_filter(channel, max(channel.shape) / 800)
+    closed = ndimage.grey_closing(np.pad(smooth, margin, mode="edge"), (width, width), mode="nearest")
+    paper = closed[margin:-margin, margin:-margin]
+    ink = (paper - smooth) / (abs(paper) + 64)  # a shadow dims the ink as well
+    return ink - np.median(ink)
+
+
+def faintest(ink: np.ndarray) -> float:
+    """The least ink that is not the paper's grain: five standard deviations, estimated from the median."""
+    return max(0.03, 5 * 1.48 * np.median(abs(ink)))
+
+
+def threshold(ink: np.ndarray) -> float:
+    """Halfway between the means of the ink below and above it, so that lines fainter than a digit fall below."""
+    values = ink[ink > faintest(ink)]
+    middle = values.mean() if len(values) else np.inf
+    for _ in range(20):
+        above = values > middle
+        if above.any():
+            middle = (values[above].mean() + values[~above].mean()) / 2
+    return middle
+
+
+def find_lines(mask: np.ndarray) -> np.ndarray:
+    """The level ruled lines in `mask`, without the strokes that cross them, as staff lines are found in sheet music.
+
+    A line is thin and crosses the page. Where it is thicker than elsewhere, a stroke crosses it.
+    """
+    width = mask.shape[1]
+    length = max(6, width // 50)
+    runs = ndimage.grey_opening(ndimage.grey_closing(mask, (1, length // 2)), (1, length))
+    columns, count = ndimage.label(mask, [[0, 1, 0]] * 3)  # numbers pixels that lie above each other without a gap
+    thickness = np.bincount(columns.ravel(), minlength=count + 1)
+    labels, _ = ndimage.label(runs, np.ones((3, 3)))
+    lengths, erase = [], np.zeros(count + 1, dtype=bool)
+    for number, box in enumerate(ndimage.find_objects(labels), 1):
+        length = box[1].stop - box[1].start
+        touched = np.unique(columns[box][(labels[box] == number) & mask[box]])
+        if length > 0.2 * width and (thin := np.median(thickness[touched])) < length / 40:
+            lengths.append(length)
+            erase[touched[thickness[touched] <= thin + 2]] = True
+    third = sorted([0, 0, 0, *lengths])[-3]
+    ruled = third > 0.6 * width or max(lengths, default=0) > 0.95 * width  # otherwise a line may be a digit's bar
+    return erase[columns] & ruled
+
+
+def spans(boxes: list) -> np.ndarray:
+    """Height and width of each box, [N, 2]."""
+    return np.array([[side.stop - side.start for side in box] for box in boxes]).reshape(-1, 2)
+
+
+def keep_strokes(mask: np.ndarray) -> np.ndarray:
+    """`mask` without specks, and without what lies along the picture's edge unless there is nothing else."""
+    labels, count = ndimage.label(mask, np.ones((3, 3)))
+    sizes = spans(ndimage.find_objects(labels)).max(axis=1, initial=0)
+    rim = np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]])
+    along = np.bincount(rim, minlength=count + 1)[1:] > 0.2 * sizes
+    least = max(8, max(mask.shape) / 25)
+    if (sizes[~along] >= least).any():
+        sizes[along] = 0
+    largest = sizes.max(initial=0)
+    keep = (sizes > 0.15 * largest) & (largest >= least)
+    return np.concatenate([[False], keep])[labels]
+
+
+def join_strokes(mask: np.ndarray) -> np.ndarray:
+    """Number the digits from left to right. Strokes that nearly touch are one digit, among others."""
+    labels, _ = ndimage.label(mask, np.ones((3, 3)))
+    tallest = spans(ndimage.find_objects(labels))[:, 0].max(initial=0)
+    labels = ndimage.label(ndimage.maximum_filter(mask, 2 * max(1, round(tallest / 25)) + 1))[0] * mask
+    boxes = dict(enumerate(ndimage.find_objects(labels), 1))
+    pairs = itertools.combinations(boxes, 2)
+    while pair := next((pair for pair in pairs if same_digit(*map(boxes.get, pair), tallest)), None):
+        labels[labels == pair[1]] = pair[0]
+        boxes = {number: box for number, box in enumerate(ndimage.find_objects(labels), 1) if box}
+        pairs = itertools.combinations(boxes, 2)
+    sizes = dict(zip(boxes, spans(boxes.values()).max(axis=1, initial=0)))
+    order = [n for n in sorted(boxes, key=lambda n: boxes[n][1].start) if sizes[n] > 0.4 * max(sizes.values())]
+    return sum((number * (labels == n) for number, n in enumerate(order, 1)), np.zeros_like(labels))
+
+
+def same_digit(a: Box, b: Box, height: int) -> bool:
+    """Whether two boxes hold strokes of one digit: one is small and close, as the bar of a 5, or close above the other.
+
+    height: of the tallest stroke. Digits that stand side by side are of about the same height.
+    """
+    down, aside = (max(x.start, y.start) - min(x.stop, y.stop) for x, y in zip(a, b))  # below 0 if they overlap
+    low, narrow = spans([a, b]).min(axis=0)
+    if low < height / 2:
+        return max(down, aside) < 0.25 * height
+    return down < 0.15 * height and -aside > 0.5 * narrow
+
+
+def resemblance(channel: np.ndarray, mask: np.ndarray) -> float:
+    """How far `mask` resembles ink: the root of a stroke's length in widths, times the step at its outline.
+
+    A quarter of the outline may be less sharp, since shadows cross it.
+    """
+    window = tuple(slice(max(0, side.start - 3), side.stop + 3) for side in ndimage.find_objects(mask.astype(int))[0])
+    mask, channel = mask[window], channel[window]
+    outline = mask ^ ndimage.minimum_filter(mask, 3)
+    step = np.percentile(ndimage.morphological_gradient(channel, 5)[outline], 25)
+    return (mask.sum() / ndimage.label(mask)[1]) ** 0.5 / stroke_width(mask) * step
+
+
+def stroke_width(mask: np.ndarray) -> float:
+    """Of a line of width w, the pixels are w / 4 from its edge on average."""
+    return 4 * ndimage.distance_transform_edt(mask)[mask].mean()
+
+
+def cut_out(ink: np.ndarray, mask: np.ndarray, box: Box) -> np.ndarray:
+    """One digit's ink from 0 (paper) to 1, cropped to it; strokes thinner than MNIST's are thickened."""
+    size = spans([box]).max()
+    skirt = max(2, size // 30)  # of paler pixels around the mask
+    window = tuple(slice(side.start, side.stop + 8 * skirt) for side in box)
+    ink, mask, faint = np.pad(ink, 4 * skirt)[window], np.pad(mask, 4 * skirt)[window], faintest(ink)
+    full = np.percentile(ink[mask], 90)
+    least = min(2 * faint / full, 0.4)
+    ink = ((ink / full - least) / (0.9 - least)).clip(0, 1) * ndimage.maximum_filter(mask, 2 * skirt + 1)
+    if (missing := round((size / 9 - stroke_width(mask)) / 2)) > 0:
+        y, x = np.mgrid[-missing : missing + 1, -missing : missing + 1]
+        ink = ndimage.maximum_filter(ink, footprint=np.hypot(y, x) <= missing + 0.2)
+    rows, columns = ink.any(axis=1).nonzero()[0], ink.any(axis=0).nonzero()[0]
+    return ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]

@@ -1,0 +1,126 @@
+"""Draw a digit and watch networks read it; pick a digit and watch a generator draw it. In the browser, on this machine.
+
+pip install -r requirements-demo.txt
+python demo.py                                    # the networks of weights/
+python demo.py runs/mlp-mnist weights/cnn.pt      # your own, side by side
+"""
+
+import html
+import os
+import threading
+from functools import partial
+
+import torch
+
+from datasets import DataError, read_photo
+from engine import flags
+from engine.errors import UserError, run_script
+from evaluate import ROOT, classify, load_model, sample
+from measures.samples import draw, evaluation_noise
+
+CANVAS = 336  # pixels; twelve for each of the network's 28
+PICK_THE_BRUSH = (
+    "() => { const wait = setInterval(() => { const brush = document.querySelector('#canvas [aria-label=Brush]');"
+    " if (brush) { brush.click(); clearInterval(wait); } }, 100); }"
+)
+
+
+def get_args_parser():
+    parser = flags.ArgumentParser(prog="demo.py", description=__doc__.splitlines()[0])
+    parser.add_argument("run", metavar="RUN", nargs="*", help="run folders, or files of weights/ (None: all of these)")
+    parser.add_argument("--port", type=flags.number(int, 0, 65535), default=7860, help="of http://127.0.0.1; 0: any")
+    return parser
+
+
+def read_drawing(classifiers, drawing):
+    """The 28x28 that the networks see, and the probabilities that each gives, as HTML. drawing: the canvas, or None."""
+    try:
+        seen = read_photo(drawing["composite"])
+    except (DataError, TypeError):  # nothing there yet, no digit, or several
+        return [None, *(f"<b>{name}</b>" for name in classifiers)]
+    answers = (bars(name, model, classify(model, seen)[0].tolist()) for name, model in classifiers.items())
+    return [enlarge(seen[0, 0] / 255), *answers]
+
+
+def bars(title, model, probabilities):
+    """A bar for each class; the highest is highlighted."""
+    rows = f"<b>{html.escape(title)}</b>"
+    for name, p in zip(model.options["classes"], probabilities):
+        colour = "#e8590c" if p == max(probabilities) else "#4a7fb5"
+        bar = f'<div style="flex:1"><div style="background:{colour};height:1em;width:{100 * p:.2f}%"></div></div>'
+        cells = f'<span style="min-width:1em">{html.escape(name)}</span>{bar}<span class="p">{p:.2%}</span>'
+        rows += f'<div style="display:flex;gap:.5em;align-items:center">{cells}</div>'
+    return rows
+
+
+def draw_sample(model, number, seed, other_seed, t):
+    """One image, from noise that lies `t` of the way from one seed's to the other's."""
+    if model.options["script"] == "train_likelihood.py":
+        return enlarge(sample(model, 1, seed=int(seed))[0, 0])
+    z = torch.lerp(*(evaluation_noise(1, model.options, int(each)) for each in (seed, other_seed)), t)
+    labels = [torch.tensor([number])] if model.options["script"] == "train_cgan.py" else []
+    return enlarge(draw(model, z, *labels)[0, 0])
+
+
+def enlarge(image):
+    """A picture for the page, of an image [28, 28] with pixels from 0 to 1."""
+    return (image * 255).round().to(torch.uint8).repeat_interleave(8, 0).repeat_interleave(8, 1).numpy()
+
+
+def add_canvas(gr, page, classifiers):
+    gr.Markdown("## Draw a digit")
+    with gr.Row():
+        with gr.Column(scale=0, min_width=CANVAS + 100):
+            brush = gr.Brush(default_size=24, colors=["#000000"], color_mode="fixed")
+            size = dict(canvas_size=(CANVAS, CANVAS), width=CANVAS + 100, height=CANVAS + 100)
+            canvas = gr.Sketchpad(brush=brush, type="pil", layers=False, label="draw", elem_id="canvas", **size)
+        with gr.Column(scale=0, min_width=260):
+            seen = gr.Image(label="what the networks see", elem_id="seen", width=260, height=260)
+        answers = [gr.HTML(f"<b>{name}</b>", elem_id=f"answer-{i}") for i, name in enumerate(classifiers)]
+    page.load(None, js=PICK_THE_BRUSH)
+    canvas.change(partial(read_drawing, classifiers), canvas, [seen, *answers], show_progress="hidden")
+
+
+def add_generator(gr, page, i, name, model):
+    gr.Markdown(f"## {name} draws")
+    conditional, classes = model.options["script"] == "train_cgan.py", model.options["classes"]
+    choices = [(each, number) for number, each in enumerate(classes)]
+    with gr.Row():
+        with gr.Column():
+            number = gr.Radio(choices, value=7 % len(classes), label="digit", visible=conditional, elem_id=f"digit-{i}")
+            seed = gr.Number(0, label="seed", precision=0, minimum=0, elem_id=f"seed-{i}")
+            other = gr.Number(1, label="seed at the end of the walk", precision=0, minimum=0)
+            t = gr.Slider(0, 1, 0, step=0.01, label="walk from one z to the other")
+        picture = gr.Image(label="sample", elem_id=f"sample-{i}", width=260, height=260)
+    controls = [number, seed, other, t]
+    for trigger in (page.load, *(control.change for control in controls)):
+        trigger(partial(draw_sample, model), controls, picture, show_progress="hidden")
+
+
+def main(argv=None):
+    args = get_args_parser().parse_args(argv)
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    try:
+        import gradio as gr
+    except ImportError as error:
+        raise UserError("demo.py needs Gradio; install it: pip install -r requirements-demo.txt") from error
+    runs = args.run or sorted(str(path.relative_to(ROOT)) for path in (ROOT / "weights").glob("*.pt"))
+    models = {run: load_model(run) for run in runs}
+    classifiers = {run: model for run, model in models.items() if model.options["script"] == "train_classifier.py"}
+    with gr.Blocks(title="Deep Learning Bootcamp", analytics_enabled=False) as page:
+        if classifiers:
+            add_canvas(gr, page, classifiers)
+        for i, name in enumerate(run for run in models if run not in classifiers):
+            add_generator(gr, page, i, name, models[name])
+    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # no fonts from elsewhere
+    where = dict(server_name="127.0.0.1", server_port=args.port or None, share=False, prevent_thread_lock=True)
+    _, url, _ = page.launch(**where, quiet=True, theme=theme)
+    print(f"open {url} in a browser; Ctrl-C stops the page", flush=True)
+    try:
+        threading.Event().wait()
+    finally:
+        page.close(verbose=False)
+
+
+if __name__ == "__main__":
+    run_script(main)

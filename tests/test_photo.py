@@ -1,0 +1,252 @@
+"""datasets/photo.py: a digit is found whatever else the picture shows, and looks as MNIST's do."""
+
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from helpers import ROOT
+from PIL import Image, ImageDraw, ImageFilter
+
+from datasets import DataError, read_photo
+from measures.judge import load_judge
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import photo as pages
+
+STROKES = {  # the corners of each stroke, in a box of 20 x 20
+    5: [[(15, 1), (6, 1)], [(6, 5), (5, 9), (11, 8), (15, 12), (14, 17), (9, 19), (4, 17)]],  # the bar stands apart
+    4: [[(6, 1), (4, 11), (16, 11)], [(12, 3), (12, 19)]],
+    3: [[(4, 2), (11, 1), (14, 4), (9, 9), (14, 13), (12, 18), (4, 18)]],
+    7: [[(3, 2), (16, 2), (8, 19)]],
+}
+
+
+def draw(digit, size=28, width=2.4):
+    """A digit as MNIST has them, uint8 [size, size], white on black."""
+    large = Image.new("L", (280, 280))
+    pen = ImageDraw.Draw(large)
+    for stroke in STROKES[digit]:
+        points = [(40 + 10 * x, 40 + 10 * y) for x, y in stroke]
+        pen.line(points, 255, round(10 * width), joint="curve")
+        for x, y in points:
+            pen.ellipse((x - 5 * width, y - 5 * width, x + 5 * width, y + 5 * width), 255)
+    return np.asarray(large.resize((size, size), Image.Resampling.BOX))
+
+
+@pytest.fixture(scope="module")
+def judge():
+    return load_judge("cpu")
+
+
+@pytest.fixture
+def read(judge, tmp_path):
+    return lambda page: read_page(page, tmp_path / "page.png", judge)
+
+
+def read_page(page, path, judge):
+    """What read_photo makes of a page [H, W] or [H, W, 3], and the digits that the judge reads there."""
+    Image.fromarray(np.asarray(page).clip(0, 255).astype(np.uint8)).save(path)
+    images = read_photo(path)
+    assert images.dtype == torch.uint8
+    assert images.shape[1:] == (1, 28, 28)
+    return images, judge.read(images / 255)[1].tolist()
+
+
+def paste(*places, shape=(400, 600), size=140):
+    """Black digits on a white page; places: (digit, top, left)."""
+    page = np.full(shape, 255, np.uint8)
+    for digit, top, left in places:
+        part = page[top : top + size, left : left + size]
+        np.minimum(part, 255 - draw(digit, size), out=part)
+    return page
+
+
+def difference(a, b):
+    """Of grey levels, on average."""
+    return (a.float() - b.float()).abs().mean().item()
+
+
+@pytest.mark.parametrize("condition", [*pages.CONDITIONS, *pages.SAVED])
+def test_a_digit_is_found_in_every_condition(condition, judge, tmp_path):
+    digit, rng = 5, np.random.default_rng(5)
+    page = {**pages.CONDITIONS, **pages.SAVED}[condition](draw(digit), rng)
+    pages.save(page, tmp_path / "page.jpg", condition, rng)
+    assert judge.read(read_photo(tmp_path / "page.jpg") / 255)[1].tolist() == [digit]
+
+
+# Three pictures of several effects at once, as photographs have them ------------------------------------------------
+
+
+def warp(page, rng):
+    """Seen from aside: the page's corners move by up to 5 % of its side."""
+    side = pages.PAGE
+    corners = np.array([(0, 0), (side, 0), (side, side), (0, side)])
+    moved = corners + rng.uniform(-0.05, 0.05, (4, 2)) * side
+    rows = [[x, y, 1, 0, 0, 0, -u * x, -u * y] for (x, y), (u, _) in zip(corners, moved)]
+    rows += [[0, 0, 0, x, y, 1, -v * x, -v * y] for (x, y), (_, v) in zip(corners, moved)]
+    image = Image.fromarray(page.clip(0, 255).astype(np.uint8))
+    numbers = np.linalg.solve(np.array(rows), moved.T.ravel())
+    return np.asarray(
+        image.transform(image.size, Image.Transform.PERSPECTIVE, numbers, Image.Resampling.BICUBIC), float
+    )
+
+
+def notebook(digit, rng):
+    """Ruled paper seen from aside on a dark table, under a shadow, with noise."""
+    page = warp(pages.ruled_paper(digit, rng), rng) * (0.75 + 0.25 * np.tanh(pages.ramp(rng) / 0.1))[..., None]
+    return page + pages.grain(rng, 6)
+
+
+def crumpled(digit, rng):
+    """A thick marker on crumpled yellow paper, with the light from one side."""
+    page = pages.thick_marker(digit, rng) / 245 * (235, 205, 110)
+    folds = abs(pages.grain(rng, 1, 25)) * 0.12
+    return page * (1.05 - folds.clip(0, 0.35)) * (0.8 + 0.2 * pages.ramp(rng))[..., None] + pages.grain(rng, 4)
+
+
+def smeared_board(digit, rng):
+    """Chalk whose dust was smeared sideways, on a board in uneven light."""
+    page = pages.chalk(digit, rng)
+    dust = np.asarray(Image.fromarray(page.clip(0, 255).astype(np.uint8)).filter(ImageFilter.BoxBlur((25, 4))), float)
+    return (0.75 * page + 0.25 * dust) * (0.8 + 0.2 * pages.ramp(rng))[..., None]
+
+
+@pytest.mark.parametrize("picture", [notebook, crumpled, smeared_board])
+@pytest.mark.parametrize("digit", [3, 4])
+def test_photographs_are_read_right(picture, digit, judge, tmp_path):
+    rng = np.random.default_rng(digit)
+    pages.save(picture(draw(digit), rng), tmp_path / "page.jpg", "jpeg at quality 30", rng)
+    assert judge.read(read_photo(tmp_path / "page.jpg") / 255)[1].tolist() == [digit]
+
+
+# One digit, several, none ---------------------------------------------------------------------------------------------
+
+
+def test_digits_in_a_row_are_read_from_left_to_right(read):
+    images, digits = read(paste((4, 40, 20), (5, 70, 160), (7, 30, 300)))
+    assert digits == [4, 5, 7]
+    alone, _ = read(paste((5, 70, 160)))
+    assert difference(images[1], alone[0]) < 1
+
+
+def test_the_strokes_of_a_digit_stay_together(read):
+    assert len(read(paste((5, 70, 160)))[0]) == 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns"),
+    [(slice(4, 5), slice(590, 591)), (slice(150, 158), slice(205, 213))],
+    ids=["a pixel near a corner", "a speck beside the digit"],
+)
+@pytest.mark.parametrize("level", [0, 128])
+def test_a_speck_changes_nothing(rows, columns, level, read):
+    page = paste((3, 100, 200))
+    clean, _ = read(page)
+    page[rows, columns] = level
+    assert difference(read(page)[0], clean) < 1
+
+
+def test_a_line_that_runs_off_the_picture_changes_nothing(read):
+    page = paste((3, 100, 200))
+    clean, _ = read(page)
+    for column in range(380, 600):  # only its first pixels lie on the edge
+        row = max(0, (column - 440) // 40)
+        page[row : row + 3, column] = 0
+    assert difference(read(page)[0], clean) < 1
+
+
+def test_a_shadow_on_one_of_two_digits_hides_neither(read):
+    page = 255 - (255 - paste((3, 100, 60), (4, 100, 400)).astype(float)) * 0.3  # in pencil
+    page[:, 300:] *= 0.5
+    assert read(page)[1] == [3, 4]
+
+
+def test_digits_that_do_not_stand_in_one_row_are_an_error(read):
+    with pytest.raises(DataError, match=r"page\.png shows 2 things that do not stand in one row"):
+        read(paste((4, 20, 20), (5, 240, 300)))
+
+
+def test_a_page_full_of_digits_is_an_error(read):
+    places = [(3 + (i + j) % 3, 60 * i, 60 * j) for i in range(6) for j in range(9)]
+    with pytest.raises(DataError, match=r"page\.png shows 54 things that do not stand in one row"):
+        read(paste(*places, size=60))
+
+
+def test_digits_that_touch_are_an_error(read):
+    page = paste((4, 40, 20), (5, 40, 160), (7, 40, 300))
+    page[100:108, 50:400] = 0
+    with pytest.raises(DataError, match=r"page\.png shows something too wide"):
+        read(page)
+
+
+def nothing():
+    rng = np.random.default_rng(0)
+    paper = pages.paint(np.zeros((600, 600)))
+    yield "blank", paper
+    yield "small and blank", paper[:28, :28]
+    yield "noise", 128 + 30 * rng.standard_normal((600, 600, 3))
+    yield "random pixels", rng.integers(0, 256, (300, 300))
+    yield "grain", paper + pages.grain(rng, 8)
+    yield "shade", paper * (0.75 + 0.25 * pages.ramp(rng))[..., None]
+    yield "ruled", pages.mix(pages.stripes(30, 2, rng, 0.02), paper, (120, 150, 205))
+    yield "specks", np.where(rng.random((600, 600)) < 1e-4, 0, 255)
+
+
+@pytest.mark.parametrize(("name", "page"), [*nothing()], ids=lambda value: value if isinstance(value, str) else "")
+def test_a_page_without_a_digit_is_an_error(name, page, read):
+    with pytest.raises(DataError, match=r"page\.png shows no digit"):
+        read(page)
+
+
+# As MNIST's -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("digit", STROKES)
+def test_an_image_of_mnists_size_comes_back_nearly_the_same(digit, read):
+    images, digits = read(paste((digit, 50, 200)))
+    again, digits_again = read(images[0, 0].numpy())
+    assert digits == digits_again == [digit]
+    assert difference(again, images) < 10
+
+
+def test_mnists_own_images_come_back_nearly_the_same(data_dir, read):
+    from datasets import load
+
+    images, labels = load("mnist", data_dir, train=False)
+    for image, label in zip(images[:3, 0], labels[:3].tolist()):
+        for page in (image, 255 - image):
+            again, digits = read(page.numpy())
+            assert digits == [label]
+            assert difference(again, image) < 20
+
+
+@pytest.mark.parametrize("invert", [False, True])
+@pytest.mark.parametrize("digit", [3, 7])
+def test_a_digit_that_is_cropped_closely_is_whole(digit, invert, read):
+    """Its bars and bows lie along the picture's edge, as a table beside the page does."""
+    page = paste((digit, 100, 200), size=240)
+    clean, digits = read(page)
+    rows, columns = (page < 128).any(1).nonzero()[0], (page < 128).any(0).nonzero()[0]
+    close = page[rows[0] + 6 : rows[-1] - 5, columns[0] + 6 : columns[-1] - 5]
+    images, digits_close = read(255 - close if invert else close)
+    assert digits == digits_close == [digit]
+    assert difference(images, clean) < 20
+
+
+def test_strokes_of_a_thin_pen_are_as_bright_as_others(read):
+    page = np.full((400, 600), 255, np.uint8)
+    page[100:340, 200:440] = 255 - draw(4, 280, width=0.3)[20:260, 20:260]
+    images, digits = read(page)
+    assert digits == [4]
+    assert (images > 127).sum() > 40
+
+
+def test_a_12_megapixel_photo_takes_less_than_two_seconds(tmp_path):
+    page = Image.fromarray(paste((4, 100, 200))).resize((4000, 3000))
+    for name in ("page.jpg", "page.png"):
+        page.save(tmp_path / name)
+        started = time.process_time()
+        read_photo(tmp_path / name)
+        assert time.process_time() - started < 2

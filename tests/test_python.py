@@ -1,0 +1,138 @@
+"""Trained networks from Python: load_model, classify, sample, and the files of weights/."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import ROOT, run
+from PIL import Image
+
+import evaluate
+from datasets import DataError, load, to_pixels
+from engine.checkpoint import load_checkpoint
+from engine.errors import UserError
+from measures.judge import load_judge
+
+WEIGHTS = sorted((ROOT / "weights").glob("*.pt"))
+
+
+@pytest.fixture(scope="module")
+def images():
+    """Six of scikit-learn's digits, uint8 [6, 28, 28]."""
+    return load("digits", "data", train=False)[0][:6, 0]
+
+
+SHAPES = {
+    "one image": lambda x: x[0],
+    "images": lambda x: x,
+    "channel first": lambda x: x[:, None],
+    "channel last": lambda x: x[..., None],
+    "rows": lambda x: x.flatten(1),
+    "one row": lambda x: x[0].flatten(),
+}
+RANGES = {
+    "bytes": lambda x: x,
+    "0 to 255": lambda x: x.float(),
+    "0 to 1": lambda x: x / 255,
+    "-1 to 1": lambda x: x / 127.5 - 1,
+    "double": lambda x: x.double() / 255,
+    "int64": lambda x: x.long(),
+}
+
+
+@pytest.mark.parametrize("numpy", [False, True])
+@pytest.mark.parametrize("scale", RANGES.values(), ids=RANGES)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_arrays_of_the_usual_shapes_and_ranges_are_the_same_images(images, shape, scale, numpy):
+    given = shape(scale(images))
+    pixels = to_pixels(given.numpy() if numpy else given)
+    expected = images[: len(pixels), None] / 255
+    torch.testing.assert_close(pixels, expected, atol=1e-6, rtol=0)
+    assert len(pixels) in (1, 6)
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        (np.zeros((32, 32)), r"images of shape \[32, 32\]"),
+        (np.zeros((3, 28, 20)), r"images of shape \[3, 28, 20\]"),
+        (np.zeros((0, 28, 28)), r"images of shape \[0, 28, 28\]"),
+        (np.full((28, 28), 300.0), "pixels from 300 to 300"),
+        (np.array([-1.0, 255.0] * 392), "pixels from -1 to 255"),
+        (np.full((28, 28), np.nan), "pixels from nan"),
+    ],
+)
+def test_arrays_of_other_shapes_and_ranges_are_one_line(given, reason):
+    with pytest.raises(DataError, match=reason):
+        to_pixels(given)
+
+
+@pytest.mark.parametrize("path", WEIGHTS, ids=lambda path: path.stem)
+def test_the_weights_are_the_pinned_ones_and_name_where_they_come_from(path):
+    sums = dict(line.split()[::-1] for line in (ROOT / "weights" / "SHA256SUMS").read_text().splitlines())
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == sums[path.name]
+    assert sums.keys() == {path.name for path in WEIGHTS}
+    held = load_checkpoint(path)
+    assert {"recipe", "seed", "script", "epochs"} <= held["options"].keys()
+    assert "test_accuracy" in held["measured"] or "fid" in held["measured"]
+    assert sum(path.stat().st_size for path in WEIGHTS) < 12e6
+
+
+def test_weights_load_from_another_working_directory_and_say_what_they_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = evaluate.load_model("weights/cnn.pt")
+    assert not model.training
+    assert model.options["recipe"] == "best"
+    with pytest.raises(UserError, match=r"weights/nope\.pt does not exist"):
+        evaluate.load_model("weights/nope.pt")
+
+
+def test_classify_needs_no_scaling(data_dir):
+    """The network was trained on pixels from -1 to 1; whatever the range of the images, it reads them as well."""
+    model = evaluate.load_model("weights/cnn.pt")
+    images, labels = load("mnist", data_dir, train=False)
+    images, labels = images[:500, 0], labels[:500]
+    given = [scale(images) for scale in RANGES.values()]
+    answers = [evaluate.classify(model, each) for each in given]
+    for answer in answers:
+        assert answer.sum(1).allclose(torch.ones(500))
+        torch.testing.assert_close(answer, answers[0], atol=1e-4, rtol=0)
+    assert (answers[0].argmax(1) == labels).float().mean() > 0.99
+
+
+def test_classify_finds_the_digit_in_a_picture(data_dir):
+    images, labels = load("mnist", data_dir, train=False)
+    digit = Image.fromarray(255 - images[0, 0].numpy()).resize((150, 150))
+    page = Image.new("RGB", (600, 400), "white")
+    page.paste(digit, (300, 100))
+    assert evaluate.classify(evaluate.load_model("weights/cnn.pt"), page)[0].argmax() == labels[0]
+
+
+def test_sample_draws_the_digit_that_it_is_told():
+    model = evaluate.load_model("weights/cgan.pt")
+    images = evaluate.sample(model, 50, digit=7)
+    assert images.shape == (50, 1, 28, 28)
+    assert 0 <= images.min() < images.max() <= 1
+    assert (load_judge("cpu").read(images)[1] == 7).float().mean() > 0.9
+    assert torch.equal(images, evaluate.sample(model, 50, digit=7))
+    assert not torch.equal(images, evaluate.sample(model, 50, digit=7, seed=1))
+    assert load_judge("cpu").read(evaluate.sample(model, 50))[1].unique().tolist() == list(range(10))
+
+
+def test_weights_are_evaluated_beside_the_runs_and_not_among_the_weights(tmp_path, data_dir):
+    output, _ = run("evaluate.py", ROOT / "weights" / "cnn.pt", "--data-dir", data_dir, cwd=tmp_path)
+    assert "test accuracy 99.55%: 45 errors" in output
+    assert (tmp_path / "runs" / "cnn" / "evaluation" / "metrics.json").is_file()
+    assert not Path(ROOT / "weights" / "evaluation").exists()
+
+
+def test_export_for_other_programs(tmp_path):
+    """torch.export in three lines, as the README has them."""
+    model = evaluate.load_model("weights/cnn.pt")
+    images = torch.rand(5, 1, 28, 28) * 2 - 1
+    batch = {0: torch.export.Dim("images")}
+    torch.export.save(torch.export.export(model, (images,), dynamic_shapes=(batch,)), tmp_path / "cnn.pt2")
+    again = torch.export.load(tmp_path / "cnn.pt2").module()
+    torch.testing.assert_close(again(images[:3]), model(images[:3]))
