@@ -23,7 +23,7 @@ from engine.checkpoint import has_checkpoint, load_checkpoint
 from engine.errors import UserError, run_script
 from engine.folder import read_config
 
-SAME = ("seed", "data_dir", "log_interval", "save_interval")  # options that make no other setting
+SAME = ("seed", "classes", "data_dir", "log_interval", "save_interval")  # options that make no other setting
 KINDS = ("recipe", "script", "dataset", "model", "networks")  # what the defaults of the others depend on
 MEASURES = ("test_accuracy", "log_likelihood", "parzen_log_likelihood", "fid", "coverage", "conditional_accuracy")
 

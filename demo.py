@@ -87,7 +87,9 @@ def add_generator(gr, page, i, name, model):
     choices = [(each, number) for number, each in enumerate(classes)]
     with gr.Row():
         with gr.Column():
-            number = gr.Radio(choices, value=7 % len(classes), label="digit", visible=conditional, elem_id=f"digit-{i}")
+            number = gr.Radio(
+                choices, value=min(7, len(classes) - 1), label="digit", visible=conditional, elem_id=f"digit-{i}"
+            )
             seed = gr.Number(0, label="seed", precision=0, minimum=0, elem_id=f"seed-{i}")
             other = gr.Number(1, label="seed at the end of the walk", precision=0, minimum=0)
             t = gr.Slider(0, 1, 0, step=0.01, label="walk from one z to the other")

@@ -66,9 +66,7 @@ BEST = {
     "mlp-best": "the same MLP, recipe `best`",
     "cnn-best-60-epochs": "the same CNN, recipe `best`, 60 epochs",
     "maxout-paper": "Maxout network, recipe `paper`",
-    "gan-paper": "GAN, recipe `paper`",
     "gan-best-large": "GAN, recipe `best`, large networks",
-    "cgan-paper": "conditional GAN, recipe `paper`",
     "cgan-best": "conditional GAN, recipe `best`",
 }
 

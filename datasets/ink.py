@@ -31,7 +31,7 @@ def is_close_up(labels: np.ndarray) -> bool:
     rows = labels.any(axis=1).nonzero()[0]
     if not 0 < labels.max() < 10:
         return False
-    return np.ptp(rows) > 0.6 * len(labels) or labels[near:-near, near:-near].sum() < labels.sum()
+    return np.ptp(rows) > 0.5 * len(labels) or labels[near:-near, near:-near].sum() < labels.sum()
 
 
 def search(pixels: np.ndarray, sign: int) -> tuple[float, np.ndarray, np.ndarray]:
@@ -122,13 +122,13 @@ def keep_strokes(mask: np.ndarray) -> np.ndarray:
 
 
 def join_strokes(mask: np.ndarray) -> np.ndarray:
-    """Number the digits from left to right. Strokes that nearly touch are one digit, among others."""
+    """Number the digits from left to right: strokes that nearly touch, or that `same_digit` joins."""
     labels, _ = ndimage.label(mask, np.ones((3, 3)))
-    tallest = spans(ndimage.find_objects(labels))[:, 0].max(initial=0)
-    labels = ndimage.label(ndimage.maximum_filter(mask, 2 * max(1, round(tallest / 25)) + 1))[0] * mask
+    longest = spans(ndimage.find_objects(labels)).max(initial=0)
+    labels = ndimage.label(ndimage.maximum_filter(mask, 2 * max(1, round(longest / 25)) + 1))[0] * mask
     boxes = dict(enumerate(ndimage.find_objects(labels), 1))
     pairs = itertools.combinations(boxes, 2)
-    while pair := next((pair for pair in pairs if same_digit(*map(boxes.get, pair), tallest)), None):
+    while pair := next((pair for pair in pairs if same_digit(*map(boxes.get, pair), longest)), None):
         labels[labels == pair[1]] = pair[0]
         boxes = {number: box for number, box in enumerate(ndimage.find_objects(labels), 1) if box}
         pairs = itertools.combinations(boxes, 2)
@@ -137,16 +137,17 @@ def join_strokes(mask: np.ndarray) -> np.ndarray:
     return sum((number * (labels == n) for number, n in enumerate(order, 1)), np.zeros_like(labels))
 
 
-def same_digit(a: Box, b: Box, height: int) -> bool:
-    """Whether two boxes hold strokes of one digit: one is small and close, as the bar of a 5, or close above the other.
+def same_digit(a: Box, b: Box, longest: int) -> bool:
+    """Whether two boxes hold strokes of one digit: one is small and close to the other, or close above it.
 
-    height: of the tallest stroke. Digits that stand side by side are of about the same height.
+    So are the bar of a 5 and the halves of a broken 8; digits side by side are of about the same height.
+    longest: the size of the largest stroke.
     """
     down, aside = (max(x.start, y.start) - min(x.stop, y.stop) for x, y in zip(a, b))  # below 0 if they overlap
     low, narrow = spans([a, b]).min(axis=0)
-    if low < height / 2:
-        return max(down, aside) < 0.25 * height
-    return down < 0.15 * height and -aside > 0.5 * narrow
+    if low < longest / 2:
+        return max(down, aside) < 0.25 * longest
+    return down < 0.2 * longest and -aside > 0.5 * narrow
 
 
 def resemblance(channel: np.ndarray, mask: np.ndarray) -> float:

@@ -8,13 +8,16 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image, ImageDraw
 
 import train_classifier
 from engine.checkpoint import seal
 
 ROOT = Path(__file__).resolve().parent.parent
 DIGITS = ["--dataset", "digits", "--device", "cpu"]
+SHAPES = ["circle", "square", "triangle"]
 
 
 # Processes are forked from one that has imported torch already, which saves each of them some seconds.
@@ -93,3 +96,31 @@ def assert_one_line(errors, *parts):
     assert "Traceback" not in errors
     for part in parts:
         assert str(part) in errors
+
+
+def draw_shape(name, random):
+    """A dark shape on light, in two colours, of a random size, at a random place, a little turned."""
+    width = int(random.choice([40, 64, 96]))
+    height = width * 3 // 4
+    radius = height * random.uniform(0.25, 0.45)
+    x, y = (random.uniform(radius, side - radius) for side in (width, height))
+    light, dark = (tuple(random.integers(*limits, 3).tolist()) for limits in ((150, 256), (0, 100)))
+    image = Image.new("RGB", (width, height), light)
+    if name == "circle":
+        ImageDraw.Draw(image).ellipse([x - radius, y - radius, x + radius, y + radius], fill=dark)
+    else:
+        sides, turn = (4, 45) if name == "square" else (3, 0)
+        turn += random.uniform(-17, 17)
+        ImageDraw.Draw(image).regular_polygon((x, y, radius), sides, rotation=turn, fill=dark)
+    return image
+
+
+def draw_shapes(folder, counts, names=SHAPES):
+    """Shapes in folder/PART/NAME, or in folder/NAME. counts: part ("" for no such level) -> images of each class."""
+    random = np.random.default_rng(0)
+    for part, count in counts.items():
+        for name in names:
+            (folder / part / name).mkdir(parents=True)
+            for i in range(count):
+                draw_shape(name, random).save(folder / part / name / f"{i}.png")
+    return folder

@@ -9,7 +9,7 @@ import sys
 from functools import partial
 
 import pytest
-from helpers import DIGITS, ROOT, assert_one_line, load, run
+from helpers import DIGITS, ROOT, assert_one_line, draw_shapes, load, run
 
 FOLDERS = ("datasets", "engine", "measures", "models")
 MLP = [*DIGITS, "--model", "mlp"]
@@ -69,6 +69,7 @@ def apply(copy, diff):
 @pytest.mark.parametrize("title", SECTIONS)
 def test_every_example_of_the_page_works(copy, title):
     commands = []
+    draw_shapes(copy / "shapes", {"train": 20, "test": 5})  # the reader's own images
     for language, block in SECTIONS[title]:
         if language == "python":
             (copy / block.splitlines()[0].removeprefix("# ")).write_text(block.split("\n", 1)[1])

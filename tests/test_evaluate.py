@@ -231,8 +231,11 @@ def test_image_prints_all_ten_probabilities(best_run, tmp_path):
     image, label = (part[3] for part in load_data("digits", None, train=False))
     as_drawn(image[0]).save(tmp_path / "mine.png")
     output, _ = run("evaluate.py", best_run, "--image", "mine.png", cwd=tmp_path)
-    first, second = output.splitlines()
+    first, second, third = output.splitlines()
     assert first == f"mine.png: {label}"
+    assert third == f"wrote {best_run / 'evaluation' / 'seen.png'}"
+    picture = numpy.asarray(Image.open(best_run / "evaluation" / "seen.png"))[::2, ::2]  # drawn twice as large
+    assert (picture == read_photo(tmp_path / "mine.png")[0, 0].numpy()).all()
     shares = [float(part.rstrip("%")) for part in second.split()[1::2]]
     assert len(shares) == 10
     assert sum(shares) == pytest.approx(100, abs=1)
@@ -283,7 +286,7 @@ def test_a_generator_is_measured_beside_real_images(generators, name, capsys):
     if name == "cgan":
         figures |= {"conditional_accuracy", "class_coverage"}
     for part in (metrics, metrics["real"]):
-        assert figures | {"images"} == part.keys() - {"dataset", "epochs", "real"}
+        assert figures | {"images"} == part.keys() - {"dataset", "epochs", "real", "parameters", "sampling_seconds"}
         assert sum(part["class_histogram"]) == pytest.approx(1)
     assert metrics["fid"] > 10 * metrics["real"]["fid"]
     for figure in figures:
@@ -310,6 +313,10 @@ def test_samples_come_from_the_seed_alone_and_as_raw_values(generators, tmp_path
     assert picture.shape == (4 * 56, 5 * 56)
     shown = numpy.round(first["images"][1] * 255)
     assert (picture[:56:2, 56:112:2] == shown).all()  # as they are, not stretched
+
+    call(generators / "cgan", "--samples", "6", "--digit", "7", "8", "--columns", "2")
+    assert numpy.load(folder / "samples-6-digit7-8-seed0.npz")["labels"].tolist() == [7, 7, 7, 8, 8, 8]
+    assert Image.open(folder / "samples-6-digit7-8-seed0.png").size == (2 * 56, 3 * 56)
 
     generator, _ = evaluate.load_network(generators / "cgan", "cpu")
     with torch.no_grad():
@@ -342,7 +349,9 @@ def test_flags_that_do_not_fit_the_run_are_refused(generators, small_run, tmp_pa
     for folder, flags, words in wrong:
         with pytest.raises(UserError, match=words):
             call(folder, *flags)
-    for flags in (["--digit", "7"], ["--samples", "5", "--digit", "10"], ["--samples", "0"]):
+    with pytest.raises(UserError, match="--digit 10: there is no such class; choose from 0, 1"):
+        call(generators / "cgan", "--samples", "5", "--digit", "10")
+    for flags in (["--digit", "7"], ["--samples", "0"]):
         with pytest.raises(SystemExit, match="2"):
             call(generators / "cgan", *flags)
     _, errors = run("evaluate.py", small_run, "--samples", "5", "--digit", "7", cwd=tmp_path, code=1)

@@ -10,7 +10,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from helpers import assert_one_line, load, run
+from helpers import SHAPES, assert_one_line, draw_shape, draw_shapes, load, run
 from PIL import Image, ImageDraw
 
 import evaluate
@@ -26,36 +26,7 @@ from measures.classifier import classification_measures, draw_confusion, draw_mi
 from measures.generator import measure_images
 from measures.judge import load_judge
 
-NAMES = ["circle", "square", "triangle"]
 CPU = ["--device", "cpu", "--model", "mlp"]
-
-
-def draw_shape(name, random):
-    """A dark shape on light, in two colours, of a random size, at a random place, a little turned."""
-    width = int(random.choice([40, 64, 96]))
-    height = width * 3 // 4
-    radius = height * random.uniform(0.25, 0.45)
-    x, y = (random.uniform(radius, side - radius) for side in (width, height))
-    light, dark = (tuple(random.integers(*limits, 3).tolist()) for limits in ((150, 256), (0, 100)))
-    image = Image.new("RGB", (width, height), light)
-    if name == "circle":
-        ImageDraw.Draw(image).ellipse([x - radius, y - radius, x + radius, y + radius], fill=dark)
-    else:
-        sides, turn = (4, 45) if name == "square" else (3, 0)
-        turn += random.uniform(-17, 17)
-        ImageDraw.Draw(image).regular_polygon((x, y, radius), sides, rotation=turn, fill=dark)
-    return image
-
-
-def draw_shapes(folder, counts, names=NAMES):
-    """Shapes in folder/PART/NAME, or in folder/NAME. counts: part ("" for no such level) -> images of each class."""
-    random = np.random.default_rng(0)
-    for part, count in counts.items():
-        for name in names:
-            (folder / part / name).mkdir(parents=True)
-            for i in range(count):
-                draw_shape(name, random).save(folder / part / name / f"{i}.png")
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -82,9 +53,9 @@ def test_a_cnn_learns_three_shapes_and_the_report_names_them(shapes, tmp_path, m
     metrics = json.loads((tmp_path / "runs" / "cnn-shapes" / "evaluation" / "metrics.json").read_text())
     assert metrics["test_images"] == 300
     assert metrics["test_accuracy"] >= 0.98
-    assert list(metrics["per_class"]) == NAMES
+    assert list(metrics["per_class"]) == SHAPES
     assert "triangle  " in capsys.readouterr().out
-    assert load(tmp_path / "runs" / "cnn-shapes" / "checkpoint.pt")["options"]["classes"] == NAMES
+    assert load(tmp_path / "runs" / "cnn-shapes" / "checkpoint.pt")["options"]["classes"] == SHAPES
     evaluate.main(["runs/cnn-shapes", "--image", str(shapes / "test" / "square" / "0.png")])
     assert "0.png: square" in capsys.readouterr().out
 
@@ -132,7 +103,7 @@ def test_wrong_labels_are_of_all_the_other_classes(few, monkeypatch):
 )
 def test_the_other_scripts_take_a_folder_too(few, script, name):
     script.main(["--dataset", str(few), "--device", "cpu", "--dry-run"])
-    assert load(few.parent / "runs" / name / "checkpoint.pt")["options"]["classes"] == NAMES
+    assert load(few.parent / "runs" / name / "checkpoint.pt")["options"]["classes"] == SHAPES
     evaluate.main([f"runs/{name}", "--samples", "4"])
 
 
@@ -198,7 +169,7 @@ def one_level(tmp_path):
 def test_a_folder_of_one_level_is_split_80_to_20_class_by_class(one_level):
     train, test = ({path for path, _ in list_images(one_level, part)} for part in (True, False))
     assert (len(train), len(test), len(train & test)) == (60, 15, 0)
-    for name in NAMES:  # not the first ones, which may have been taken on one day
+    for name in SHAPES:  # not the first ones, which may have been taken on one day
         assert {path for path in test if name in path} != {*sorted(map(str, (one_level / name).iterdir()))[:5]}
     labels = load_data(str(one_level), "", train=False)[1]
     assert labels.bincount().tolist() == [5, 5, 5]
@@ -233,7 +204,7 @@ def test_hidden_files_and_other_files_are_no_images(few):
         (few / part / ".ipynb_checkpoints").mkdir()
         (few / part / "circle" / "._0.png").write_bytes(b"what macOS leaves")
         (few / part / "circle" / "notes.txt").write_text("notes")
-    assert class_names("few", "") == NAMES
+    assert class_names("few", "") == SHAPES
     assert len(load_data("few", "", True)[0]) == 60
 
 
@@ -357,7 +328,7 @@ def remove(name):
 
 def only_one_class(few):
     for part in ("train", "test"):
-        for name in NAMES[1:]:
+        for name in SHAPES[1:]:
             shutil.rmtree(few / part / name)
 
 

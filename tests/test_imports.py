@@ -62,10 +62,10 @@ def test_every_file_imports_only_what_its_place_allows():
 
 
 def test_only_the_demo_tests_and_benchmarks_import_a_script():
-    importers = [
+    importers = {
         (path.name, module) for path in files_of(ROOT) for module in imports_of(path, ROOT) if module in SCRIPTS
-    ]
-    assert importers == [("demo.py", "evaluate")]
+    }
+    assert importers == {("demo.py", "evaluate")}
     paths = [path for path in ROOT.rglob("*.py") if not path.relative_to(ROOT).parts[0].startswith((".", "runs"))]
     others = {path.relative_to(ROOT).parts[0] for path in paths for name in imports_of(path, ROOT) if name in SCRIPTS}
     assert others <= {"tests", "benchmarks", "demo.py"}
