@@ -55,9 +55,12 @@ def bars(title, model, probabilities):
 
 def draw_sample(model, number, seed, other_seed, t):
     """One image, from noise that lies `t` of the way from one seed's to the other's."""
+    if hasattr(model, "decode"):  # a VAE
+        z = (torch.randn(1, model.latent, generator=torch.Generator().manual_seed(each)) for each in (seed, other_seed))
+        return enlarge(model.decode(torch.lerp(*z, t)).detach()[0, 0])
     if model.options["script"] == "train_likelihood.py":
-        return enlarge(sample(model, 1, seed=int(seed))[0, 0])
-    z = torch.lerp(*(evaluation_noise(1, model.options, int(each)) for each in (seed, other_seed)), t)
+        return enlarge(sample(model, 1, seed=seed)[0, 0])
+    z = torch.lerp(*(evaluation_noise(1, model.options, each) for each in (seed, other_seed)), t)
     labels = [torch.tensor([number])] if model.options["script"] == "train_cgan.py" else []
     return enlarge(draw(model, z, *labels)[0, 0])
 

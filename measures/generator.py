@@ -5,6 +5,7 @@ import warnings
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from engine.errors import UserError
 from measures.judge import Judge
@@ -87,12 +88,16 @@ def measure_images(
         raise UserError(f"{min(counts)} images are too few to measure a generator by; {remedy}")
     features, digits = judge.read(images)
     test_features, _ = judge.read(test_images)
-    measures = {
-        "images": len(images),
-        **parzen_measures(images, validation_images, test_images),
-        **feature_distances(features, test_features),
-        **neighbour_measures(features, test_features),
+    parts = {
+        "Parzen": lambda: parzen_measures(images, validation_images, test_images),
+        "FID, KID": lambda: feature_distances(features, test_features),
+        "neighbours": lambda: neighbour_measures(features, test_features),
     }
+    measures: dict[str, Any] = {"images": len(images)}
+    with tqdm(parts.items(), leave=False, disable=None) as bar:  # None: in a terminal only
+        for name, measure in bar:
+            bar.set_description(f"{name} of {len(images)} images")
+            measures.update(measure())
     if classes == 10:
         measures.update(class_measures(digits))
     if conditional:

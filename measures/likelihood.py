@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 if TYPE_CHECKING:  # matplotlib takes a while to import
     from matplotlib.figure import Figure
@@ -15,12 +16,14 @@ def likelihood_measures(model: nn.Module, images: torch.Tensor) -> dict[str, Any
     """
     measures, options = {"kind": model.likelihood}, {}
     if hasattr(model, "log_partition"):
+        print("estimating log Z by annealed importance sampling, which takes minutes", flush=True)
         generator = torch.Generator(images.device).manual_seed(0)
         (forward, forward_error), (reverse, reverse_error) = model.log_partition(generator=generator)
         measures.update(log_z=forward, log_z_error=forward_error, log_z_reverse=reverse)
         measures.update(log_z_reverse_error=reverse_error)
         options["log_z"] = forward
-    scores = model.log_likelihood(images, **options)
+    parts = tqdm(images.split(500), desc="log-likelihood", leave=False, disable=None)  # None: in a terminal only
+    scores = torch.cat([model.log_likelihood(part, **options) for part in parts])
     measures["log_likelihood"] = scores.mean().item()
     measures["log_likelihood_error"] = (scores.std() / len(scores) ** 0.5).item()
     if options:  # AIS from below makes Z too small and the likelihood too high; the reverse errs the other way

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from models.gan import draw_noise
 
@@ -31,7 +32,8 @@ def draw_samples(
     if options["script"] == "train_likelihood.py":
         device = next(network.parameters()).device
         generator = torch.Generator(device).manual_seed(NOISE_SEED + seed)
-        return torch.cat([network.sample(len(part), generator).cpu() for part in labels.split(1000)]), None, None
+        parts = tqdm(labels.split(1000), desc="samples", leave=False, disable=None)  # None: in a terminal only
+        return torch.cat([network.sample(len(part), generator).cpu() for part in parts]), None, None
     z = evaluation_noise(len(labels), options, seed)
     if options["script"] == "train_gan.py":
         return draw(network, z), None, z

@@ -17,7 +17,7 @@ ALLOWED = {
     "engine": {"engine", "torch", "numpy", "filelock", "tqdm", "matplotlib", "PIL", "torchvision"},
     "models": {"models", "torch"},
     "datasets": {"datasets", "torch", "torchvision", "numpy", "PIL", "sklearn", "scipy", "tqdm"},
-    "measures": {"measures", "models", "engine.errors", "torch", "torchmetrics", "sklearn", "matplotlib"},
+    "measures": {"measures", "models", "engine.errors", "torch", "torchmetrics", "sklearn", "matplotlib", "tqdm"},
     "utils.py": {"engine", "torch", "tqdm"},
     **{f"{name}.py": {"utils", "torch", "numpy", *PACKAGES} for name in SCRIPTS},
     "compare.py": {"engine", "matplotlib", "numpy"},
