@@ -91,8 +91,9 @@ def results_table() -> str:
         if "test_errors" in row:
             errors = ", ".join(map(str, row["test_errors"]))
             epochs = " to ".join(map(str, sorted({min(row["epochs_trained"]), max(row["epochs_trained"])})))
-            lines.append([name, f"`{row['command']}`", epochs, accuracy(row), errors, row["published"]])
-    return table(["name", "command", "epochs", "test accuracy", "test errors", "published"], lines)
+            cells = [name, f"`{row['command']}`", epochs, accuracy(row), errors]
+            lines.append([*cells, minutes(row), row["published"]])
+    return table(["name", "command", "epochs", "test accuracy", "test errors", "minutes", "published"], lines)
 
 
 def accuracy(row: dict[str, Any]) -> str:
@@ -114,14 +115,15 @@ def likelihood_table() -> str:
     """Each model with a likelihood: mean and standard deviation over its seeds of every measure."""
     rows = {name: row for name, row in read("results.json").items() if "kind" in row.get("seeds", [{}])[0]}
     header = ["name", "command", "epochs", "seeds", "likelihood", "nats per image", "Parzen", "FID"]
-    header += ["precision", "recall", "density", "coverage"]
+    header += ["precision", "recall", "density", "coverage", "minutes"]
     lines = []
     for name, row in rows.items():
         seeds = row["seeds"]
         cells = [name, f"`{row['command']}`", str(row["epochs_trained"][0]), str(len(seeds)), seeds[0]["kind"]]
         nats = [{**seed, "nats": -seed["log_likelihood"]} for seed in seeds]
         cells += [mean_sd(nats, "nats", 2), mean_sd(seeds, "parzen_log_likelihood", 1), mean_sd(seeds, "fid", 4)]
-        lines.append([*cells, *(mean_sd(seeds, key, 3) for key in ("precision", "recall", "density", "coverage"))])
+        cells += [mean_sd(seeds, key, 3) for key in ("precision", "recall", "density", "coverage")]
+        lines.append([*cells, minutes(row)])
     return table(header, lines)
 
 
@@ -142,11 +144,25 @@ def families_table() -> str:
     ):
         lines.append([what, *(mean_sd(row, key, digits) for row in [*seeds, real])])
     lines.append(["parameters", *(f"{row[0]['parameters']:,}" for row in seeds), ""])
-    minutes = [statistics.mean(row["training_seconds"]) / 60 for row in rows.values()]
-    lines.append(["training, minutes", *(f"{value:.1f}" for value in minutes), ""])
+    lines.append(["training, minutes", *map(minutes, rows.values()), ""])
     seconds = [statistics.mean(seed["sampling_seconds"] for seed in row) for row in seeds]
     lines.append(["10,000 samples, seconds", *(f"{value:.1f}" for value in seconds), ""])
     return table(["", *FAMILIES, "real images"], lines)
+
+
+def photo_table() -> str:
+    """benchmarks/photo.py: how many of the digits are read right in each condition."""
+    measured = read("photo.json")
+    lines = [["MNIST itself", f"{100 * measured['mnist_itself']:.1f} %", "", ""]]
+    for name, row in measured["rows"].items():
+        cells = [f"{100 * row['accuracy']:.1f} ± {100 * row['standard_error']:.1f} %", row["wrong"], row["refused"]]
+        lines.append([name, *map(str, cells)])
+    return table(["condition", "read right", "read wrong", "refused"], lines)
+
+
+def minutes(row: dict[str, Any]) -> str:
+    """Of training, per seed; empty for a row that was measured before runs kept them."""
+    return f"{statistics.mean(row['training_seconds']) / 60:.1f}" if "training_seconds" in row else ""
 
 
 def mean_sd(seeds: list[dict[str, Any]], key: str, digits: int) -> str:
@@ -206,9 +222,11 @@ def draw_choices(path: Path) -> None:
         axis = figure.add_subplot(1, 2, i + 1)
         means = [100 * rows[name]["test_accuracy_mean"] for name in names.values()]
         deviations = [100 * rows[name]["test_accuracy_sd"] for name in names.values()]
-        bars = axis.bar(list(names), means, yerr=deviations, capsize=4, color="#4a7fb5")
-        axis.bar_label(bars, fmt="%.1f", label_type="center", color="white")
-        axis.set(title=title, ylabel="test accuracy, %", ylim=(0, 105))
+        axis.errorbar(list(names), means, yerr=deviations, fmt="o", capsize=4, color="#4a7fb5")
+        for place, mean in enumerate(means):
+            axis.annotate(f"{mean:.1f}", (place, mean), xytext=(8, 0), textcoords="offset points", va="center")
+        axis.set(title=title, ylabel="test accuracy, %", xlim=(-0.5, len(names) - 0.3))
+        axis.grid(axis="y", alpha=0.3)
     figure.savefig(path, dpi=120)
 
 
@@ -315,6 +333,7 @@ PAGES = {
         "results": results_table,
         "generators": generators_table,
         "likelihood": likelihood_table,
+        "photo": photo_table,
     },
     ROOT / "docs" / "speed.md": {"race": lambda: race_table("cpu"), "speed": lambda: speed_table("cpu")},
     ROOT / "docs" / "gpus.md": {"gpu": gpu_section},
