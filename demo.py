@@ -15,8 +15,8 @@ import torch
 from datasets import DataError, read_photo
 from engine import flags
 from engine.errors import UserError, run_script
-from evaluate import ROOT, classify, load_model, sample
-from measures.samples import draw, evaluation_noise
+from evaluate import ROOT, classify, load_model
+from measures.samples import draw_between
 
 CANVAS = 336  # pixels; twelve for each of the network's 28
 PICK_THE_BRUSH = (
@@ -53,18 +53,6 @@ def bars(title, model, probabilities):
     return rows
 
 
-def draw_sample(model, number, seed, other_seed, t):
-    """One image, from noise that lies `t` of the way from one seed's to the other's."""
-    if hasattr(model, "decode"):  # a VAE
-        z = (torch.randn(1, model.latent, generator=torch.Generator().manual_seed(each)) for each in (seed, other_seed))
-        return enlarge(model.decode(torch.lerp(*z, t)).detach()[0, 0])
-    if model.options["script"] == "train_likelihood.py":
-        return enlarge(sample(model, 1, seed=seed)[0, 0])
-    z = torch.lerp(*(evaluation_noise(1, model.options, each) for each in (seed, other_seed)), t)
-    labels = [torch.tensor([number])] if model.options["script"] == "train_cgan.py" else []
-    return enlarge(draw(model, z, *labels)[0, 0])
-
-
 def enlarge(image):
     """A picture for the page, of an image [28, 28] with pixels from 0 to 1."""
     return (image * 255).round().to(torch.uint8).repeat_interleave(8, 0).repeat_interleave(8, 1).numpy()
@@ -97,9 +85,10 @@ def add_generator(gr, page, i, name, model):
             other = gr.Number(1, label="seed at the end of the walk", precision=0, minimum=0)
             t = gr.Slider(0, 1, 0, step=0.01, label="walk from one z to the other")
         picture = gr.Image(label="sample", elem_id=f"sample-{i}", width=260, height=260)
-    controls = [number, seed, other, t]
+    controls = [seed, other, t, number]
+    show = lambda *values: enlarge(draw_between(model, model.options, *values))  # noqa: E731
     for trigger in (page.load, *(control.change for control in controls)):
-        trigger(partial(draw_sample, model), controls, picture, show_progress="hidden")
+        trigger(show, controls, picture, show_progress="hidden")
 
 
 def main(argv=None):

@@ -65,3 +65,21 @@ def draw_walks(
         z = evaluation_noise(10, options, seed).repeat_interleave(classes, dim=0)
         walks["same_noise"] = draw(network, z, labels.repeat(10)).unflatten(0, (10, classes))
     return walks
+
+
+@torch.no_grad()
+def draw_between(
+    network: nn.Module, options: dict[str, Any], seed: int, other_seed: int, t: float, label: int = 0
+) -> torch.Tensor:
+    """One image [28, 28], from noise that lies `t` of the way from one seed's to the other's.
+
+    label: of a conditional generator. An RBM, an RNN and an HMM have no such noise: they draw from the first seed.
+    """
+    if hasattr(network, "decode"):  # a VAE
+        generators = (torch.Generator().manual_seed(NOISE_SEED + each) for each in (seed, other_seed))
+        z = torch.lerp(*(torch.randn(1, network.latent, generator=generator) for generator in generators), t)
+        return network.decode(z)[0, 0]
+    if options["script"] == "train_likelihood.py":
+        return draw_samples(network, torch.zeros(1), options, seed)[0][0, 0]
+    z = torch.lerp(*(evaluation_noise(1, options, each) for each in (seed, other_seed)), t)
+    return draw(network, z, *([torch.tensor([label])] if options["script"] == "train_cgan.py" else []))[0, 0]

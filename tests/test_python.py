@@ -14,6 +14,7 @@ from datasets import DataError, load, to_pixels
 from engine.checkpoint import load_checkpoint
 from engine.errors import UserError
 from measures.judge import load_judge
+from measures.samples import draw_between
 
 WEIGHTS = sorted((ROOT / "weights").glob("*.pt"))
 
@@ -136,3 +137,14 @@ def test_export_for_other_programs(tmp_path):
     torch.export.save(torch.export.export(model, (images,), dynamic_shapes=(batch,)), tmp_path / "cnn.pt2")
     again = torch.export.load(tmp_path / "cnn.pt2").module()
     torch.testing.assert_close(again(images[:3]), model(images[:3]))
+
+
+@pytest.mark.parametrize("name", ["gan", "cgan", "vae"])
+def test_a_walk_leads_from_the_noise_of_one_seed_to_that_of_the_other(name):
+    model = evaluate.load_model(f"weights/{name}.pt")
+    start, middle, end = (draw_between(model, model.options, 1, 2, t, label=3) for t in (0.0, 0.5, 1.0))
+    assert start.shape == (28, 28)
+    assert torch.equal(start, draw_between(model, model.options, 1, 5, 0.0, label=3))
+    assert torch.equal(end, draw_between(model, model.options, 2, 5, 0.0, label=3))
+    assert not middle.allclose(start, atol=0.1)
+    assert not middle.allclose(end, atol=0.1)
