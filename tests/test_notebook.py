@@ -24,7 +24,9 @@ def cells(tmp_path_factory):
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "runs", "tests", "assets", "data"))
     notebook = nbformat.read(copy / "notebooks" / NOTEBOOK.name, as_version=4)
     resources = {"metadata": {"path": str(copy / "notebooks")}}
-    nbclient.NotebookClient(notebook, timeout=300, resources=resources).execute()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")  # other tests run beside it
+        nbclient.NotebookClient(notebook, timeout=300, resources=resources).execute()
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
