@@ -31,7 +31,7 @@ def run_script(main: Callable[[], object]) -> None:
     """Call `main()`. What a user can run into becomes one line and exit status 1; bugs keep their traceback."""
     if dist.is_torchelastic_launched() and os.environ["RANK"] != "0":
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (only rank 0 prints)
-    signal.signal(signal.SIGTERM, interrupt)
+    before = signal.signal(signal.SIGTERM, interrupt)
     try:
         main()
     except Stopped as stopped:
@@ -53,6 +53,7 @@ def run_script(main: Callable[[], object]) -> None:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+        signal.signal(signal.SIGTERM, before)  # a signal while Python shuts down would print a traceback
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -129,16 +129,6 @@ def test_weights_are_evaluated_beside_the_runs_and_not_among_the_weights(tmp_pat
     assert not Path(ROOT / "weights" / "evaluation").exists()
 
 
-def test_export_for_other_programs(tmp_path):
-    """torch.export in three lines, as the README has them."""
-    model = evaluate.load_model("weights/cnn.pt")
-    images = torch.rand(5, 1, 28, 28) * 2 - 1
-    batch = {0: torch.export.Dim("images")}
-    torch.export.save(torch.export.export(model, (images,), dynamic_shapes=(batch,)), tmp_path / "cnn.pt2")
-    again = torch.export.load(tmp_path / "cnn.pt2").module()
-    torch.testing.assert_close(again(images[:3]), model(images[:3]))
-
-
 @pytest.mark.parametrize("name", ["gan", "cgan", "vae"])
 def test_a_walk_leads_from_the_noise_of_one_seed_to_that_of_the_other(name):
     model = evaluate.load_model(f"weights/{name}.pt")
