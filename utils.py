@@ -13,9 +13,10 @@ draws samples. `--resume RUN` continues with the batch after the last save: ever
 optimizers, schedules, EMA), the random numbers, the sums of the metrics and the position are restored.
 
 Edit a train_step as you like: its losses, updates and metrics. The loop advances the schedules and the EMA.
-On a GPU the step is recorded and replayed as a CUDA graph, so it must stay on the device and do the same in every step:
-no `.item()`, no `if` on a tensor, no Python number that changes. engine/capture.py notices and names such a step;
-`--no-cuda-graph` runs it eagerly.
+On a GPU, and with --compile, the step is frozen: recorded once and repeated without Python, so it must stay on the
+device and do the same in every step: no `.item()`, no `if` on a tensor, no Python number that changes.
+engine/frozen.py rehearses the step first, and notices and names what cannot be frozen. `--no-cuda-graph`, and no
+--compile, run it eagerly.
 """
 
 import itertools
@@ -30,15 +31,16 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
-from engine.capture import WARM_UP, GraphedStep, is_capturable
+from engine.capture import is_capturable
 from engine.distributed import all_gather, broadcast, rank, shard, sync_flags, world_size
 from engine.errors import Stopped, UserError, caught_signals
+from engine.frozen import FrozenStep
 from engine.optim import EMA
 from engine.pictures import draw_curves, save_gif, save_grid
 from engine.run import Run
 
 Metrics = dict[str, torch.Tensor | float]  # name -> mean over the images of the batch
-DRY_RUN_STEPS = WARM_UP + 2  # enough to capture a CUDA graph and to replay it
+DRY_RUN_STEPS = 8  # enough to freeze the step and to repeat it
 ESTIMATE_STEPS = 200  # after which the time for the rest is estimated
 TrainStep = Callable[[torch.Tensor, torch.Tensor], Metrics]
 
@@ -136,8 +138,8 @@ def train_epoch(run: Run, step: Callable, batches: Any, signals: list[int]) -> N
 def make_step(run: Run, train_step: TrainStep, batches: Any) -> Callable[..., tuple[str, ...]]:
     """Return a function that runs one step, from row numbers to sums of metrics, and returns the metrics' names.
 
-    On one GPU the whole step is a CUDA graph. It runs eagerly, operation by operation, on a CPU, with several
-    processes, with --no-cuda-graph, and if an optimizer cannot be captured.
+    The whole step is compiled with --compile, and is a CUDA graph on a GPU. It runs eagerly, operation by operation, if
+    it is neither, with several processes, and if an optimizer cannot be captured.
     """
     args, device, optimizers = run.args, run.device(), run.optimizers()
     emas = [item for item in run.state.values() if isinstance(item, EMA)]
@@ -152,17 +154,19 @@ def make_step(run: Run, train_step: TrainStep, batches: Any) -> Callable[..., tu
             ema.update()
         return run.meter.add(metrics, images)
 
-    if args.compile:
-        for item in run.state.values():
-            if isinstance(item, nn.Module):
-                item.compile()
-    if device.type != "cuda" or not args.cuda_graph or world_size() > 1:
+    graph = device.type == "cuda" and args.cuda_graph
+    if not (args.compile or graph):
+        return eager_step
+    if world_size() > 1:
+        print("every step runs eagerly: there are several processes")
         return eager_step
     for optimizer in optimizers:
         if not is_capturable(optimizer):
-            print(f"no CUDA graph: {type(optimizer).__name__} keeps its state on the CPU; every step runs eagerly")
+            print(f"every step runs eagerly: {type(optimizer).__name__} keeps its state on the CPU")
             return eager_step
-    return GraphedStep(eager_step, optimizers, args.batch_size, device)
+    return FrozenStep(
+        eager_step, optimizers, args.batch_size, device, compiled=args.compile, graph=graph, begun=run.begun
+    )
 
 
 class Meter:

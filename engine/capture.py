@@ -1,11 +1,5 @@
-"""The step as a CUDA graph: captured once, then replayed with one launch instead of hundreds.
+"""What a step does, operation by operation: whether it does the same each time, and how to undo it."""
 
-A graph is a frozen step. It repeats the operations of the step that was captured, on the same tensors and with the same
-Python numbers. Whatever Python would have decided differently in a later step is lost, so the first steps run eagerly
-and are compared, operation by operation: if they differ, the step is refused.
-"""
-
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,26 +9,22 @@ from torch.utils._pytree import tree_leaves
 
 from engine.errors import UserError
 
-COMPARED = 5  # steps in a row: enough to see `if i % 5 == 0`
-WARM_UP = COMPARED + 1  # the first step differs from all others: it allocates the optimizer's state
-
 
 class NotCapturable(UserError):
-    """A graph would freeze the step wrongly, or cannot be captured at all. reason: what the step does."""
-
-    def __init__(self, reason: str):
-        super().__init__(f"train_step cannot be a CUDA graph: {reason}; add --no-cuda-graph to run it eagerly")
+    """The step would be frozen wrongly, or cannot be frozen at all. The text is the reason."""
 
 
 class Recorder(TorchDispatchMode):
     """Records each operation of a step: its name, its Python numbers, and the tensors it reads.
 
-    device: where every tensor must be. Raises NotCapturable at an operation that a graph cannot repeat.
+    device: where every tensor must be. Raises NotCapturable at an operation that a frozen step cannot repeat.
+    undo: copies of the tensors that were written to, as they were before.
     """
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, undo: "Undo | None" = None):
         super().__init__()
         self.device = device
+        self.undo = Undo() if undo is None else undo
         self.operations: list[tuple] = []
         self.made: dict[int, int] = {}  # storage -> its number among those that the step made
 
@@ -45,6 +35,9 @@ class Recorder(TorchDispatchMode):
         inputs = tree_leaves((args, kwargs))
         if function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
             raise NotCapturable(f"it waits for a value on the device ({function}, as .item() or a boolean mask does)")
+        for tensor in written(function, args, kwargs):
+            if storage_of(tensor) not in self.made:
+                self.undo.keep(tensor)
         outputs = self.run(function, args, kwargs)
         for value in (*inputs, *tree_leaves(outputs)):
             if isinstance(value, torch.Tensor) and value.device.type != self.device.type:
@@ -67,6 +60,33 @@ class Recorder(TorchDispatchMode):
         return (
             (*value.shape, "made by operation", self.made[storage]) if storage in self.made else (*value.shape, storage)
         )
+
+
+class Undo:
+    """Copies of tensors, taken before they are first written to."""
+
+    def __init__(self):
+        self.copies: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def keep(self, tensor: torch.Tensor) -> None:
+        key = (storage_of(tensor), tensor.storage_offset(), tensor.shape, tensor.stride())
+        if key not in self.copies:
+            self.copies[key] = (tensor.detach(), tensor.detach().clone())
+
+    def __call__(self) -> None:
+        for tensor, copy in reversed(self.copies.values()):
+            tensor.copy_(copy)
+
+
+def written(function: Any, args: tuple, kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    """The tensors among the arguments of an operation that it changes in place."""
+    values = [
+        args[i] if i < len(args) else kwargs.get(argument.name)
+        for i, argument in enumerate(function._schema.arguments)
+        if (argument.alias_info and argument.alias_info.is_write)
+        or argument.name in ("running_mean", "running_var")  # batch norm changes them and does not declare it
+    ]
+    return [value for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
 
 
 def storage_of(tensor: torch.Tensor) -> int:
@@ -100,7 +120,7 @@ def prepare(optimizer: Optimizer, device: torch.device) -> None:
         if group.get("fused") or isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
             group["lr"] = torch.as_tensor(float(group["lr"]), device=device)
         if "capturable" in group:
-            group["capturable"] = True
+            group["capturable"] = device.type != "cpu"  # which torch refuses on the CPU, where it is not needed
     for state in optimizer.state.values():
         if "step" in state:
             state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=device)
@@ -114,79 +134,3 @@ def portable_state(optimizer: Optimizer) -> dict[str, Any]:
         if "capturable" in group:
             group["capturable"] = False
     return state
-
-
-class GraphedStep:
-    """`step(*tensors)` as a CUDA graph. Returns what `step` returned when it was captured.
-
-    The first WARM_UP calls run eagerly and are compared. When a frozen setting of an optimizer changes, such as a
-    momentum once per epoch, this starts again; if one changes in every step, all steps run eagerly. So does a short
-    last batch. A replay draws new random numbers. Raises NotCapturable.
-    """
-
-    def __init__(self, step: Callable, optimizers: Sequence[Optimizer], batch_size: int, device: torch.device):
-        self.step, self.optimizers, self.batch_size, self.device = step, optimizers, batch_size, device
-        self.calls, self.graph, self.inputs, self.result, self.eager = 0, None, None, None, False
-        for optimizer in optimizers:
-            prepare(optimizer, device)
-        self.settings = self.frozen_settings()
-
-    def __call__(self, *inputs: torch.Tensor) -> Any:
-        if self.eager or len(inputs[0]) != self.batch_size:
-            return self.step(*inputs)
-        if self.frozen_settings() != self.settings:
-            if 0 < self.calls <= WARM_UP:
-                print("no CUDA graph: a setting of the optimizer changes too often; every step runs eagerly")
-                self.eager = True
-                return self.step(*inputs)
-            self.calls, self.graph, self.settings = 0, None, self.frozen_settings()
-        if self.inputs is None:
-            self.inputs = [tensor.clone() for tensor in inputs]
-        for own, given in zip(self.inputs, inputs):
-            own.copy_(given)
-        if self.calls < WARM_UP:
-            self.result = self.warm_up()
-        elif self.graph is None:
-            self.capture()
-        self.calls += 1
-        if self.graph:
-            self.graph.replay()
-        return self.result
-
-    def warm_up(self) -> Any:
-        """An eager step, on a stream of its own as capture requires. All but the first are compared."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            if self.calls == 0:
-                result = self.step(*self.inputs)
-            else:
-                recorder = Recorder(self.device)
-                with recorder:
-                    result = self.step(*self.inputs)
-                if self.calls == 1:
-                    self.recorded = recorder
-                require_same(self.recorded, recorder)
-        torch.cuda.current_stream().wait_stream(stream)
-        return result
-
-    def capture(self) -> None:
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph):
-                result = self.step(*self.inputs)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:  # raised when capture ends; what broke it is the error before
-            raise NotCapturable(str(error.__context__ or error).splitlines()[0]) from error
-        if result != self.result:
-            raise NotCapturable(f"it returned {result} after {self.result}")
-        self.graph = graph
-
-    def frozen_settings(self) -> list[dict[str, Any]]:
-        """The settings of the optimizers that a graph keeps as they were when it was captured."""
-        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
-        return [
-            {name: value for name, value in group.items() if name != "params" and not isinstance(value, torch.Tensor)}
-            for group in groups
-        ]

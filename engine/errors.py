@@ -45,8 +45,6 @@ def run_script(main: Callable[[], object]) -> None:
     except (UserError, OSError) as error:
         fail(error)
     except (MemoryError, RuntimeError) as error:
-        if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
-            fail(f"--compile failed ({str(error).splitlines()[0]}); leave it out, or install what it needs")
         if not is_out_of_memory(error):
             raise
         fail("out of memory; start again with a smaller --batch-size")

@@ -68,7 +68,7 @@ def shared_args_parser(script: str, description: str, recipes: Recipes, datasets
     add("--seed", type=number(int, 0, 2**31), default=0, help="of weights, order and noise")
     add("--device", type=device_name, default="auto", help="where to train: auto, cpu, cuda, cuda:1, ... or mps")
     add("--cuda-graph", action=on_off, default=True, help="on CUDA, replay the step as one graph")
-    add("--compile", action=on_off, default=False, help="compile the networks (needs a C++ compiler; Triton on CUDA)")
+    add("--compile", action=on_off, default=False, help="compile the whole step (needs a C++ compiler; Triton on CUDA)")
     add("--amp", action="store_true", help="mixed precision (bfloat16)")
     add("--val-size", type=number(int, 0), default=5000, help="last training images held out for validation")
     add("--log-interval", type=number(int, 1), default=100, help="steps between two progress reports")
@@ -138,8 +138,6 @@ def parse_args(
     changed = {name: value for name, value in vars(args).items() if value != parser.get_default(name)}
     if args.resume:
         refuse_changes(args, changed, defaults)
-    if args.compile and getattr(args, "r1", 0):
-        raise UserError("--compile cannot differentiate twice, as --r1 does; omit one of them, or add --r1 0")
     if args.schedule == "maxout" and args.optimizer != "sgd":
         raise UserError("--schedule maxout sets SGD's momentum; add --optimizer sgd")
     print(f"recipe {args.recipe}", *(f"{name}={value}" for name, value in changed.items() if name != "recipe"))

@@ -22,12 +22,13 @@ def code_fingerprint(script: str) -> dict[str, str]:
     return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
 
 
-def warn_if_code_changed(checkpoint: dict[str, Any], path: str | Path) -> None:
-    """Print a warning that names the files that differ from those that made the checkpoint. New files do not count."""
+def warn_if_code_changed(checkpoint: dict[str, Any], path: str | Path) -> bool:
+    """Whether files differ from those that made the checkpoint; a warning names them. New files do not count."""
     before, now = checkpoint["code"], code_fingerprint(checkpoint["options"]["script"])
     changed = [name for name in before if before[name] != now.get(name)]
     if changed and rank() == 0:
         print(f"warning: {', '.join(changed)} changed since {path} was saved; its results may differ", file=sys.stderr)
+    return bool(changed)
 
 
 def environment() -> dict[str, Any]:

@@ -38,6 +38,7 @@ class Run:
         self.epoch, self.batch = 0, 0  # done: whole epochs, and batches of the current one
         self.history, self.curve = [], []  # a row of metrics per epoch, and one per report
         self.seconds, self.counted = [0.0], time.monotonic()  # of training, per epoch; counted until when
+        self.begun = False  # whether this process continues a run whose first step has been made by the same code
         self.estimated = False  # whether this process has said how long the training will take
         self.meter = None  # sums of the current epoch's metrics; utils.train sets it
         self.share = 1.0  # of the batch that this rank computes
@@ -106,10 +107,11 @@ class Run:
             self.start_from(Path(self.args.start_from))
         if self.args.resume:
             checkpoint = load_checkpoint(self.folder)
-            warn_if_code_changed(checkpoint, self.folder)
+            changed = warn_if_code_changed(checkpoint, self.folder)
             self.load_state(checkpoint)
             for key in POSITION:
                 setattr(self, key, checkpoint[key])
+            self.begun = self.epoch + self.batch > 0 and not changed
             ranks, self.seconds = checkpoint["ranks"], checkpoint["seconds"]
             self.write_metrics()
         if len(ranks) == world_size():

@@ -20,8 +20,9 @@ import train_likelihood
 import utils
 from datasets import Batches
 from engine import capture, flags
-from engine.capture import COMPARED, WARM_UP, GraphedStep, NotCapturable, is_capturable, prepare, require_same
+from engine.capture import NotCapturable, is_capturable, prepare, require_same
 from engine.errors import UserError
+from engine.frozen import COMPARED, FrozenStep
 
 META = torch.device("meta")
 
@@ -243,7 +244,6 @@ def test_a_state_saved_for_a_graph_resumes_without_one():
         assert type(saved["param_groups"][0]["lr"]) is float
         assert not saved["param_groups"][0]["capturable"]
         assert isinstance(optimizer.param_groups[0]["lr"], torch.Tensor)  # the optimizer itself is unchanged
-        assert optimizer.param_groups[0]["capturable"]
         again = torch.optim.Adam([weight], lr=0.1, **options)
         again.load_state_dict(saved)
         again.step()
@@ -298,9 +298,13 @@ def graphed_counter(fake_cuda, optimizer, batch_size=2):
         seen.append(rows.tolist())
         return ("loss",)
 
-    graphed = GraphedStep(step, [optimizer], batch_size, torch.device("cpu"))
+    graphed = graphed_step(step, optimizer, batch_size)
     fake_cuda(graphed, position)
     return graphed, position, seen
+
+
+def graphed_step(step, optimizer, batch_size=2, begun=False):
+    return FrozenStep(step, [optimizer], batch_size, torch.device("cpu"), compiled=False, graph=True, begun=begun)
 
 
 def call(graphed, times):
@@ -318,9 +322,51 @@ def test_every_call_is_one_step_on_its_own_rows_and_most_are_replays(fake_cuda):
         assert graphed(torch.tensor([i, i])) == ("loss",)
     assert position.steps == 20
     assert FakeGraph.captures == 1
-    assert FakeGraph.replays == 20 - WARM_UP
-    del seen[WARM_UP]  # the capture
+    assert FakeGraph.replays == 19  # the first step is eager
+    del seen[1 : 1 + COMPARED + 1]  # the rehearsal and the capture
     assert seen == [[i, i] for i in range(20)]
+
+
+def test_a_run_that_has_begun_replays_its_first_step_too(fake_cuda):
+    position = Position()
+
+    def step(rows):
+        position.steps += 1
+        return ("loss",)
+
+    graphed = graphed_step(step, sgd(), begun=True)
+    fake_cuda(graphed, position)
+    call(graphed, 5)
+    assert position.steps == 5
+    assert FakeGraph.replays == 5
+
+
+def test_a_rehearsal_leaves_no_trace(fake_cuda):
+    """Weights, the optimizer's averages, sums, overlapping views and random numbers are as before."""
+    weight, memory = torch.ones(4, requires_grad=True), torch.arange(6.0)
+    optimizer = torch.optim.Adam([weight], lr=0.1, fused=True)
+    drawn = []
+
+    def step(rows):
+        drawn.append(torch.rand(1))
+        memory[1:4].add_(1)
+        memory[:3].mul_(2)
+        optimizer.zero_grad()
+        (weight * memory[:4]).sum().backward()
+        optimizer.step()
+        return ("loss",)
+
+    def everything():
+        state = optimizer.state[weight]
+        return [each.clone() for each in (weight.detach(), memory, *state.values(), torch.get_rng_state())]
+
+    graphed = graphed_step(step, optimizer)
+    graphed.capture = lambda function: lambda *inputs: None
+    call(graphed, 1)
+    before = everything()
+    call(graphed, 1)
+    assert len(drawn) == 1 + COMPARED
+    assert all(map(torch.equal, before, everything()))
 
 
 def test_a_short_last_batch_runs_eagerly(fake_cuda):
@@ -329,7 +375,7 @@ def test_a_short_last_batch_runs_eagerly(fake_cuda):
         graphed(torch.zeros(size, dtype=torch.int64))
     assert position.steps == 21
     assert FakeGraph.captures == 1
-    assert FakeGraph.replays == 20 - WARM_UP
+    assert FakeGraph.replays == 19
 
 
 def test_a_momentum_that_changes_once_per_epoch_is_captured_again(fake_cuda, capsys):
@@ -340,7 +386,7 @@ def test_a_momentum_that_changes_once_per_epoch_is_captured_again(fake_cuda, cap
         call(graphed, 10)
     assert position.steps == 30
     assert FakeGraph.captures == 3
-    assert FakeGraph.replays == 3 * (10 - WARM_UP)
+    assert FakeGraph.replays == 29
     assert not capsys.readouterr().out
 
 
@@ -351,7 +397,7 @@ def test_a_momentum_that_changes_in_every_step_runs_eagerly_and_is_said_once(fak
         optimizer.param_groups[0]["momentum"] = i / 100
         graphed(torch.zeros(2, dtype=torch.int64))
     assert position.steps == 20
-    assert FakeGraph.captures == 0
+    assert FakeGraph.replays == 1
     assert capsys.readouterr().out.count("every step runs eagerly") == 1
 
 
@@ -363,7 +409,7 @@ def test_a_changing_step_is_one_line_that_names_the_flag(fake_cuda):
         position.steps.mul_(len(calls))
         return ("loss",)
 
-    graphed = GraphedStep(step, [sgd()], 2, torch.device("cpu"))
+    graphed = graphed_step(step, sgd())
     with pytest.raises(UserError, match=r"not the same in every step.*--no-cuda-graph") as caught:
         call(graphed, 20)
     assert len(str(caught.value).splitlines()) == 1
@@ -390,9 +436,9 @@ def test_metrics_that_differ_at_capture_are_refused(fake_cuda):
 
     def step(rows):
         calls.append(0)
-        return ("loss",) if len(calls) <= WARM_UP else ("loss", "more")
+        return ("loss",) if len(calls) <= 1 + COMPARED else ("loss", "more")
 
-    graphed = GraphedStep(step, [sgd()], 2, torch.device("cpu"))
+    graphed = graphed_step(step, sgd())
     fake_cuda(graphed, Position())
     with pytest.raises(UserError, match="more"):
         call(graphed, 20)
@@ -402,6 +448,8 @@ def test_metrics_that_differ_at_capture_are_refused(fake_cuda):
 def train_on_fake_cuda(fake_cuda, tmp_path, monkeypatch):
     """A function that trains a counter and a weight in tmp_path/run, as on CUDA; returns the optimizer."""
 
+    load_meter = utils.Meter.load
+
     def train(resume=None, **options):
         position, weight = Position(), torch.zeros(1, requires_grad=True)
         optimizer = torch.optim.Adam([weight], lr=0.1, fused=True)
@@ -410,17 +458,17 @@ def train_on_fake_cuda(fake_cuda, tmp_path, monkeypatch):
         )
         run.device = lambda: torch.device("cuda")  # which make_step asks
 
-        class Graphed(GraphedStep):
-            def __init__(self, step, optimizers, batch_size, device):
-                super().__init__(step, optimizers, batch_size, torch.device("cpu"))
+        class Graphed(FrozenStep):
+            def __init__(self, step, optimizers, batch_size, device, **how):
+                super().__init__(step, optimizers, batch_size, torch.device("cpu"), **how)
                 fake_cuda(self, position)
 
         def train_step(images, labels):
             position.steps += 1
             return {"loss": torch.zeros(())}
 
-        monkeypatch.setattr(utils, "GraphedStep", Graphed)
-        monkeypatch.setattr(utils.Meter, "load", lambda *_: None)
+        monkeypatch.setattr(utils, "FrozenStep", Graphed)
+        monkeypatch.setattr(utils.Meter, "load", lambda meter, states, _: load_meter(meter, states, "cpu"))
         utils.train(run, train_step, ten_images(batch_size=1))
         return optimizer
 
@@ -437,7 +485,6 @@ def test_a_resumed_run_is_captured_with_its_learning_rate_on_the_device(train_on
     for resume, epochs in ((None, 1), (str(tmp_path / "run"), 2)):
         optimizer = train_on_fake_cuda(resume, epochs=epochs)
         assert isinstance(optimizer.param_groups[0]["lr"], torch.Tensor)
-        assert optimizer.param_groups[0]["capturable"]
     assert FakeGraph.captures == 2
 
 
@@ -447,6 +494,6 @@ def test_an_optimizer_that_cannot_be_captured_runs_eagerly_and_is_said(tmp_path,
     run.device = lambda: torch.device("cuda")
     run.meter = utils.Meter()
     step = utils.make_step(run, lambda images, labels: {"loss": torch.zeros(())}, ten_images(batch_size=2))
-    assert not isinstance(step, GraphedStep)
-    assert capsys.readouterr().out.count("no CUDA graph: Adagrad") == 1
+    assert not isinstance(step, FrozenStep)
+    assert capsys.readouterr().out.count("every step runs eagerly: Adagrad") == 1
     step(torch.tensor([1, 2]))

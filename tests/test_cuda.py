@@ -16,8 +16,8 @@ import train_classifier
 import train_gan
 import utils
 from datasets import Batches
-from engine.capture import WARM_UP, GraphedStep
 from engine.errors import UserError
+from engine.frozen import COMPARED, FrozenStep
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -115,7 +115,7 @@ def test_every_replay_draws_new_noise(tmp_path, replays):
         return {"loss": torch.zeros((), device="cuda")}
 
     utils.train(start(tmp_path / "run", {"position": position}, epochs=12, batch_size=5), train_step, on_cuda(5))
-    assert len(replays) == 24 - WARM_UP
+    assert len(replays) == 23  # the first step is eager
     assert len(set(drawn.tolist())) == 24
 
 
@@ -140,15 +140,18 @@ def test_a_step_that_changes_is_refused_in_one_line(tmp_path, fault):
     with pytest.raises(UserError, match="--no-cuda-graph") as caught:
         utils.train(run, train_step, on_cuda(5))
     assert len(str(caught.value).splitlines()) == 1
-    assert len(calls) < WARM_UP
+    assert len(calls) <= 1 + COMPARED
 
 
 def test_what_only_capture_notices_names_its_cause(tmp_path):
     position = Position().cuda()
-    step = GraphedStep(
-        lambda rows: (position.steps.add_(1) and torch.cuda.synchronize()) or (), [], 2, torch.device("cuda")
-    )
-    step.calls = WARM_UP
+
+    def waiting(rows):
+        position.steps.add_(1)
+        torch.cuda.synchronize()
+        return ()
+
+    step = FrozenStep(waiting, [], 2, torch.device("cuda"), compiled=False, graph=True, begun=True)
     with pytest.raises(UserError, match=r"capturing.*--no-cuda-graph"):
         step(torch.zeros(2, device="cuda"))
 
@@ -176,7 +179,7 @@ def test_any_optimizer_trains_alike_with_and_without_a_graph(tmp_path, capsys, n
         utils.train(run, train_step, on_cuda(5))
         weights[graph] = layer.weight.item()
     assert weights[True] == pytest.approx(weights[False], rel=1e-4)
-    assert ("no CUDA graph" in capsys.readouterr().out) == (name in ("SGD", "Adagrad"))
+    assert ("every step runs eagerly" in capsys.readouterr().out) == (name in ("SGD", "Adagrad"))
 
 
 def test_the_graph_can_be_turned_off_on_resume():
@@ -188,13 +191,13 @@ def test_the_graph_can_be_turned_off_on_resume():
 def test_every_recipe_is_graphed_without_a_remark(tmp_path, name):
     script, flags = SCRIPTS[name]
     output, errors = run(f"{script.__name__}.py", *CUDA, *flags, cwd=tmp_path)
-    assert "no CUDA graph" not in output
+    assert "every step runs eagerly" not in output
     assert not errors
 
 
 def test_a_dry_run_captures_and_replays(replays):
     train_classifier.main([*CUDA, "--model", "mlp", "--dry-run"])
-    assert len(replays) == 2
+    assert len(replays) == 7  # of 8 steps
 
 
 def test_a_gpu_run_resumes_on_the_cpu_and_back_with_new_noise(tmp_path):

@@ -1,0 +1,121 @@
+"""The training step as one compiled function, which Inductor, the compiler of PyTorch, generates."""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch._subclasses import FakeTensorMode
+from torch.fx import Graph, GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+OPTIONS = {
+    "fallback_random": True,  # the random numbers of the eager step
+    "unroll_reductions_threshold": 1,  # so that `once` below works
+}
+
+
+def compile_step(step: Callable, inputs: Sequence[torch.Tensor], momenta: dict[int, torch.Tensor]) -> Callable:
+    """Compile `step(*inputs)`, which must be the same operations on the same tensors in every call.
+
+    The step runs once, and its operations are recorded below autograd: those of the forward path, of the backward path
+    and of the updates, in one graph. Tensors that it finds, such as weights, become inputs of the graph.
+    momenta: address of a parameter -> SGD's momentum, as a tensor that may change between calls.
+    """
+    updates = {
+        torch.ops.aten._fused_adam_.tensor_lr: adam,
+        torch.ops.aten._fused_adamw_.tensor_lr: partial(adam, decoupled=True),
+        torch.ops.aten._fused_sgd_.tensor_lr: partial(sgd, momenta=momenta),
+    }
+    traced = make_fx(step, decomposition_table=updates)(*inputs)
+    found = lift_tensors(traced)
+    fake = FakeTensorMode(shape_env=ShapeEnv())  # without shapes that it knows, Inductor does not use its cache
+    examples = [fake.from_tensor(tensor, static_shapes=True) for tensor in (*inputs, *found)]
+    compiled = torch._inductor.compile(GraphModule({}, traced.graph), examples, options=OPTIONS)
+
+    def run(*inputs):
+        with torch.no_grad():
+            compiled(*inputs, *found)
+
+    return run
+
+
+def lift_tensors(traced: GraphModule) -> list[torch.Tensor]:
+    """Make the tensors that a traced function holds inputs of its graph, behind the others; return them."""
+    graph: Graph = traced.graph
+    *_, place = (node for node in graph.nodes if node.op == "placeholder")
+    found, nodes = [], {}
+    for node in list(graph.nodes):
+        if node.op == "get_attr":
+            tensor = getattr(traced, node.target)
+            key = (tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride())
+            if key not in nodes:
+                with graph.inserting_after(place):
+                    nodes[key] = place = graph.placeholder(f"found_{len(found)}")
+                found.append(tensor.data)
+            node.replace_all_uses_with(nodes[key])
+            graph.erase_node(node)
+    for node in reversed(list(graph.nodes)):
+        if node.op == "output":
+            node.args = ((),)  # metrics are summed by the step; their names are known
+        elif getattr(node.target, "namespace", None) == "profiler":
+            graph.erase_node(node)
+    return found
+
+
+# The updates, written out so that Inductor can fuse them with the gradients that they read. `torch.optim` has them as
+# one operation, which Inductor would call as it is.
+
+
+def adam(
+    weights, gradients, averages, squares, maxima, steps, *,
+    lr, beta1, beta2, weight_decay, eps, amsgrad, maximize, grad_scale=None, found_inf=None, decoupled=False,
+):  # fmt: skip
+    """m = beta1 m + (1 - beta1) g,  v = beta2 v + (1 - beta2) g^2,  w = w - lr m' / (sqrt(v') + eps)
+
+    where m' = m / (1 - beta1^t) and v' = v / (1 - beta2^t) (Kingma & Ba 2015, algorithm 1).
+    decoupled: AdamW's weight decay, w = (1 - lr weight_decay) w, instead of an addition to the gradient.
+    """
+    if amsgrad or maximize or found_inf is not None:
+        return NotImplemented
+    rate = once(lr / correction(beta1, steps))
+    scale = once(correction(beta2, steps).rsqrt())
+    for w, g, m, v in zip(weights, gradients, averages, squares, strict=True):
+        old = w * (1 - lr * weight_decay) if decoupled and weight_decay else w
+        if weight_decay and not decoupled:
+            g = g + weight_decay * w
+        m.lerp_(g, 1 - beta1)
+        v.copy_(beta2 * v + (1 - beta2) * g * g)
+        w.copy_(old - rate * m / (v.sqrt() * scale + eps))
+    return None
+
+
+def correction(beta: float, steps: list[torch.Tensor]) -> torch.Tensor:
+    """1 - beta^t, one per weight tensor; without the cancellation where beta^t is almost 1."""
+    t = torch.stack(steps)
+    return -torch.expm1(t * math.log(beta)) if beta else torch.ones_like(t)
+
+
+def once(equal: torch.Tensor) -> torch.Tensor:
+    """Any of these equal numbers. Inductor computes a maximum once, but an expression anew for every weight."""
+    return equal.amax()
+
+
+def sgd(
+    weights, gradients, averages, *,
+    lr, momentum, weight_decay, dampening, nesterov, maximize, is_first_step, grad_scale=None, found_inf=None, momenta,
+):  # fmt: skip
+    """b = momentum b + (1 - dampening) g,  w = w - lr b"""
+    if maximize or found_inf is not None:
+        return NotImplemented
+    momentum = momenta.get(weights[0].data_ptr(), momentum)
+    for i, (w, g) in enumerate(zip(weights, gradients, strict=True)):
+        if weight_decay:
+            g = g + weight_decay * w
+        if averages:
+            b = averages[i]
+            b.copy_(momentum * b + (1 - dampening) * g)
+            g = g + momentum * b if nesterov else b
+        w.sub_(lr * g)
+    return None
