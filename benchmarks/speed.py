@@ -1,21 +1,25 @@
-"""Steps per second of this repository's loop against the ordinary loop that a student would write.
+"""Milliseconds per step of this repository's loop, eager and compiled, beside the ordinary loop and JAX.
 
-python benchmarks/speed.py --data-dir data
-python benchmarks/speed.py --data-dir data --compile    # our loop with --compile as well, on the CPU
+python benchmarks/speed.py --data-dir data                  # with one thread and with two
+python benchmarks/speed.py --data-dir data --threads 1 --cases "mlp batch 32"
 python benchmarks/speed.py --data-dir data --device cuda
-python benchmarks/speed.py --data-dir data --profile    # where the time of our steps goes
+python benchmarks/speed.py --data-dir data --profile        # where the time of our steps goes
 
-Same networks, batch size and data. Each loop runs in a process of its own; they take turns, so that a noisy machine
-slows all alike, and the ratio of each turn counts. Beside them stands the least that a step could take on this machine:
-its matrix products at the rate of a product of two 1024 x 1024 matrices, and the optimizer's reads and writes at the
-rate of a copy. Writes speed-DEVICE.json and its chart, or profile-DEVICE.txt, into benchmarks/results/.
+The ordinary loop is that of pytorch/examples (classifiers) and of PyTorch-GAN (generators). Same networks, batch size,
+optimizer and data. Each loop runs in a process of its own, pinned to so many cores; they take turns, so that a noisy
+machine slows all alike, and the ratio of each turn counts. Each prints the loss of the very steps that were timed.
+Beside them stands the least that a step could take on this machine: its matrix products at the rate of a product of two
+1024 x 1024 matrices, and the optimizer's reads and writes at the rate of a copy. Writes speed-DEVICE.json and its
+chart, or profile-DEVICE.txt, into benchmarks/results/. JAX takes part if it is installed: benchmarks/requirements.txt.
 """
 
 import argparse
 import contextlib
 import gzip
+import importlib.util
 import json
 import multiprocessing
+import os
 import statistics
 import sys
 import tempfile
@@ -57,7 +61,12 @@ CASES = {  # name -> training script and its flags
     "cgan paper batch 100": (train_cgan, ["--recipe", "paper"]),
 }
 LOOPS = {  # device -> loop -> how it is prepared, and what with
-    "cpu": {"ordinary": ("ordinary", 0), "ours": ("ours", [])},
+    "cpu": {
+        "ordinary": ("ordinary", 0),
+        "ours": ("ours", []),
+        "ours, compiled": ("ours", ["--compile"]),
+        "JAX": ("in_jax", None),
+    },
     "cuda": {
         "ordinary": ("ordinary", 0),
         "ordinary, 4 workers": ("ordinary", 4),
@@ -113,25 +122,30 @@ def ordinary_classifier(model, optimizer, loader, device):
         optimizer.step()
         losses.append(loss.item())
         accuracies.append((logits.argmax(1) == labels).float().mean().item())
+    return {"loss": statistics.mean(losses), "accuracy": statistics.mean(accuracies)}
 
 
 def ordinary_gan(generator, discriminator, optimizer_g, optimizer_d, loader, device, conditional):
-    metrics = []
+    losses_d, losses_g = [], []
     for images, labels in loader:
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         given = [labels] if conditional else []
         fakes = generator(torch.rand(len(images), 100, device=device), *given)
         real = discriminator.probability(images, *given)
         fake = discriminator.probability(fakes.detach(), *given)
-        loss_d = -(torch.log(real) + torch.log(1 - fake)).mean()
+        loss_d = F.binary_cross_entropy(real, torch.ones_like(real))
+        loss_d = loss_d + F.binary_cross_entropy(fake, torch.zeros_like(fake))
         optimizer_d.zero_grad()
-        loss_d.backward()
+        (loss_d / 2).backward()
         optimizer_d.step()
-        loss_g = -torch.log(discriminator.probability(fakes, *given)).mean()
+        again = discriminator.probability(fakes, *given)
+        loss_g = F.binary_cross_entropy(again, torch.ones_like(again))
         optimizer_g.zero_grad()
         loss_g.backward()
         optimizer_g.step()
-        metrics.append((loss_d.item(), loss_g.item(), real.mean().item(), fake.mean().item()))
+        losses_d.append(loss_d.item())
+        losses_g.append(loss_g.item())
+    return {"loss_d": statistics.mean(losses_d), "loss_g": statistics.mean(losses_g)}
 
 
 def ordinary(case, device, workers, data_dir, folder, steps):
@@ -178,8 +192,9 @@ def ours(case, device, flags, data_dir, folder, steps):
 
     def epoch():
         utils.train_epoch(run, step, batches, signals=[])
-        run.end_epoch(run.meter.means())
+        row = run.end_epoch(run.meter.means())
         run.meter.reset()
+        return {name: row[name] for name in ("loss", "accuracy", "loss_d", "loss_g") if name in row}
 
     return epoch, work
 
@@ -191,29 +206,52 @@ def bytes_moved(optimizer):
     return 4 * weights * (2 * (1 + own) + 1)
 
 
+# JAX ------------------------------------------------------------------------------------------------------------------
+
+
+def in_jax(case, device, _, data_dir, folder, steps):
+    """A function that runs the steps in JAX, and None."""
+    import jax_loops
+
+    _, args = parse(case, [], device, folder)
+    images, labels = load("mnist", data_dir)
+    count = args.batch_size * steps
+    epoch = jax_loops.build(case, args, images[:count].flatten(1).numpy(), labels[:count].numpy())
+    return lambda: epoch(torch.randperm(count).view(steps, args.batch_size).numpy()), None
+
+
 # Measuring ------------------------------------------------------------------------------------------------------------
 
 
-def work(prepare, arguments, pipe):
+def work(prepare, threads, arguments, pipe):
     """In a process of its own: time one turn whenever the pipe asks for it."""
     with contextlib.redirect_stdout(None):
+        pin(threads)
         epoch, cost = globals()[prepare](*arguments)
         pipe.send(cost)
         while pipe.recv():
             started = time.perf_counter()
-            epoch()
-            pipe.send(time.perf_counter() - started)
+            metrics = epoch()
+            pipe.send((time.perf_counter() - started, metrics))
 
 
-def compare(case, device, data_dir, folder, steps, turns):
-    """Milliseconds a step of each loop in each turn, and the least milliseconds that this machine needs."""
+def pin(threads):
+    """Let this process use so many threads, each with a core of its own where the system allows it."""
+    if threads:
+        torch.set_num_threads(threads)
+        if hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+
+
+def compare(case, device, threads, data_dir, folder, steps, turns):
+    """Milliseconds a step of each loop in each turn, the metrics of its last turn, and the machine's limit."""
     context = multiprocessing.get_context("spawn")
-    pipes, times = {}, {name: [] for name in LOOPS[device]}
+    pipes, times, metrics = {}, {name: [] for name in LOOPS[device]}, {}
     for name, (prepare, more) in LOOPS[device].items():
         pipes[name], there = context.Pipe()
         arguments = (case, device, more, data_dir, tempfile.mkdtemp(dir=folder), steps)
         # No daemon, since the ordinary loop's workers are its children.
-        context.Process(target=work, args=(prepare, arguments, there)).start()
+        context.Process(target=work, args=(prepare, threads, arguments, there)).start()
         there.close()  # so that recv fails, instead of waiting for ever, where that process has died
     costs = [pipe.recv() for pipe in pipes.values()]
     cost = next(cost for cost in costs if cost)
@@ -221,13 +259,13 @@ def compare(case, device, data_dir, folder, steps, turns):
     for turn in range(turns + 1):
         for name, pipe in pipes.items():
             pipe.send(True)
-            seconds = pipe.recv()
-            if turn:  # the first one warms up
+            seconds, metrics[name] = pipe.recv()
+            if turn:  # the first one warms up, and compiles
                 times[name].append(1000 * seconds / steps)
         limits.append(1000 * (cost["flops"] / product_rate(device) + cost["bytes"] / copy_rate(device)))
     for pipe in pipes.values():
         pipe.send(False)
-    return times, statistics.median(limits[1:])
+    return times, metrics, statistics.median(limits[1:])
 
 
 def product_rate(device):
@@ -254,18 +292,15 @@ def fastest(run, device):
     return min(seconds)
 
 
-def summary(times, limit):
-    """Of each loop: median milliseconds, and median, lowest and highest of what the ordinary loop took over it."""
-    row = {"limit_ms": limit, "loops": {}}
+def summary(times, metrics, limit):
+    """Of each loop: median milliseconds, its metrics, and how often it fits into the time of the others."""
+    loops = {}
     for name, own in times.items():
-        ratios = [ordinary / ms for ordinary, ms in zip(times["ordinary"], own)]
-        row["loops"][name] = {
-            "ms": statistics.median(own),
-            "ratio_median": statistics.median(ratios),
-            "ratio_min": min(ratios),
-            "ratio_max": max(ratios),
-        }
-    return row
+        loops[name] = {"ms": statistics.median(own), "metrics": metrics[name], "times_as_fast_as": {}}
+        for other, theirs in times.items():
+            ratios = sorted(theirs[i] / own[i] for i in range(len(own)))
+            loops[name]["times_as_fast_as"][other] = [statistics.median(ratios), ratios[0], ratios[-1]]
+    return {"limit_ms": limit, "loops": loops}
 
 
 def profiled(case, device, data_dir, folder, steps):
@@ -288,9 +323,12 @@ def profiled(case, device, data_dir, folder, steps):
 
 def print_row(case, row):
     for name, loop in row["loops"].items():
-        ratio = f"{loop['ratio_median']:6.2f}x ({loop['ratio_min']:.2f} to {loop['ratio_max']:.2f})"
+        median, low, high = loop["times_as_fast_as"]["ordinary"]
         share = f"{100 * row['limit_ms'] / loop['ms']:4.0f} % of the machine's limit"
-        print(f"{case:22} {name:20} {loop['ms']:7.3f} ms a step {ratio:26} {share}", flush=True)
+        reached = "  ".join(f"{name} {value:.4f}" for name, value in loop["metrics"].items())
+        ratio = f"{median:6.2f}x ({low:.2f} to {high:.2f})"
+        print(f"{case:31} {name:20} {loop['ms']:7.3f} ms a step {ratio} {share}  {reached}")
+    print(flush=True)
 
 
 def draw(rows, path):
@@ -314,7 +352,8 @@ def main():
     parser.add_argument("--device", choices=list(LOOPS), default="cpu", help="where to train (default: cpu)")
     parser.add_argument("--steps", type=int, default=150, help="steps of each loop in a turn (default: 150)")
     parser.add_argument("--turns", type=int, default=7, help="turns (default: 7)")
-    parser.add_argument("--compile", action="store_true", help="on the CPU too: our loop with --compile as well")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="threads of each loop (default: 1 2)")
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES), help="which (default: all)")
     parser.add_argument("--profile", action="store_true", help="only show where the time of our steps goes")
     args = parser.parse_args()
     pick_device(args.device)  # the machine's limit is measured with its settings too
@@ -328,13 +367,18 @@ def main():
         (ROOT / "benchmarks" / "results" / f"profile-{args.device}.txt").write_text(text)
         print(text)
         return
-    if args.compile:
-        LOOPS["cpu"]["ours, compiled"] = LOOPS["cuda"]["ours, compiled"]
+    if importlib.util.find_spec("jax") is None:
+        LOOPS["cpu"].pop("JAX")
     rows = {}
-    for case in CASES:
-        with tempfile.TemporaryDirectory() as folder:
-            rows[case] = summary(*compare(case, args.device, args.data_dir, folder, args.steps, args.turns))
-        print_row(case, rows[case])
+    for threads in args.threads if args.device == "cpu" else [0]:
+        pin(threads)  # the machine's limit too
+        for case in args.cases:
+            name = f"{case}, {threads} thread{'s' * (threads > 1)}" if threads else case
+            with tempfile.TemporaryDirectory() as folder:
+                rows[name] = summary(
+                    *compare(case, args.device, threads, args.data_dir, folder, args.steps, args.turns)
+                )
+            print_row(name, rows[name])
     result = {"rows": rows, "steps": args.steps, "turns": args.turns, **environment()}
     (ROOT / "benchmarks" / "results").mkdir(exist_ok=True)
     (ROOT / "benchmarks" / "results" / f"speed-{args.device}.json").write_text(json.dumps(result, indent=2) + "\n")

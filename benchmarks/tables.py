@@ -7,7 +7,6 @@ import argparse
 import json
 import re
 import statistics
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -267,18 +266,6 @@ def race_table(device: str) -> str:
     return f"{table(header, lines)}\n\n{machine(race)}; means over the seeds."
 
 
-def race_sentence() -> str:
-    race = read("race-cpu.json")
-    ours, ordinary = (
-        (f"{100 * mean['test_accuracy']:.2f} %", f"{mean['seconds']:.0f} s")
-        for mean in (race["means"]["ours"], race["means"]["ordinary"])
-    )
-    text = f"""`--recipe fast --amp` trains a CNN to {ours[0]} in {ours[1]}, counted from the start of the process. An
-        ordinary loop with the recipe of pytorch/examples takes {ordinary[1]} to reach {ordinary[0]} on the same machine
-        ({race["processor"]}, {race["cores"]} cores). [docs/speed.md](docs/speed.md) says how this was measured."""
-    return textwrap.fill(" ".join(text.split()), 120, break_long_words=False, break_on_hyphens=False)
-
-
 def machine(results: dict[str, Any]) -> str:
     name = results.get("gpu") or f"{results['processor']}, {results['cores']} cores"
     return f"{name}, torch {results['torch']}, commit {short(results['commit'])}"
@@ -328,7 +315,7 @@ def slides_table() -> str:
 
 # page -> section, between `<!-- NAME -->` and `<!-- /NAME -->` -> what makes it
 PAGES = {
-    ROOT / "README.md": {"slides": slides_table, "best": best_table, "pace": race_sentence},
+    ROOT / "README.md": {"slides": slides_table, "best": best_table, "families": families_table},
     ROOT / "docs" / "results.md": {
         "results": results_table,
         "generators": generators_table,

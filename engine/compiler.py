@@ -10,10 +10,7 @@ from torch.fx import Graph, GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-OPTIONS = {
-    "fallback_random": True,  # the random numbers of the eager step
-    "unroll_reductions_threshold": 1,  # so that `once` below works
-}
+OPTIONS = {"fallback_random": True}  # the random numbers of the eager step
 
 
 def compile_step(step: Callable, inputs: Sequence[torch.Tensor], momenta: dict[int, torch.Tensor]) -> Callable:

@@ -27,7 +27,7 @@ class ConditionalGenerator(nn.Module):
 
     def forward(self, z, labels):
         z = self.dropout(F.relu(self.from_z(z)))
-        y = self.dropout(F.relu(self.from_y(F.one_hot(labels, self.classes).to(z.dtype))))
+        y = self.dropout(F.relu(self.from_y(one_hot(labels, self.classes))))
         hidden = self.dropout(F.relu(self.joint(torch.cat([z, y], dim=1))))
         return self.output(hidden).sigmoid().view(-1, 1, 28, 28)
 
@@ -51,9 +51,14 @@ class ConditionalDiscriminator(nn.Module):
 
     def forward(self, x, labels):
         x = self.from_x(x.flatten(1))
-        y = self.from_y(F.one_hot(labels, self.classes).to(x.dtype))
+        y = self.from_y(one_hot(labels, self.classes))
         return self.output(self.joint(torch.cat([x, y], dim=1)))
 
     def probability(self, x, labels):
         """D(x|y); [N, 1]."""
         return self(x, labels).sigmoid()
+
+
+def one_hot(labels: torch.Tensor, classes: int) -> torch.Tensor:
+    """[N, classes]. Not F.one_hot, which checks the labels on a CPU: a step that reads a value cannot be compiled."""
+    return torch.eye(classes, device=labels.device)[labels]
