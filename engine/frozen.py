@@ -104,6 +104,8 @@ class FrozenStep:
             lines = str(error).splitlines() or [type(error).__name__]
             reason = next((line for line in lines if " error: " in line), lines[0])  # a compiler's own words
             print(f"not compiled: {reason}", flush=True)
+            self.compiled, self.eager = False, not self.graph
+            self.settings = self.frozen_settings()  # now with the momentum
             return self.step
         print(f"compiled in {time.monotonic() - started:.0f} s", flush=True)
         return function

@@ -19,7 +19,7 @@ import train_gan
 import train_likelihood
 import utils
 from datasets import Batches
-from engine import capture, flags
+from engine import capture, flags, frozen
 from engine.capture import NotCapturable, is_capturable, prepare, require_same
 from engine.errors import UserError
 from engine.frozen import COMPARED, FrozenStep
@@ -388,6 +388,20 @@ def test_a_momentum_that_changes_once_per_epoch_is_captured_again(fake_cuda, cap
     assert FakeGraph.captures == 3
     assert FakeGraph.replays == 29
     assert not capsys.readouterr().out
+
+
+def test_where_the_compiler_fails_the_graph_is_of_the_eager_step(fake_cuda, monkeypatch, capsys):
+    """And its momentum is frozen, as in any graph, so that a change is noticed."""
+    optimizer = sgd()
+    graphed, position, _ = graphed_counter(fake_cuda, optimizer)
+    graphed.compiled = True
+    monkeypatch.setattr(frozen, "compile_step", lambda *_: 1 / 0)
+    for epoch in range(2):
+        optimizer.param_groups[0]["momentum"] = 0.5 + epoch / 10
+        call(graphed, 10)
+    assert position.steps == 20
+    assert FakeGraph.captures == 2
+    assert capsys.readouterr().out.count("not compiled: division by zero") == 1
 
 
 def test_a_momentum_that_changes_in_every_step_runs_eagerly_and_is_said_once(fake_cuda, capsys):
