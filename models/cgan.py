@@ -27,7 +27,7 @@ class ConditionalGenerator(nn.Module):
 
     def forward(self, z, labels):
         z = self.dropout(F.relu(self.from_z(z)))
-        y = self.dropout(F.relu(self.from_y(one_hot(labels, self.classes))))
+        y = self.dropout(F.relu(self.from_y(one_hot(labels, self.classes, z.dtype))))
         hidden = self.dropout(F.relu(self.joint(torch.cat([z, y], dim=1))))
         return self.output(hidden).sigmoid().view(-1, 1, 28, 28)
 
@@ -51,7 +51,7 @@ class ConditionalDiscriminator(nn.Module):
 
     def forward(self, x, labels):
         x = self.from_x(x.flatten(1))
-        y = self.from_y(one_hot(labels, self.classes))
+        y = self.from_y(one_hot(labels, self.classes, x.dtype))
         return self.output(self.joint(torch.cat([x, y], dim=1)))
 
     def probability(self, x, labels):
@@ -59,6 +59,6 @@ class ConditionalDiscriminator(nn.Module):
         return self(x, labels).sigmoid()
 
 
-def one_hot(labels: torch.Tensor, classes: int) -> torch.Tensor:
+def one_hot(labels: torch.Tensor, classes: int, dtype: torch.dtype) -> torch.Tensor:
     """[N, classes]. Not F.one_hot, which checks the labels on a CPU: a step that reads a value cannot be compiled."""
-    return torch.eye(classes, device=labels.device)[labels]
+    return torch.eye(classes, dtype=dtype, device=labels.device)[labels]
