@@ -114,16 +114,26 @@ def likelihood_table() -> str:
     """Each model with a likelihood: mean and standard deviation over its seeds of every measure."""
     rows = {name: row for name, row in read("results.json").items() if "kind" in row.get("seeds", [{}])[0]}
     header = ["name", "command", "epochs", "seeds", "likelihood", "nats per image", "Parzen", "FID"]
-    header += ["precision", "recall", "density", "coverage", "minutes"]
+    header += ["precision", "recall", "density", "coverage", "minutes", "published"]
     lines = []
     for name, row in rows.items():
         seeds = row["seeds"]
         cells = [name, f"`{row['command']}`", str(row["epochs_trained"][0]), str(len(seeds)), seeds[0]["kind"]]
-        nats = [{**seed, "nats": -seed["log_likelihood"]} for seed in seeds]
-        cells += [mean_sd(nats, "nats", 2), mean_sd(seeds, "parzen_log_likelihood", 1), mean_sd(seeds, "fid", 4)]
+        cells += [nats(seeds), mean_sd(seeds, "parzen_log_likelihood", 1), mean_sd(seeds, "fid", 4)]
         cells += [mean_sd(seeds, key, 3) for key in ("precision", "recall", "density", "coverage")]
-        lines.append([*cells, minutes(row)])
+        lines.append([*cells, minutes(row), row["published"]])
     return table(header, lines)
+
+
+def nats(seeds: list[dict[str, Any]]) -> str:
+    """Minus the log-likelihood; that of an RBM also by the reverse estimate of log Z. Empty for a GAN."""
+    if "kind" not in seeds[0]:
+        return ""
+    negative = [{key: -value for key, value in seed.items() if key.startswith("log_likelihood")} for seed in seeds]
+    text = mean_sd(negative, "log_likelihood", 2)
+    if "log_likelihood_reverse" in negative[0]:
+        text += f" (reverse {mean_sd(negative, 'log_likelihood_reverse', 2)})"
+    return text
 
 
 def families_table() -> str:
@@ -134,8 +144,7 @@ def families_table() -> str:
     samples = [f"![Samples of the {name}]({picture})" for name, (_, picture) in FAMILIES.items()]
     lines = [["samples", *samples, "![Real test images](assets/real.png)"]]
     lines += [[what, *cells] for what, cells in ABILITIES.items()]
-    nats = [[{"nats": -seed["log_likelihood"]} for seed in row if "kind" in seed] for row in seeds]
-    lines.append(["nats per image", *(mean_sd(row, "nats", 2) if row else "" for row in nats), ""])
+    lines.append(["nats per image", *map(nats, seeds), ""])
     for what, key, digits in (
         ("Parzen", "parzen_log_likelihood", 1),
         ("FID", "fid", 4),
@@ -231,28 +240,49 @@ def draw_choices(path: Path) -> None:
 
 # Speed ----------------------------------------------------------------------------------------------------------------
 
-MORE_LOOPS = {  # the other loops that benchmarks/speed.py may have timed, and the headers of their ratios
+LOOPS = {  # the loops that benchmarks/speed.py may have timed, and their headers
+    "ordinary": "ordinary loop",
     "ordinary, 4 workers": "ordinary loop, 4 workers",
     "ours, eager": "with `--no-cuda-graph`",
+    "ours": "this loop",
     "ours, compiled": "with `--compile`",
+    "JAX": "JAX",
 }
 
 
 def speed_table(device: str) -> str:
+    """Milliseconds a step of each loop, how often it fits into the ordinary loop's, and the losses of these steps."""
     speed = read(f"speed-{device}.json")
-    more = [loop for loop in MORE_LOOPS if loop in next(iter(speed["rows"].values()))["loops"]]
+    first = next(iter(speed["rows"].values()))["loops"]
+    names = [name for name in LOOPS if name in first]
+    header = ["", *(LOOPS[name] for name in names), "share of the limit"]
+    header += ["`--compile` over JAX"] * ("JAX" in first)
     lines = []
-    for name, row in speed["rows"].items():
-        loops, ours = row["loops"], row["loops"]["ours"]
-        cells = [name, *(f"{loop['ms']:.2f} ms a step" for loop in (loops["ordinary"], ours)), spread(ours)]
-        lines.append([*cells, *(spread(loops[loop]) for loop in more), f"{100 * row['limit_ms'] / ours['ms']:.0f} %"])
-    header = ["", "ordinary loop", "this loop", "ratio (lowest to highest)", *(MORE_LOOPS[loop] for loop in more)]
+    for case, row in speed["rows"].items():
+        loops = row["loops"]
+        cells = [
+            f"{loops[name]['ms']:.2f} ms" + (f", {spread(loops[name], 'ordinary')}" if name != "ordinary" else "")
+            for name in names
+        ]
+        cells.append(f"{100 * row['limit_ms'] / min(loops[name]['ms'] for name in names):.0f} %")
+        if "JAX" in loops:
+            cells.append(spread(loops["ours, compiled"], "JAX"))
+        lines.append([case, *cells])
+    losses = [
+        [case, *(", ".join(f"{value:.3f}" for value in row["loops"][name]["metrics"].values()) for name in names)]
+        for case, row in speed["rows"].items()
+    ]
     conditions = f"{machine(speed)}; {speed['turns']} turns with {speed['steps']} steps of each loop."
-    return f"{table([*header, 'share of the limit'], lines)}\n\n{conditions}"
+    return (
+        f"{table(header, lines)}\n\nLoss and accuracy, or the losses of D and G, in the last of these turns:\n\n"
+        f"{table(['', *(LOOPS[name] for name in names)], losses)}\n\n{conditions}"
+    )
 
 
-def spread(loop: dict[str, float]) -> str:
-    return f"{loop['ratio_median']:.2f} ({loop['ratio_min']:.2f} to {loop['ratio_max']:.2f})"
+def spread(loop: dict[str, Any], other: str) -> str:
+    """How many times as fast as the other loop, median and range of the turns."""
+    median, low, high = loop["times_as_fast_as"][other]
+    return f"{median:.2f} ({low:.2f} to {high:.2f})"
 
 
 def race_table(device: str) -> str:
