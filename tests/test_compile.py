@@ -14,7 +14,7 @@ from functools import partial
 import pytest
 import torch
 from helpers import DIGITS, ROOT, run, tensors, train
-from test_loop import Position, start, ten_images
+from test_loop import Position, fit, start, ten_images
 from test_training import assert_same_run, kill_at
 
 import train_cgan
@@ -185,20 +185,13 @@ def test_the_updates_are_torchs(name, tmp_path):
         optimizer = kind(layer.parameters(), lr=0.1, fused=True, **options)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 1 / (1 + i))
 
-        def train_step(images, labels, layer=layer, optimizer=optimizer):
-            loss = (layer(images.flatten(1)) - 0.3).square().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            return {"loss": loss.detach()}
-
         def change(row, group=optimizer.param_groups[0]):
             if group.get("momentum"):
                 group["momentum"] = 0.5
 
         state = {"layer": layer, "optimizer": optimizer, "schedule": schedule}
         run = start(tmp_path / str(compiled), state, epochs=8, compile=compiled)
-        utils.train(run, train_step, ten_images(batch_size=2), after_epoch=change)
+        utils.train(run, fit(layer, optimizer), ten_images(batch_size=2), after_epoch=change)
         weights[compiled] = layer.weight.detach()
     torch.testing.assert_close(weights[True], weights[False], rtol=1e-5, atol=1e-7)
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from helpers import DIGITS, ROOT, load, run, tensors
-from test_loop import Position, start, ten_images
+from test_loop import Position, fit, start, ten_images
 
 import evaluate
 import train_cgan
@@ -167,16 +167,9 @@ def test_any_optimizer_trains_alike_with_and_without_a_graph(tmp_path, capsys, n
         layer = torch.nn.Linear(1, 1, device="cuda")
         optimizer = getattr(torch.optim, name)(layer.parameters(), lr=0.01)
 
-        def train_step(images, labels, layer=layer, optimizer=optimizer):
-            loss = (layer(images.flatten(1)) - 0.3).square().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            return {"loss": loss.detach()}
-
         state = {"layer": layer, "optimizer": optimizer}
         run = start(tmp_path / str(graph), state, epochs=10, batch_size=5, cuda_graph=graph)
-        utils.train(run, train_step, on_cuda(5))
+        utils.train(run, fit(layer, optimizer), on_cuda(5))
         weights[graph] = layer.weight.item()
     assert weights[True] == pytest.approx(weights[False], rel=1e-4)
     assert ("every step runs eagerly" in capsys.readouterr().out) == (name in ("SGD", "Adagrad"))
