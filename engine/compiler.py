@@ -10,7 +10,10 @@ from torch.fx import Graph, GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-OPTIONS = {"fallback_random": True}  # the random numbers of the eager step
+OPTIONS = {
+    "fallback_random": True,  # the random numbers of the eager step
+    "realize_reads_threshold": 3,  # with 4, its default, Inductor fails on the HMM (KeyError; torch 2.14)
+}
 
 
 def compile_step(step: Callable, inputs: Sequence[torch.Tensor], momenta: dict[int, torch.Tensor]) -> Callable:
@@ -76,8 +79,9 @@ def adam(
     """
     if amsgrad or maximize or found_inf is not None:
         return NotImplemented
-    rate = once(lr / correction(beta1, steps))
-    scale = once(correction(beta2, steps).rsqrt())
+    t = torch.stack(steps).to(weights[0].dtype)
+    rate = once(lr / correction(beta1, t))
+    scale = once(correction(beta2, t).rsqrt())
     for w, g, m, v in zip(weights, gradients, averages, squares, strict=True):
         old = w * (1 - lr * weight_decay) if decoupled and weight_decay else w
         if weight_decay and not decoupled:
@@ -88,9 +92,8 @@ def adam(
     return None
 
 
-def correction(beta: float, steps: list[torch.Tensor]) -> torch.Tensor:
-    """1 - beta^t, one per weight tensor; without the cancellation where beta^t is almost 1."""
-    t = torch.stack(steps)
+def correction(beta: float, t: torch.Tensor) -> torch.Tensor:
+    """1 - beta^t, without the cancellation where beta^t is almost 1."""
     return -torch.expm1(t * math.log(beta)) if beta else torch.ones_like(t)
 
 
