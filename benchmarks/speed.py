@@ -226,7 +226,7 @@ def in_jax(case, device, _, data_dir, folder, steps):
 def work(prepare, threads, arguments, pipe):
     """In a process of its own: time one turn whenever the pipe asks for it."""
     with contextlib.redirect_stdout(None):
-        pin(threads)
+        torch.set_num_threads(threads or torch.get_num_threads())
         epoch, cost = globals()[prepare](*arguments)
         pipe.send(cost)
         while pipe.recv():
@@ -235,12 +235,16 @@ def work(prepare, threads, arguments, pipe):
             pipe.send((time.perf_counter() - started, metrics))
 
 
-def pin(threads):
-    """Let this process use so many threads, each with a core of its own where the system allows it."""
-    if threads:
-        torch.set_num_threads(threads)
-        if hasattr(os, "sched_setaffinity"):
-            os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+def cores():
+    """The cores that this process may use."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count()))
+
+
+def pin(own):
+    """Let this process, and those that it starts, use these cores alone, where the system allows it."""
+    torch.set_num_threads(len(own))
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, own)
 
 
 def compare(case, device, threads, data_dir, folder, steps, turns):
@@ -369,9 +373,10 @@ def main():
         return
     if importlib.util.find_spec("jax") is None:
         LOOPS["cpu"].pop("JAX")
-    rows = {}
+    rows, allowed = {}, cores()
     for threads in args.threads if args.device == "cpu" else [0]:
-        pin(threads)  # the machine's limit too
+        if threads:
+            pin(allowed[:threads])  # the machine's limit is measured with them too
         for case in args.cases:
             name = f"{case}, {threads} thread{'s' * (threads > 1)}" if threads else case
             with tempfile.TemporaryDirectory() as folder:
