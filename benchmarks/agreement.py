@@ -1,0 +1,108 @@
+"""Does --compile change what is learned? Every recipe, in short, on digits: test figures over five seeds, both ways.
+
+python benchmarks/agreement.py --jobs 2
+
+Classifiers: test accuracy. GANs: FID. Likelihood models: log-likelihood of 300 held-out images, in nats. Both ways have
+the same first weights, batches and random numbers. Writes benchmarks/results/agreement.json.
+"""
+
+import argparse
+import csv
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from compare import mean_sd
+from engine.provenance import environment
+
+CASES = {
+    "test_accuracy": [
+        "train_classifier.py --model mlp --recipe lecture",
+        "train_classifier.py --model mlp --recipe best",
+        "train_classifier.py --model cnn --recipe lecture --epochs 10",
+        "train_classifier.py --model cnn --recipe best --epochs 10",
+        "train_classifier.py --recipe fast --epochs 20",
+        "train_classifier.py --recipe paper --epochs 20",
+    ],
+    "fid": [
+        "train_gan.py --recipe lecture --epochs 20",
+        "train_gan.py --recipe best --epochs 20",
+        "train_gan.py --recipe best --networks large --epochs 10",
+        "train_gan.py --recipe paper --epochs 20",
+        "train_cgan.py --recipe lecture --epochs 10",
+        "train_cgan.py --recipe best --epochs 10",
+        "train_cgan.py --recipe paper --epochs 20",
+    ],
+    "val_log_likelihood": [
+        f"train_likelihood.py --model {model} --recipe {recipe} --epochs 10 --val-size 300"
+        for model, recipes in {
+            "vae": "lecture best paper",
+            "rbm": "lecture best",
+            "rnn": "lecture",
+            "hmm": "lecture",
+        }.items()
+        for recipe in recipes.split()
+    ],
+}
+
+
+def figure(command, measure, seed, compiled, folder):
+    """Train one seed on digits, and return its figure."""
+    script, *options = command.split()
+    run = Path(folder) / f"{seed}{'-compiled' * compiled}"
+    options += ["--dataset", "digits", "--seed", str(seed), "--output-dir", str(run)]
+    call(script, *options, *["--compile"] * compiled)
+    if measure.startswith("val_"):
+        with open(run / "metrics.csv") as file:
+            *_, last = csv.DictReader(file)
+        return float(last[measure])
+    call("evaluate.py", str(run))
+    return json.loads((run / "evaluation" / "metrics.json").read_text())[measure]
+
+
+def call(script, *options):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / script), *options], env={"OMP_NUM_THREADS": "1", **os.environ}, capture_output=True
+    )
+    if done.returncode:
+        sys.exit(done.stderr.decode())
+    if b"not compiled" in done.stdout or b"runs eagerly" in done.stdout:
+        sys.exit(f"{script} {' '.join(options)} was not compiled")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=5, help="number of seeds (default: 5)")
+    parser.add_argument("--jobs", type=int, default=1, help="seeds side by side, on one core each (default: 1)")
+    args = parser.parse_args()
+    rows = []
+    for measure, commands in CASES.items():
+        for command in commands:
+            with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.jobs) as pool:
+                jobs = {
+                    way: [
+                        pool.submit(figure, command, measure, seed, way == "compiled", folder)
+                        for seed in range(args.seeds)
+                    ]
+                    for way in ("eager", "compiled")
+                }
+                seeds = {way: [job.result() for job in own] for way, own in jobs.items()}
+            distance = abs(statistics.mean(seeds["compiled"]) - statistics.mean(seeds["eager"]))
+            noise = statistics.stdev(seeds["eager"]) * (2 / args.seeds) ** 0.5  # of the difference of two means
+            rows.append({"command": command, "measure": measure, "standard_errors": distance / noise, **seeds})
+            figures = {way: mean_sd(measure, values) for way, values in seeds.items()}
+            print(f"{command}: {measure} {figures['eager']}, compiled {figures['compiled']}", flush=True)
+    path = ROOT / "benchmarks" / "results" / "agreement.json"
+    path.write_text(json.dumps({"rows": rows, **environment()}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
