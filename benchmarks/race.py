@@ -27,7 +27,7 @@ def ordinary(data_dir, device, seed):
     import torch
     import torch.nn as nn
     import torch.nn.functional as F
-    from speed import ordinary_loader, ordinary_test_loader
+    from ordinary_loops import make_loader, make_test_loader
     from torchvision import transforms
 
     torch.manual_seed(seed)
@@ -39,8 +39,8 @@ def ordinary(data_dir, device, seed):
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.7)
     transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.1307,), (0.3081,))])
     with tempfile.TemporaryDirectory() as folder:
-        train_loader = ordinary_loader(data_dir, folder, transform, 64, None, 0, device)
-        test_loader = ordinary_test_loader(folder, transform)
+        train_loader = make_loader(data_dir, folder, transform, 64, None, 0, device)
+        test_loader = make_test_loader(folder, transform)
         epochs, accuracy = 0, 0.0
         while accuracy < 0.99 and epochs < 14:
             model.train()

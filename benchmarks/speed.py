@@ -15,7 +15,6 @@ chart, or profile-DEVICE.txt, into benchmarks/results/. JAX takes part if it is 
 
 import argparse
 import contextlib
-import gzip
 import importlib.util
 import json
 import multiprocessing
@@ -27,23 +26,21 @@ import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.data import DataLoader, Subset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
-from torchvision.datasets import MNIST
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+import ordinary_loops
 
 import train_cgan
 import train_classifier
 import train_gan
 import utils
 from datasets import Batches, load
-from datasets.mnist import find_idx, part_stems
 from engine.device import pick_device
 from engine.flags import parse_args
 from engine.provenance import environment
@@ -89,63 +86,7 @@ def parse(case, flags, device, folder):
     return script, args
 
 
-# The ordinary loop ----------------------------------------------------------------------------------------------------
-
-
-def ordinary_loader(data_dir, folder, transform, batch_size, steps, workers, device):
-    """So many batches of torchvision's MNIST (None: all), unpacked below `folder`, in a DataLoader."""
-    for stem in part_stems("MNIST", "train") + part_stems("MNIST", "t10k"):
-        source, target = find_idx(Path(data_dir), stem), Path(folder) / stem
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(gzip.decompress(source.read_bytes()) if source.suffix == ".gz" else source.read_bytes())
-    data = MNIST(folder, train=True, transform=transform)
-    if steps:
-        data = Subset(data, range(batch_size * steps))
-    return DataLoader(
-        data, batch_size, shuffle=True, num_workers=workers, pin_memory=device == "cuda", persistent_workers=workers > 0
-    )
-
-
-def ordinary_test_loader(folder, transform):
-    """The test images that `ordinary_loader` has unpacked there."""
-    return DataLoader(MNIST(folder, train=False, transform=transform), batch_size=1000)
-
-
-def ordinary_classifier(model, optimizer, loader, device):
-    losses, accuracies = [], []
-    for images, labels in loader:
-        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        logits = model(images)
-        loss = F.cross_entropy(logits, labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-        accuracies.append((logits.argmax(1) == labels).float().mean().item())
-    return {"loss": statistics.mean(losses), "accuracy": statistics.mean(accuracies)}
-
-
-def ordinary_gan(generator, discriminator, optimizer_g, optimizer_d, loader, device, conditional):
-    losses_d, losses_g = [], []
-    for images, labels in loader:
-        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        given = [labels] if conditional else []
-        fakes = generator(torch.rand(len(images), 100, device=device), *given)
-        real = discriminator.probability(images, *given)
-        fake = discriminator.probability(fakes.detach(), *given)
-        loss_d = F.binary_cross_entropy(real, torch.ones_like(real))
-        loss_d = loss_d + F.binary_cross_entropy(fake, torch.zeros_like(fake))
-        optimizer_d.zero_grad()
-        (loss_d / 2).backward()
-        optimizer_d.step()
-        again = discriminator.probability(fakes, *given)
-        loss_g = F.binary_cross_entropy(again, torch.ones_like(again))
-        optimizer_g.zero_grad()
-        loss_g.backward()
-        optimizer_g.step()
-        losses_d.append(loss_d.item())
-        losses_g.append(loss_g.item())
-    return {"loss_d": statistics.mean(losses_d), "loss_g": statistics.mean(losses_g)}
+# The loops ------------------------------------------------------------------------------------------------------------
 
 
 def ordinary(case, device, workers, data_dir, folder, steps):
@@ -165,13 +106,12 @@ def ordinary(case, device, workers, data_dir, folder, steps):
         optimizers = [torch.optim.SGD(network.parameters(), args.lr, args.momentum) for network in networks]
     else:
         optimizers = [torch.optim.Adam(network.parameters(), args.lr, args.betas) for network in networks]
-    loader = ordinary_loader(data_dir, folder, transform, args.batch_size, steps, workers, device)
+    loader = ordinary_loops.make_loader(data_dir, folder, transform, args.batch_size, steps, workers, device)
     if script is train_classifier:
-        return lambda: ordinary_classifier(*networks, *optimizers, loader, device), None
-    return lambda: ordinary_gan(*networks, *optimizers, loader, device, conditional=script is train_cgan), None
-
-
-# This repository's loop -----------------------------------------------------------------------------------------------
+        return lambda: ordinary_loops.train_classifier(*networks, *optimizers, loader, device), None
+    return lambda: ordinary_loops.train_gan(
+        *networks, *optimizers, loader, device, conditional=script is train_cgan
+    ), None
 
 
 def ours(case, device, flags, data_dir, folder, steps):
@@ -204,9 +144,6 @@ def bytes_moved(optimizer):
     own = {torch.optim.Adam: 2, torch.optim.AdamW: 2, torch.optim.SGD: 1}[type(optimizer)]
     weights = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
     return 4 * weights * (2 * (1 + own) + 1)
-
-
-# JAX ------------------------------------------------------------------------------------------------------------------
 
 
 def in_jax(case, device, _, data_dir, folder, steps):
