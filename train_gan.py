@@ -39,7 +39,9 @@ VARIANTS = {
 
 def get_args_parser():
     parser = flags.adversarial_args_parser("train_gan.py", __doc__.splitlines()[0], RECIPES, DATASETS)
-    parser.add_argument("--networks", choices=list(GANS), default="lecture", help="whose generator and discriminator")
+    add = parser.add_argument
+    add("--networks", choices=list(GANS), default="lecture", help="whose generator and discriminator")
+    add("--adversarial-loss", choices=["gan", "relativistic"], default="gan", help="what D compares: see train_step")
     return parser
 
 
@@ -49,14 +51,19 @@ def build(args, device, batches):
     init_weights(generator, discriminator, args.init, batches.images)
     state = optim.adversarial_state(args, generator.to(device), discriminator.to(device), len(batches), decay=1.000004)
     optimizer_g, optimizer_d = state["optimizer_g"], state["optimizer_d"]
+    relativistic = args.adversarial_loss == "relativistic"  # R3GAN (Huang et al. 2024, arXiv 2501.05441)
 
     def train_step(images, labels):
         fakes = generator(draw_noise(len(images), args.noise, device))  # G(z)
 
         # (1) update D: maximise log D(x) + log(1 - D(G(z))); with logits l, -log D = softplus(-l), never infinite
         real, fake = discriminator(torch.cat([images, fakes.detach()])).float().chunk(2)
-        loss_d = F.softplus(-real).mean() + F.softplus(fake).mean()
-        penalty = args.r1 / 2 * r1_penalty(discriminator, images) if args.r1 else 0
+        if relativistic:  # maximise log sigmoid(l(x) - l(G(z))) over pairs: x is more real than G(z)
+            loss_d = 2 * F.softplus(fake - real).mean()
+        else:
+            loss_d = F.softplus(-real).mean() + F.softplus(fake).mean()
+        penalised = [images, fakes.detach()] if relativistic else [images]
+        penalty = args.r1 / 2 * sum(r1_penalty(discriminator, x) for x in penalised) if args.r1 else 0
         optimizer_d.zero_grad()
         (loss_d / 2 + penalty).backward()  # loss_d / 2: the mean of the two halves, as in the paper's SGD
         if not args.simultaneous:
@@ -65,7 +72,12 @@ def build(args, device, batches):
         # (2) update G: maximise log D(G(z)), or minimise log(1 - D(G(z))), which saturates
         discriminator.requires_grad_(False)  # only G learns here
         logits = discriminator(fakes).float()
-        loss_g = F.softplus(-logits).mean() if args.generator_loss == "non-saturating" else -F.softplus(logits).mean()
+        if relativistic:  # maximise log sigmoid(l(G(z)) - l(x)): G(z) is more real than x
+            loss_g = F.softplus(discriminator(images).float() - logits).mean()
+        elif args.generator_loss == "saturating":
+            loss_g = -F.softplus(logits).mean()
+        else:
+            loss_g = F.softplus(-logits).mean()
         optimizer_g.zero_grad()
         loss_g.backward()
         optimizer_g.step()
@@ -80,6 +92,8 @@ def build(args, device, batches):
 
 def main(argv=None):
     args = flags.parse_args(get_args_parser(), RECIPES, VARIANTS, argv)
+    if args.adversarial_loss == "relativistic" and args.generator_loss == "saturating":
+        raise errors.UserError("--adversarial-loss relativistic has one loss of G's; omit --generator-loss saturating")
     device = pick_device(args.device, args.amp)
     torch.manual_seed(args.seed)
     args.classes = distributed.broadcast(lambda: class_names(args.dataset, args.data_dir, args.resume and args.classes))

@@ -38,6 +38,7 @@ CASES = {
         for script in (train_gan, train_cgan)
         for recipe in script.RECIPES
     },
+    "relativistic gan": (train_gan, ["--recipe", "best", "--adversarial-loss", "relativistic"]),
     "large gan best": (train_gan, ["--recipe", "best", "--networks", "large"]),
     **{f"{model} {recipe}": (train_likelihood, ["--model", model, "--recipe", recipe])
        for model in ("vae", "rbm", "rnn", "hmm") for recipe in ("lecture", "best")},

@@ -322,6 +322,31 @@ def test_r1_holds_d_back():
     assert norms["10"] < norms["0"] / 2
 
 
+def test_the_relativistic_step_is_its_equations(monkeypatch):
+    """D minimises softplus(l(G(z)) - l(x)) + r1 / 2 (R1 + R2), G softplus(l(x) - l(G(z))); Huang et al. 2024."""
+    _, state, train_step = build("gan", "--adversarial-loss", "relativistic", "--r1", "0.8", "--simultaneous")
+    z, images = without_chance(state, "gan", monkeypatch), torch.rand(6, 1, 28, 28)
+    generator, discriminator = copy.deepcopy(state["generator"]), copy.deepcopy(state["discriminator"])
+    metrics = train_step(images, torch.zeros(6))
+
+    def squared_gradient(x):
+        x = x[::4].detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(discriminator(x).sum(), x, create_graph=True)
+        return gradient.square().sum((1, 2, 3)).mean()
+
+    fakes = generator(z)
+    loss_d = F.softplus(discriminator(fakes.detach()) - discriminator(images)).mean()
+    (loss_d + 0.4 * (squared_gradient(images) + squared_gradient(fakes))).backward()
+    for ours, theirs in zip(state["discriminator"].parameters(), discriminator.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+    loss_g = F.softplus(discriminator(images) - discriminator(fakes)).mean()
+    loss_g.backward()
+    for ours, theirs in zip(state["generator"].parameters(), generator.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+    assert metrics["loss_d"].item() == pytest.approx(2 * loss_d.item(), rel=1e-5)
+    assert metrics["loss_g"].item() == pytest.approx(loss_g.item(), rel=1e-5)
+
+
 # Signs of failure
 
 
