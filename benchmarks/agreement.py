@@ -76,7 +76,7 @@ def main():
     parser.add_argument("--seeds", type=int, default=5, help="number of seeds (default: 5)")
     parser.add_argument("--jobs", type=int, default=1, help="seeds side by side, on one core each (default: 1)")
     args = parser.parse_args()
-    rows = []
+    rows, path = [], ROOT / "benchmarks" / "results" / "agreement.json"
     for command in CASES:
         with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.jobs) as pool:
             jobs = {
@@ -90,8 +90,7 @@ def main():
         rows.append({"command": command, "measure": measure, "standard_errors": distance / max(noise, 1e-12), **seeds})
         figures = {way: mean_sd(measure, values) for way, values in seeds.items()}
         print(f"{command}: {measure} {figures['eager']}, compiled {figures['compiled']}", flush=True)
-    path = ROOT / "benchmarks" / "results" / "agreement.json"
-    path.write_text(json.dumps({"rows": rows, **environment()}, indent=2) + "\n")
+        path.write_text(json.dumps({"rows": rows, **environment()}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
