@@ -150,21 +150,27 @@ def sources(counts, device, data_dir):
 def draw(batches, widths, images, path):
     figure = Figure(figsize=(12, 4), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
-    for axis, rows, key, label in ((left, batches, "batch_size", "batch size"), (middle, widths, "width", "width")):
+    for axis, rows, key in ((left, batches, "batch_size"), (middle, widths, "width")):
         for name, style in (("eager", "o-"), ("compiled", "o-"), ("limit", "k--")):
             axis.plot([row[key] for row in rows], [row[name] for row in rows], style, label=name)
-        axis.set(xscale="log", yscale="log", xlabel=label, ylabel="µs per image")
-        axis.set_xticks([row[key] for row in rows], [row[key] for row in rows], minor=False)
+        axis.set(xscale="log", yscale="log", ylabel="µs per image")
+        axis.set_xticks([row[key] for row in rows], [row[key] for row in rows])
+        axis.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
         axis.legend()
-    middle.set_xlabel("times the lecture's width, batch 32")
+    left.set_xlabel("batch size, the lecture's width")
+    middle.set_xlabel("times the lecture's width, batch size 32")
     for source in ("memory", "file"):
         rows = [row for row in images if row["source"] == source]
         right.plot([row["images"] for row in rows], [row["memory"] / 1e9 for row in rows], "o-", label=f"from {source}")
         for row in rows:
-            right.annotate(
-                f"{row['image']:.1f} µs", (row["images"], row["memory"] / 1e9), (0, 6), textcoords="offset points"
-            )
-    right.set(xscale="log", yscale="log", xlabel="images", ylabel="GB of memory; µs per image, batch 256")
+            place = (row["images"], row["memory"] / 1e9)
+            right.annotate(f"{row['image']:.0f} µs", place, (-8, 6), textcoords="offset points", ha="right")
+    right.set(xscale="log", yscale="log", xlabel="images, batch size 256", ylabel="GB of memory (µs per image)")
+    right.set_xlim(min(row["images"] for row in images) / 4)
+    right.margins(y=0.15)
+    right.yaxis.set_major_formatter("{x:g}")
     right.legend()
     figure.savefig(path, dpi=120)
 

@@ -277,12 +277,13 @@ def draw(rows, path):
     axis = figure.add_subplot()
     names = list(next(iter(rows.values()))["loops"])
     for i, name in enumerate(names):
-        places = [place - 0.8 * (i + 0.5) / len(names) + 0.4 for place in range(len(rows))]
+        places = [place + 0.8 * (i + 0.5) / len(names) - 0.4 for place in range(len(rows))]
         axis.barh(places, [row["loops"][name]["ms"] for row in rows.values()], 0.8 / len(names), label=name)
     for place, row in enumerate(rows.values()):
         axis.vlines(row["limit_ms"], place - 0.4, place + 0.4, "black", label=None if place else "the machine's limit")
     axis.set(yticks=range(len(rows)), yticklabels=list(rows), xlabel="milliseconds a step", xscale="log")
-    axis.invert_yaxis()
+    axis.set_ylim(len(rows) - 0.5, -0.5)  # the first row on top
+    axis.xaxis.set_major_formatter("{x:g}")
     axis.legend()
     figure.savefig(path, dpi=120)
 

@@ -296,6 +296,29 @@ def race_table(device: str) -> str:
     return f"{table(header, lines)}\n\n{machine(race)}; means over the seeds."
 
 
+def scaling_table(device: str) -> str:
+    """What it costs to hold images in memory, and to read them from a file."""
+    scaling = read(f"scaling-{device}.json")
+    lines = [
+        [f"{row['images']:,}", row["source"], f"{row['memory'] / 1e6:,.0f} MB", f"{row['first_batch']:.2f} s",
+         f"{row['image']:.1f} µs"]
+        for row in scaling["images"]
+    ]  # fmt: skip
+    header = ["images", "held in", "memory", "first batch", "each image, batch 256"]
+    return f"{table(header, lines)}\n\n{machine(scaling)}."
+
+
+def agreement_table() -> str:
+    """Test figures of eager and of compiled training, and the difference of their means in its standard errors."""
+    agreement, lines = read("agreement.json"), []
+    for row in agreement["rows"]:
+        measure = row["measure"]
+        ways = [mean_sd([{measure: value} for value in row[way]], measure, 4) for way in ("eager", "compiled")]
+        lines.append([f"`{row['command']}`", measure, *ways, f"{row['standard_errors']:.1f}"])
+    header = ["command, with `--dataset digits`", "measure", "eager", "compiled", "difference, in standard errors"]
+    return f"{table(header, lines)}\n\n{machine(agreement)}."
+
+
 def machine(results: dict[str, Any]) -> str:
     name = results.get("gpu") or f"{results['processor']}, {results['cores']} cores"
     return f"{name}, torch {results['torch']}, commit {short(results['commit'])}"
@@ -352,7 +375,12 @@ PAGES = {
         "likelihood": likelihood_table,
         "photo": photo_table,
     },
-    ROOT / "docs" / "speed.md": {"race": lambda: race_table("cpu"), "speed": lambda: speed_table("cpu")},
+    ROOT / "docs" / "speed.md": {
+        "race": lambda: race_table("cpu"),
+        "speed": lambda: speed_table("cpu"),
+        "scaling": lambda: scaling_table("cpu"),
+        "agreement": agreement_table,
+    },
     ROOT / "docs" / "gpus.md": {"gpu": gpu_section},
 }
 
