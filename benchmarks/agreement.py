@@ -33,7 +33,7 @@ CASES = [
     "train_classifier.py --recipe fast --epochs 10",
     "train_classifier.py --recipe paper --epochs 100",
     "train_gan.py --recipe lecture --epochs 5",
-    "train_gan.py --recipe best --epochs 4",
+    "train_gan.py --recipe best --epochs 10",
     "train_gan.py --recipe best --networks large --epochs 4",
     "train_gan.py --recipe best --adversarial-loss relativistic --epochs 4",
     "train_gan.py --recipe paper --epochs 4",
