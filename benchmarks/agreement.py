@@ -91,11 +91,13 @@ def main():
         distance = abs(statistics.mean(seeds["compiled"]) - statistics.mean(seeds["eager"]))
         noise = statistics.stdev(seeds["eager"]) * (2 / args.seeds) ** 0.5  # of the difference of two means
         rows = [row for row in rows if row["command"] != command]
-        rows.append({"command": command, "measure": measure, "standard_errors": distance / max(noise, 1e-12), **seeds})
+        machine = environment()
+        row = {"command": command, "measure": measure, "standard_errors": distance / max(noise, 1e-12), **seeds}
+        rows.append({**row, "commit": machine.pop("commit")})  # --only keeps rows of other commits
         figures = {way: mean_sd(measure, values) for way, values in seeds.items()}
         print(f"{command}: {measure} {figures['eager']}, compiled {figures['compiled']}", flush=True)
         rows.sort(key=lambda row: CASES.index(row["command"]))
-        path.write_text(json.dumps({"rows": rows, **environment()}, indent=2) + "\n")
+        path.write_text(json.dumps({"rows": rows, **machine}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -314,9 +314,10 @@ def agreement_table() -> str:
     for row in agreement["rows"]:
         measure = row["measure"]
         ways = [mean_sd([{measure: value} for value in row[way]], measure, 4) for way in ("eager", "compiled")]
-        lines.append([f"`{row['command']}`", measure, *ways, f"{row['standard_errors']:.1f}"])
+        lines.append([f"`{row['command']}`", measure, *ways, f"{row['standard_errors']:.1f}", short(row["commit"])])
     header = ["command, with `--dataset digits`", "measure", "eager", "compiled", "difference, in standard errors"]
-    return f"{table(header, lines)}\n\n{machine(agreement)}."
+    conditions = "{processor}, {cores} cores, torch {torch}".format(**agreement)
+    return f"{table([*header, 'commit'], lines)}\n\n{conditions}."
 
 
 def machine(results: dict[str, Any]) -> str:
