@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # before `join()`: the defaults of its functions keep the group of that time alive
 
 from engine.errors import UserError
 

@@ -255,6 +255,17 @@ def test_after_the_death_of_a_process_torchrun_ends_with_the_same_run(tmp_path):
     assert (tmp_path / "whole" / "metrics.csv").read_bytes() == (tmp_path / "run" / "metrics.csv").read_bytes()
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="threads are counted in /proc")
+def test_no_thread_of_the_process_group_outlives_it(tmp_path):
+    """Such a thread aborts the process now and then, when Python has shut down before it."""
+    list_threads = "print([open(f'/proc/self/task/{{t}}/comm').read() for t in os.listdir('/proc/self/task')])"
+    driven = driver(ONE_DIES + list_threads, "train_classifier.py", tmp_path)
+    output, _ = torchrun(1, driven, *SCRIPTS["mlp"][1], "--epochs", "1", "--output-dir", "run", cwd=tmp_path)
+    threads = output.splitlines()[-1]
+    assert "python" in threads
+    assert "gloo" not in threads
+
+
 def test_two_machines_end_with_the_same_run_too(tmp_path, monkeypatch):
     """Two agents, of which only the one whose process died counts a restart."""
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
