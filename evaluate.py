@@ -81,6 +81,8 @@ def load_network(run, device):
     options, state = checkpoint["options"], checkpoint["state"]
     if "classes" not in options:  # an older file, which is of a data set with a name
         options["classes"] = class_names(options["dataset"], "")
+    if options["script"] not in NETWORKS:
+        raise UserError(f"{run} is a run of {options['script']}; evaluate.py knows {', '.join(NETWORKS)}")
     build, name = NETWORKS[options["script"]]
     try:
         with torch.random.fork_rng([]):  # the first weights, soon replaced, take none of the caller's random numbers

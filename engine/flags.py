@@ -62,6 +62,7 @@ def shared_args_parser(script: str, description: str, recipes: Recipes, datasets
     add("--lr", type=number(float, 0), default=2e-4, help="learning rate")
     add("--optimizer", choices=["sgd", "adam", "adamw"], default="adam", help="update rule")
     add("--betas", type=number(float, 0, 0.999999), nargs=2, default=[0.9, 0.999], help="Adam's decay rates")
+    add("--eps", type=number(float, 0), default=1e-8, help="Adam's constant against division by 0")
     add("--momentum", type=number(float, 0, 1), default=0.0, help="SGD's momentum")
     add("--weight-decay", type=number(float, 0), default=0.0, help="pull of the weights towards 0")
     add("--ema", type=number(float, 0, 1), help="decay per step of the weights' moving average, which is the result")

@@ -17,7 +17,7 @@ def build_optimizer(args: argparse.Namespace, parameters: Iterable[nn.Parameter]
     if args.optimizer == "sgd":
         return torch.optim.SGD(parameters, args.lr, momentum=args.momentum, weight_decay=args.weight_decay, fused=True)
     kind = torch.optim.Adam if args.optimizer == "adam" else torch.optim.AdamW
-    return kind(parameters, args.lr, betas=args.betas, eps=1e-8, weight_decay=args.weight_decay, fused=True)
+    return kind(parameters, args.lr, betas=args.betas, eps=args.eps, weight_decay=args.weight_decay, fused=True)
 
 
 def build_schedule(
