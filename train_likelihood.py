@@ -27,7 +27,7 @@ VARIANTS = {
     ("lecture", "rbm"): dict(epochs=30, optimizer="sgd", lr=0.3, persistent_chains=100, ema=0.999),
     ("lecture", "rnn"): dict(epochs=5, lr=0.012, hidden=128, ema=0.999),
     ("lecture", "hmm"): dict(epochs=4, lr=0.1, states=256),
-    ("best", "vae"): dict(epochs=400, lr=4e-3, ema=0.999),
+    ("best", "vae"): dict(epochs=1000, batch_size=50, lr=1e-3, eps=1e-4, ema=0.999),
     ("best", "rbm"): dict(epochs=60, optimizer="sgd", lr=0.2, persistent_chains=100, gibbs_steps=5, ema=0.999),
     ("best", "rnn"): dict(epochs=12, lr=0.01, hidden=256, depth=2, ema=0.999),
     ("best", "hmm"): dict(epochs=8, lr=0.1, states=512),
