@@ -40,6 +40,7 @@ def test_the_papers_ten_widths():
     assert pytest.approx(np.logspace(-1, 0, 10)) == SIGMAS
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_ten_thousand_by_ten_thousand_needs_less_than_a_gigabyte():
     code = """

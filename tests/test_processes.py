@@ -266,6 +266,7 @@ def test_no_thread_of_the_process_group_outlives_it(tmp_path):
     assert "gloo" not in threads
 
 
+@pytest.mark.slow
 def test_two_machines_end_with_the_same_run_too(tmp_path, monkeypatch):
     """Two agents, of which only the one whose process died counts a restart."""
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")

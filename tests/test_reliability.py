@@ -17,10 +17,12 @@ def reliability(*flags, cwd):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_killed_anywhere_and_resumed_gives_the_same_run(tmp_path):
     assert "| all |  | 24 | 24 |" in reliability("kills", "--count", 24, cwd=tmp_path)
 
 
+@pytest.mark.slow
 def test_a_signal_anywhere_saves_and_says_how_to_resume(tmp_path):
     table = reliability("signals", "--count", 12, cwd=tmp_path)
     assert "| 130 |" in table

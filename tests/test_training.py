@@ -105,7 +105,10 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("name", OTHERS)
+LONG = ("gan paper with amp", "cgan paper")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in OTHERS])
 def test_other_networks_resume_exactly_too(tmp_path, name):
     script, flags = OTHERS[name]
     flags = [*DIGITS, "--epochs", "2", *flags]
@@ -304,8 +307,9 @@ def test_the_time_that_is_left_is_estimated_once(flags, steps, capsys):
 
 @pytest.mark.parametrize("ema", [[], ["--ema", "0.9"]])
 def test_a_new_run_starts_from_the_weights_of_another(tmp_path, ema):
-    train(*DIGITS, "--model", "mlp", *ema, "--output-dir", "first")
-    train(*DIGITS, "--model", "mlp", "--ema", "0.5", "--lr", 0, "--start-from", "first", "--output-dir", "second")
+    flags = [*DIGITS, "--model", "mlp", "--epochs", 1]
+    train(*flags, *ema, "--output-dir", "first")
+    train(*flags, "--ema", "0.5", "--lr", 0, "--start-from", "first", "--output-dir", "second")
     first, second = (load(tmp_path / name / "checkpoint.pt")["state"] for name in ("first", "second"))
     expected = first["ema"]["model"] if ema else first["model"]
     assert same(second["model"], expected)
