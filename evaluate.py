@@ -53,7 +53,7 @@ def get_args_parser():
     add("--samples", metavar="N", type=number(int, 1, 100_000), help="only draw N samples, as a picture and as .npz")
     add("--digit", metavar="CLASS", nargs="+", help="draw only these (conditional generators): names, or numbers")
     add("--columns", type=number(int, 1), help="of the picture of samples (None: about as many as rows)")
-    add("--seed", type=number(int, 0, 2**31), default=0, help="of the noise that samples are drawn from")
+    add("--seed", type=number(int, 0, 2**31 - 1), default=0, help="of the noise that samples are drawn from")
     return parser
 
 
@@ -109,14 +109,27 @@ def load_model(run, device="cpu"):
 
 @torch.no_grad()
 def classify(model, images):
-    """The probability of each class, [N, classes], for images as `datasets.to_pixels` takes them. Raises DataError."""
+    """The probability of each class, [N, classes], for images as `datasets.to_pixels` takes them.
+
+    Raises DataError, and UserError if the model is no classifier.
+    """
+    if model.options["script"] != "train_classifier.py":
+        raise UserError("a generator reads no images; load a classifier, such as weights/cnn.pt")
     device = next(model.parameters()).device
     black = model.options["black"]
     return model((to_pixels(images) * (1 - black) + black).to(device)).softmax(1).cpu()
 
 
 def sample(model, n, digit=None, seed=0):
-    """Draw n images [n, 1, 28, 28] with pixels in [0, 1]. digit: which one a conditional generator draws; None: all."""
+    """Draw n images [n, 1, 28, 28] with pixels in [0, 1]. digit: which one a conditional generator draws; None: all.
+
+    Raises UserError if the model draws nothing, or not what it is asked for.
+    """
+    script = model.options["script"]
+    if script == "train_classifier.py":
+        raise UserError("a classifier draws nothing; load a generator, such as weights/cgan.pt")
+    if digit is not None and script != "train_cgan.py":
+        raise UserError("this generator was trained without labels; omit digit, or load a run of train_cgan.py")
     classes = model.options["classes"]
     numbers = class_numbers([] if digit is None else [digit], classes)
     return draw_samples(model, spread(n, numbers), model.options, seed)[0]

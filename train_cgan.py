@@ -25,8 +25,8 @@ RECIPES = {
         noise="centred", init="he", epochs=100, batch_size=200, optimizer="adam", lr=1e-3, betas=[0.0, 0.9], val_size=0,
         r1=0.5, mismatched=0.1, dropout_g=0.0, dropout_d=0.2, ema=0.9999,
     ),
-    # Mirza & Osindero 2014, section 4.1: networks, batch, SGD and its schedule. To hold D back we add: G's initial
-    # weights, centred z, R1, less dropout than their .5, and the EMA.
+    # Mirza & Osindero 2014, section 4.1: networks, batch, SGD and its schedule. Ours: G's initial weights, centred z,
+    # R1, which holds D back, less dropout than their .5, and the EMA.
     "paper": dict(
         noise="centred", init="he", epochs=100, batch_size=100, optimizer="sgd", lr=0.1, momentum=0.5,
         schedule="maxout", simultaneous=True, val_size=10_000, r1=0.5, dropout_g=0.0, dropout_d=0.2, ema=0.9999,
@@ -49,7 +49,7 @@ def build(args, device, batches):
     classes = len(args.classes)
     generator = ConditionalGenerator(args.dropout_g, classes)
     discriminator = ConditionalDiscriminator(args.dropout_d, classes)
-    init_weights(generator, discriminator, args.init, batches.images)
+    init_weights(generator, discriminator, args.init, batches.pixel_means())
     state = optim.adversarial_state(args, generator.to(device), discriminator.to(device), len(batches), decay=1.00004)
     optimizer_g, optimizer_d = state["optimizer_g"], state["optimizer_d"]
 

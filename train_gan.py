@@ -41,14 +41,14 @@ def get_args_parser():
     parser = flags.adversarial_args_parser("train_gan.py", __doc__.splitlines()[0], RECIPES, DATASETS)
     add = parser.add_argument
     add("--networks", choices=list(GANS), default="lecture", help="whose generator and discriminator")
-    add("--adversarial-loss", choices=["gan", "relativistic"], default="gan", help="what D compares: see train_step")
+    add("--adversarial-loss", choices=["gan", "relativistic"], default="gan", help="D judges images, or pairs (R3GAN)")
     return parser
 
 
 def build(args, device, batches):
     """The objects to train, by name, the step that trains them, and the generator that draws the samples."""
     generator, discriminator = (network() for network in GANS[args.networks])
-    init_weights(generator, discriminator, args.init, batches.images)
+    init_weights(generator, discriminator, args.init, batches.pixel_means())
     state = optim.adversarial_state(args, generator.to(device), discriminator.to(device), len(batches), decay=1.000004)
     optimizer_g, optimizer_d = state["optimizer_g"], state["optimizer_d"]
     relativistic = args.adversarial_loss == "relativistic"  # R3GAN (Huang et al. 2024, arXiv 2501.05441)
@@ -84,6 +84,8 @@ def build(args, device, batches):
         discriminator.requires_grad_(True)
         if args.simultaneous:
             optimizer_d.step()
+        if relativistic:  # which of a pair is real, because l alone may be shifted by any constant
+            real, fake = real - fake, fake - real
         d_x, d_g_z = (logits.detach().sigmoid().mean() for logits in (real, fake))
         return {"loss_d": loss_d.detach(), "loss_g": loss_g.detach(), "D(x)": d_x, "D(G(z))": d_g_z}
 
@@ -93,7 +95,7 @@ def build(args, device, batches):
 def main(argv=None):
     args = flags.parse_args(get_args_parser(), RECIPES, VARIANTS, argv)
     if args.adversarial_loss == "relativistic" and args.generator_loss == "saturating":
-        raise errors.UserError("--adversarial-loss relativistic has one loss of G's; omit --generator-loss saturating")
+        raise errors.UserError("--adversarial-loss relativistic sets G's loss too; omit --generator-loss saturating")
     device = pick_device(args.device, args.amp)
     torch.manual_seed(args.seed)
     args.classes = distributed.broadcast(lambda: class_names(args.dataset, args.data_dir, args.resume and args.classes))

@@ -96,7 +96,8 @@ def train(
                 if signal and not finished():
                     stop(run, signal)
         draw_pictures(run)
-        print(f"now evaluate it: python evaluate.py {run.folder}")
+        if run.args.script.startswith("train_"):  # evaluate.py knows no others
+            print(f"now evaluate it: python evaluate.py {run.folder}")
     finally:
         if run.lock:
             run.lock.release()
@@ -266,7 +267,8 @@ def end_epoch(run: Run, validate: Callable | None, score: str | None, draw: Call
 
 def stop(run: Run, signal: int) -> None:
     draw_pictures(run)
-    message = f"stopped and saved; resume with: python {run.args.script} --resume {run.folder}"
+    command = "the same command" if run.args.auto_resume else f"python {run.args.script} --resume {run.folder}"
+    message = f"stopped and saved; resume with: {command}"
     raise Stopped(signal, message if rank() == 0 else "")
 
 

@@ -1,4 +1,4 @@
-"""Does --compile change what is learned? Every recipe, in short, on digits, over five seeds, both ways.
+"""Does --compile change what is learned? The recipes, in short, on digits, over five seeds, both ways.
 
 python benchmarks/agreement.py --jobs 2
 python benchmarks/agreement.py --only train_gan.py    # these rows alone; the others stay
@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from compare import mean_sd
+from engine.flags import number
 from engine.provenance import environment
 
 CASES = [
@@ -45,8 +46,11 @@ CASES = [
     "train_likelihood.py --model vae --recipe paper --epochs 10",
     "train_likelihood.py --model rbm --recipe lecture --epochs 5",
     "train_likelihood.py --model rbm --recipe best --epochs 5",
+    "train_likelihood.py --model rbm --recipe paper --epochs 2",
     "train_likelihood.py --model rnn --recipe lecture --epochs 5",
+    "train_likelihood.py --model rnn --recipe best --epochs 2",
     "train_likelihood.py --model hmm --recipe lecture --epochs 5",
+    "train_likelihood.py --model hmm --recipe best --epochs 2",
 ]
 
 
@@ -74,7 +78,7 @@ def call(script, *options):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=5, help="number of seeds (default: 5)")
+    parser.add_argument("--seeds", type=number(int, 2), default=5, help="number of seeds (default: 5)")
     parser.add_argument("--only", default="", help="text of the commands to run (default: all)")
     parser.add_argument("--jobs", type=int, default=1, help="seeds side by side, on one core each (default: 1)")
     args = parser.parse_args()

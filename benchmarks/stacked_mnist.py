@@ -7,7 +7,7 @@ Metz et al. 2017 (arXiv 1611.02163, section 3.3.1). The modes are the numbers 0 
 the three digits of 26,000 samples: a mode counts as reached if one sample shows it, and the Kullback-Leibler
 divergence of the modes' shares from equal ones is given in nats. The training set has 60,000 images, in which each
 MNIST image appears three times. The networks are those of `train_gan.py --networks large`, with three channels, trained
-by its train_step. The same command resumes what was interrupted, in --output-dir.
+by its train_step with the settings of the small ones. The same command resumes what was interrupted, in --output-dir.
 Writes benchmarks/results/stacked-mnist.json.
 """
 
@@ -65,7 +65,7 @@ class StackedDiscriminator(LargeDiscriminator):
 
 
 def stack(images, labels, n, seed):
-    """n images [n, 3, 28, 28] of three digits each, and the numbers [n] that they show. Each digit is used equally."""
+    """n images [n, 3, 28, 28] of three digits each, and the numbers [n] that they show."""
     generator = torch.Generator().manual_seed(seed)
     orders = [torch.randperm(len(images), generator=generator)[:n] for _ in range(3)]
     numbers = sum(10**place * labels[order] for place, order in zip((2, 1, 0), orders))
@@ -85,7 +85,7 @@ def mode_measures(numbers):
 
 def train(way, seed, options):
     """Train one seed, or what is left of it; returns the generator, the run's options and its training time."""
-    folder = Path(options.output_dir) / f"{way}-{seed}"
+    folder = Path(options.output_dir) / f"{way}-{options.epochs}-epochs-{seed}"
     parser = train_gan.get_args_parser()
     parser.prog = "benchmarks/stacked_mnist.py"
     parser.set_defaults(script=parser.prog)

@@ -2,8 +2,7 @@
 
 import torch
 
-# Seeds of the images that are drawn once: above those of --seed, so that no training draws them.
-TRAIN_SEED, VALIDATION_SEED, TEST_SEED = 2**32, 2**32 + 1, 2**32 + 2
+TRAIN_SEED, VALIDATION_SEED, TEST_SEED = 0, 1, 2  # of the images that are drawn once
 
 
 def binarise(images: torch.Tensor, seed: int) -> torch.Tensor:

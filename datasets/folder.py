@@ -70,13 +70,15 @@ def folder_classes(folder: Path) -> list[str]:
     train, test = (subfolders(part) for part in parts(folder))
     if len(train) < 2:
         remedy = "put the images of each class into a folder of their own"
-        raise DataError(f"{parts(folder)[0]} has {len(train)} subfolders, but two classes are the least; {remedy}")
+        raise DataError(f"{parts(folder)[0]} has {len(train)} subfolders, but needs at least two; {remedy}")
     for name in train:
         if not name.isprintable():
             raise DataError(f"{folder} has a class with the name {name!r}; rename its folder")
     if train != test:
         remedy = "give both parts the same subfolders"
-        raise DataError(f"{folder / 'test'} has not the classes of train ({difference(train, test)}); {remedy}")
+        raise DataError(
+            f"{folder / 'test'} does not have the same classes as train ({difference(train, test)}); {remedy}"
+        )
     return train
 
 
@@ -123,7 +125,7 @@ def list_images(folder: Path, train: bool) -> list[tuple[str, int]]:
         least = 1 if part != folder else 2
         if len(found) < least:
             images = f"{len(found)} images ({', '.join(IMG_EXTENSIONS)})"
-            raise DataError(f"{part / name} holds {images}, {least} are the least; add some, or remove the folder")
+            raise DataError(f"{part / name} holds {images}, but needs at least {least}; add some, or remove the folder")
         if part == folder:
             cut = max(1, round(len(found) / 5))
             found = found[cut:] if train else found[:cut]

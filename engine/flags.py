@@ -66,7 +66,7 @@ def shared_args_parser(script: str, description: str, recipes: Recipes, datasets
     add("--momentum", type=number(float, 0, 1), default=0.0, help="SGD's momentum")
     add("--weight-decay", type=number(float, 0), default=0.0, help="pull of the weights towards 0")
     add("--ema", type=number(float, 0, 1), help="decay per step of the weights' moving average, which is the result")
-    add("--seed", type=number(int, 0, 2**31), default=0, help="of weights, order and noise")
+    add("--seed", type=number(int, 0, 2**31 - 1), default=0, help="of weights, order and noise")
     add("--device", type=device_name, default="auto", help="where to train: auto, cpu, cuda, cuda:1, ... or mps")
     add("--cuda-graph", action=on_off, default=True, help="on CUDA, replay the step as one graph")
     add("--compile", action=on_off, default=False, help="compile the whole step (needs a C++ compiler; Triton on CUDA)")
@@ -89,7 +89,7 @@ def adversarial_args_parser(*args) -> ArgumentParser:
     add("--generator-loss", choices=["non-saturating", "saturating"], default="non-saturating", help="what G minimises")
     add("--noise", choices=["unit", "centred"], default="unit", help="z uniform on [0, 1), or with mean 0, variance 1")
     add("--init", choices=["torch", "he", "paper"], default="torch", help="initial weights")
-    add("--r1", type=number(float, 0), default=0.0, help="weight of the penalty on D's gradient at real images")
+    add("--r1", type=number(float, 0), default=0.0, help="weight of the penalty on D's gradient at real images (R1)")
     add("--simultaneous", action=on_off, default=False, help="update G before D changes")
     add("--schedule", choices=["constant", "maxout"], default="constant", help="learning rate over time")
     return parser
@@ -147,7 +147,7 @@ def parse_args(
 
 def refuse_changes(args: argparse.Namespace, changed: dict[str, Any], options: dict[str, Any]) -> None:
     """Raise UserError if a flag would make the resumed run another run."""
-    if args.schedule == "cosine" and "epochs" in changed:
+    if args.schedule in ("cosine", "burda") and "epochs" in changed:
         raise UserError(f"--epochs {args.epochs}: this run's learning rate ends with its last epoch; omit the flag")
     for name in changed.keys() - FREE_ON_RESUME:
         value, flag = changed[name], name.replace("_", "-")

@@ -16,14 +16,14 @@ def draw_noise(n: int, kind: str, device: torch.device | str, generator: torch.G
 
 
 @torch.no_grad()
-def init_weights(generator: nn.Module, discriminator: nn.Module, kind: str, images: torch.Tensor) -> None:
+def init_weights(generator: nn.Module, discriminator: nn.Module, kind: str, pixel_means: torch.Tensor) -> None:
     """Draw the initial weights; biases start at 0. `torch` keeps those that torch draws.
 
     `he`: G's weights are N(0, 2 / fan-in) (He et al. 2015, arXiv 1502.01852), so that its first images differ with z.
     With torch's smaller weights they are nearly one image, and D's gradient moves all of them as one.
-    `paper`: G's weights are U(-.05, .05), D's U(-.005, .005), and G's images start at the mean of the training
-    `images`, uint8 [N, 1, 28, 28] (Goodfellow et al. 2014). Layers that take labels keep torch's weights: these small
-    ones would drown out one-hot vectors.
+    `paper`: G's weights are U(-.05, .05), D's U(-.005, .005), and G's images start at `pixel_means`, the
+    training images' [1, 28, 28] in [0, 1] (Goodfellow et al. 2014). Layers that take labels keep torch's weights: with
+    these small ones, one-hot vectors would hardly count.
     """
     if kind == "he":
         for layer in linear_layers(generator):
@@ -31,12 +31,12 @@ def init_weights(generator: nn.Module, discriminator: nn.Module, kind: str, imag
             nn.init.zeros_(layer.bias)
     elif kind == "paper":
         for network, limit in ((generator, 0.05), (discriminator, 0.005)):
+            of_labels = linear_layers(network.from_y) if hasattr(network, "from_y") else []
             for layer in linear_layers(network):
-                if layer.in_features != 10:
+                if layer not in of_labels:
                     nn.init.uniform_(layer.weight, -limit, limit)
                     nn.init.zeros_(layer.bias)
-        means = images.flatten(1).sum(0).div(255 * len(images))  # of each pixel, without a float copy of all images
-        linear_layers(generator)[-1].bias.copy_(means.clamp(1e-3, 1 - 1e-3).logit())
+        linear_layers(generator)[-1].bias.copy_(pixel_means.flatten().clamp(1e-3, 1 - 1e-3).logit())
 
 
 def r1_penalty(discriminator: nn.Module, images: torch.Tensor, *labels: torch.Tensor) -> torch.Tensor:

@@ -33,9 +33,11 @@ class HMM(nn.Module):
         return images[:, 0].transpose(0, 1) @ self.emission.T - nn.functional.softplus(self.emission).sum(1)
 
     def forward_pass(self, images: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        """The scaled forward algorithm (Rabiner, section V.A). Returns T of [N, S], T of [N, S], and [N]:
+        """The scaled forward algorithm (Rabiner, section V.A). Returns, for each row t,
 
-        alpha_t(i) = P(s_t = i | x_1 ... x_t), b_i(x_t) / P(x_t | x_1 ... x_t-1), and log P(x) in nats.
+        alpha_t(i) = P(s_t = i | x_1 ... x_t) and b_i(x_t) / P(x_t | x_1 ... x_t-1), both [N, S],
+
+        and then log P(x), [N] in nats.
         """
         pi, A, log_b = self.initial.softmax(0), self.transition.softmax(1), self.log_b(images)
         peak = log_b.amax(2, keepdim=True).detach()  # divided by the largest b, exp does not underflow

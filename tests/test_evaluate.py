@@ -307,8 +307,9 @@ def test_samples_come_from_the_seed_alone_and_as_raw_values(generators, tmp_path
     assert first["images"].max() <= 1
     assert first["labels"].tolist() == [7] * 20
     assert first["z"].shape == (20, 100)
-    own = torch.Generator().manual_seed(2**32 + 3)  # which no training draws from
+    own, of_training = (torch.Generator().manual_seed(seed) for seed in (2**31 + 3, 3))
     assert numpy.array_equal(first["z"], torch.rand(20, 100, generator=own))
+    assert not numpy.array_equal(first["z"], torch.rand(20, 100, generator=of_training))
     picture = numpy.asarray(Image.open(folder / "samples-20-digit7-seed3.png"))
     assert picture.shape == (4 * 56, 5 * 56)
     shown = numpy.round(first["images"][1] * 255)

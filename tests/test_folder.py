@@ -351,7 +351,7 @@ def empty_class(few):
     ("spoil", "parts"),
     [
         (shutil.rmtree, ["there is no data set few", "mnist, fashion-mnist, kmnist, digits", "folder"]),
-        (only_one_class, ["few/train has 1 subfolders", "two classes", "a folder of their own"]),
+        (only_one_class, ["few/train has 1 subfolders", "at least two", "a folder of their own"]),
         (flat, ["few has 0 subfolders", "a folder of their own"]),
         (empty_class, ["few/train/square holds 0 images", ".png", "remove the folder"]),
         (remove("test"), ["few has a folder train, but not both train and test"]),
@@ -383,7 +383,7 @@ def test_a_folder_that_cannot_be_trained_on_is_one_line(few, spoil, parts):
 def test_a_class_of_one_image_cannot_be_split(one_level):
     for path in (one_level / "square").glob("[1-9]*.png"):
         path.unlink()
-    with pytest.raises(DataError, match=r"one/square holds 1 images .*, 2 are the least"):
+    with pytest.raises(DataError, match=r"one/square holds 1 images .*, but needs at least 2"):
         load_data(str(one_level), "", True)
 
 

@@ -18,7 +18,15 @@ from engine.errors import UserError
 from measures.watch import Watch, failure_signs
 from models import GANS
 from models.cgan import ConditionalDiscriminator, ConditionalGenerator
-from models.gan import Discriminator, Generator, PaperDiscriminator, PaperGenerator, draw_noise, r1_penalty
+from models.gan import (
+    Discriminator,
+    Generator,
+    PaperDiscriminator,
+    PaperGenerator,
+    draw_noise,
+    init_weights,
+    r1_penalty,
+)
 
 PAIRS = {"gan": train_gan, "cgan": train_cgan}
 
@@ -126,6 +134,14 @@ def test_paper_init_has_the_papers_limits_and_starts_at_the_pixel_means(script):
                 assert weight.abs().max() > 0.95 * limit
     last = list(state["generator"].parameters())[-1]
     assert torch.allclose(last.sigmoid(), torch.full((784,), 0.2))
+
+
+def test_paper_init_leaves_the_layers_of_any_number_of_labels_alone():
+    pair = ConditionalGenerator(classes=3), ConditionalDiscriminator(classes=3)
+    init_weights(*pair, "paper", torch.full((1, 28, 28), 0.2))
+    assert pair[0].from_y.weight.abs().max() > 0.3
+    assert pair[1].from_y.model[0].weight.abs().max() > 0.3
+    assert pair[0].from_z.weight.abs().max() <= 0.05
 
 
 @pytest.mark.parametrize("script", PAIRS)

@@ -31,6 +31,7 @@ def start(folder, state, **options):
         "epochs": 2,
         "batch_size": 2,
         "amp": False,
+        "auto_resume": False,
         "compile": False,
         "cuda_graph": True,
         "seed": 0,

@@ -122,6 +122,20 @@ def test_sample_draws_the_digit_that_it_is_told():
     assert load_judge("cpu").read(evaluate.sample(model, 50))[1].unique().tolist() == list(range(10))
 
 
+@pytest.mark.parametrize(
+    ("name", "ask", "reason"),
+    [
+        ("cnn", lambda model: evaluate.sample(model, 4), "a classifier draws nothing"),
+        ("gan", lambda model: evaluate.sample(model, 4, digit=7), "trained without labels"),
+        ("vae", lambda model: evaluate.sample(model, 4, digit=7), "trained without labels"),
+        ("gan", lambda model: evaluate.classify(model, torch.zeros(1, 28, 28)), "a generator reads no images"),
+    ],
+)
+def test_what_a_model_cannot_do_is_one_line(name, ask, reason):
+    with pytest.raises(UserError, match=reason):
+        ask(evaluate.load_model(f"weights/{name}.pt"))
+
+
 def test_weights_are_evaluated_beside_the_runs_and_not_among_the_weights(tmp_path, data_dir):
     output, _ = run("evaluate.py", ROOT / "weights" / "cnn.pt", "--data-dir", data_dir, cwd=tmp_path)
     assert "test accuracy 99.55%: 45 errors" in output

@@ -59,6 +59,6 @@ def test_a_run_is_recorded_resumed_and_refused_by_evaluate(tmp_path, monkeypatch
     assert "run already finished at epoch 2" in capsys.readouterr().out
     again = json.loads((tmp_path / "results.json").read_text())
     assert again["best"]["seeds"] == results["best"]["seeds"]
-    assert (tmp_path / "runs" / "best-0" / "samples" / "epoch-0002.png").is_file()
-    _, errors = run("evaluate.py", tmp_path / "runs" / "best-0", cwd=tmp_path, code=1)
+    assert (tmp_path / "runs" / "best-2-epochs-0" / "samples" / "epoch-0002.png").is_file()
+    _, errors = run("evaluate.py", tmp_path / "runs" / "best-2-epochs-0", cwd=tmp_path, code=1)
     assert_one_line(errors, "benchmarks/stacked_mnist.py", "train_gan.py")

@@ -283,6 +283,13 @@ def test_a_finished_run_resumes_with_more_epochs(tmp_path, capsys):
     assert json.loads((tmp_path / "a" / "config.json").read_text())["options"]["epochs"] == 2
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "burda"])
+def test_a_schedule_that_ends_with_the_last_epoch_refuses_another_one(schedule):
+    train_likelihood.main([*DIGITS, "--schedule", schedule, "--epochs", "1", "--dry-run", "--output-dir", "run"])
+    with pytest.raises(UserError, match="--epochs 2: this run's learning rate ends with its last epoch"):
+        train_likelihood.main(["--resume", "run", "--epochs", "2"])
+
+
 def test_without_a_terminal_each_report_and_each_epoch_is_one_line(tmp_path):
     flags = [*DIGITS, "--model", "mlp", "--epochs", 2, "--log-interval", 20]
     output, errors = run("train_classifier.py", *flags, cwd=tmp_path)
