@@ -149,6 +149,7 @@ def test_the_death_of_a_process_ends_the_job_with_a_line_that_says_so(tmp_path):
     assert load(tmp_path / "run" / "checkpoint.pt")["epoch"] == 1
 
 
+@pytest.mark.slow
 def test_auto_resume_needs_a_folder_that_a_restart_finds_again(tmp_path):
     flags = [*SCRIPTS["mlp"][1], "--auto-resume"]
     script = ROOT / "train_classifier.py"
@@ -157,6 +158,7 @@ def test_auto_resume_needs_a_folder_that_a_restart_finds_again(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_a_restart_takes_over_nothing_that_another_job_left(tmp_path):
     (tmp_path / "run").mkdir()
     before = {"theirs.txt": "theirs", "config.json": '{"commit": "another"}'}
@@ -185,6 +187,7 @@ def test_batch_norm_over_a_part_of_one_image_is_one_line(tmp_path):
     assert "--batch-norm: one of 1437 images would be a batch of its own" in errors
 
 
+@pytest.mark.slow
 def test_fewer_images_in_a_batch_than_processes_is_one_line(tmp_path):
     flags = [*DIGITS, "--batch-size", "1", "--output-dir", "run"]
     _, errors = torchrun(2, ROOT / "train_classifier.py", *flags, cwd=tmp_path, code=1)
@@ -204,7 +207,7 @@ def assert_close(a, b):
         torch.testing.assert_close(value, others[name], atol=1e-4, rtol=1e-3, msg=lambda text, n=name: f"{n}: {text}")
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", ["mlp", "cnn", "gan", pytest.param("cgan", marks=pytest.mark.slow)])
 def test_two_processes_end_with_the_weights_and_metrics_of_one(tmp_path, name):
     script, flags = SCRIPTS[name]
     driven = driver(WITHOUT_CHANCE, script, tmp_path)
@@ -227,7 +230,7 @@ def test_each_image_goes_to_one_process_and_each_draws_its_own_noise(tmp_path):
     assert float(next(csv.DictReader((tmp_path / "run" / "metrics.csv").open()))["label"]) == 4.5
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize(("before", "after"), [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
 def test_a_run_resumes_with_another_number_of_processes(tmp_path, before, after):
     driven = driver(WITHOUT_CHANCE, "train_classifier.py", tmp_path)
     flags = SCRIPTS["mlp"][1]

@@ -120,6 +120,7 @@ def test_every_command_runs(folder):
         run(script, *shlex.split(flags), cwd=folder)
 
 
+@pytest.mark.slow
 def test_every_torchrun_runs(folder):
     """With two processes for eight; the two machines are both this one."""
     commands = find(r"^torchrun (.*)$")

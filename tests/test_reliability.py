@@ -40,6 +40,6 @@ def test_the_loss_of_any_saved_part_is_noticed(tmp_path):
 
 
 def test_every_change_of_a_file_is_noticed(tmp_path, data_dir):
-    rows = reliability("changes", "--count", 20, "--data-dir", data_dir, cwd=tmp_path).splitlines()[2:]
+    rows = reliability("changes", "--count", 8, "--data-dir", data_dir, cwd=tmp_path).splitlines()[2:]
     assert len(rows) == 2 * (2 + 8)  # cut short, one byte changed; two checkpoints, MNIST's four files raw and gzipped
     assert all(row.endswith("| 0 |") for row in rows)
