@@ -13,7 +13,6 @@ Writes benchmarks/results/stacked-mnist.json.
 
 import argparse
 import json
-import math
 import sys
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from engine import flags
 from engine.device import pick_device
 from engine.errors import run_script
 from engine.provenance import environment
+from measures.generator import class_measures
 from measures.judge import load_judge
 from measures.samples import draw, evaluation_noise
 from models import GANS
@@ -79,8 +79,8 @@ def read_numbers(judge, images):
 
 def mode_measures(numbers):
     """How many of the numbers 0 to 999 appear in `numbers`, int64 [N], and KL(their shares || equal shares) in nats."""
-    shares = numbers.bincount(minlength=1000) / len(numbers)
-    return {"modes": int((shares > 0).sum()), "kl": (math.log(1000) + shares.xlogy(shares).sum()).item()}
+    measures = class_measures(numbers, 1000)
+    return {"modes": sum(share > 0 for share in measures["class_histogram"]), "kl": measures["class_kl"]}
 
 
 def train(way, seed, options):

@@ -59,10 +59,10 @@ def neighbour_measures(features: torch.Tensor, real_features: torch.Tensor, k: i
     }
 
 
-def class_measures(digits: torch.Tensor) -> dict[str, Any]:
-    """The share of each digit [N], and the Kullback-Leibler divergence of the shares from equal ones, in nats."""
-    shares = digits.bincount(minlength=10) / len(digits)
-    return {"class_histogram": shares.tolist(), "class_kl": (math.log(10) + shares.xlogy(shares).sum()).item()}
+def class_measures(labels: torch.Tensor, classes: int = 10) -> dict[str, Any]:
+    """The share of each class in `labels` [N], and the Kullback-Leibler divergence from equal shares, in nats."""
+    shares = labels.bincount(minlength=classes) / len(labels)
+    return {"class_histogram": shares.tolist(), "class_kl": (math.log(classes) + shares.xlogy(shares).sum()).item()}
 
 
 def measure_images(
