@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from compare import MEASURES, format_metric, mean_sd
+
 from engine import flags
 from engine.checkpoint import has_checkpoint, load_checkpoint
 from engine.errors import UserError, run_script
@@ -217,7 +218,7 @@ def print_seeds(name, folders, metrics, row):
             text = mean_sd(measure, [seed[measure] for seed in metrics])
             print(f"  {measure} {text}{recorded(measure, row)}")
     print(f"  seconds of training {mean_sd('seconds', [sum(read_seconds(folder)) for folder in folders])}")
-    print(f'  picture: python compare.py "{folders[0].with_name(name)}-[0-9]*"')
+    print(f'  picture: python benchmarks/compare.py "{folders[0].with_name(name)}-[0-9]*"')
 
 
 def recorded(measure, row):

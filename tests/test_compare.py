@@ -1,4 +1,4 @@
-"""compare.py: which runs make one setting, how it is named, what is printed and drawn, and errors on one line."""
+"""benchmarks/compare.py: which runs make one setting, its name, what is printed and drawn, errors on one line."""
 
 import json
 import shutil
@@ -6,11 +6,11 @@ import statistics
 from itertools import pairwise
 from pathlib import Path
 
+import compare
 import numpy as np
 import pytest
 from helpers import DIGITS, assert_one_line, load, run, save_sealed, train
 
-import compare
 import evaluate
 from engine.errors import UserError
 
@@ -249,5 +249,5 @@ def test_what_is_no_run_or_has_no_epoch_is_one_line(runs):
         with pytest.raises(UserError, match=rf"^{name.replace('*', '.')}.*{reason}"):
             compare.main(["relu-0", name])
     assert not Path("compare.png").exists()
-    _, errors = run("compare.py", "missing", cwd=runs, code=1)
+    _, errors = run("benchmarks/compare.py", "missing", cwd=runs, code=1)
     assert_one_line(errors, "compare.py: error: missing")

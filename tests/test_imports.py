@@ -20,7 +20,6 @@ ALLOWED = {
     "measures": {"measures", "models", "engine.errors", "torch", "torchmetrics", "sklearn", "matplotlib", "tqdm"},
     "utils.py": {"engine", "torch", "tqdm"},
     **{f"{name}.py": {"utils", "torch", "numpy", *PACKAGES} for name in SCRIPTS},
-    "compare.py": {"engine", "matplotlib", "numpy"},
     "demo.py": {"evaluate", "torch", "gradio", *PACKAGES},
 }
 

@@ -1,18 +1,13 @@
 """datasets/photo.py: a digit is found whatever else the picture shows, and looks as MNIST's do."""
 
-import sys
-
 import numpy as np
+import photo as pages
 import pytest
 import torch
-from helpers import ROOT
 from PIL import Image, ImageDraw, ImageFilter
 
 from datasets import DataError, read_photo
 from measures.judge import load_judge
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import photo as pages
 
 STROKES = {  # the corners of each stroke, in a box of 20 x 20
     5: [[(15, 1), (6, 1)], [(6, 5), (5, 9), (11, 8), (15, 12), (14, 17), (9, 19), (4, 17)]],  # the bar stands apart

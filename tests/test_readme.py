@@ -9,12 +9,14 @@ import shlex
 import subprocess
 import sys
 
+import compare
 import pytest
+import reproduce
+import tables
 import torch.distributed.run
 from helpers import ROOT, run
 from PIL import Image
 
-import compare
 import demo
 import evaluate
 import train_cgan
@@ -23,10 +25,6 @@ import train_gan
 import train_likelihood
 from datasets import load
 from engine.flags import parse_args
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import reproduce
-import tables
 
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]

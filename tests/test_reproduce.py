@@ -6,19 +6,14 @@ import json
 import os
 import re
 import shutil
-import sys
 import time
 from argparse import Namespace
 from pathlib import Path
 
+import compare
 import pytest
-from helpers import ROOT
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
 import reproduce
 
-import compare
 from engine.errors import UserError
 
 FIRST = "train_classifier.py --dataset digits --recipe paper --epochs 1"
@@ -112,7 +107,7 @@ def test_a_command_of_ones_own_runs_over_seeds(args, calls, tmp_path, capsys):
     assert sorted({path.name for path in tmp_path.iterdir()}) == [folder.name for folder in folders]  # no results.json
 
     # Printed as it is: the command that draws the runs.
-    (pattern,) = re.findall('python compare.py "(.*)"', output)
+    (pattern,) = re.findall('python benchmarks/compare.py "(.*)"', output)
     compare.main([pattern, "--output", str(tmp_path / "picture.png")])
     assert f"{tmp_path / name} (2 seeds)" in capsys.readouterr().out
 

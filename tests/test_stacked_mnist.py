@@ -2,15 +2,11 @@
 
 import json
 import math
-import sys
 
 import pytest
-import torch
-from helpers import ROOT, assert_one_line, run
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
 import stacked_mnist
+import torch
+from helpers import assert_one_line, run
 
 import datasets
 from models import GANS

@@ -1,7 +1,7 @@
 """Draw runs in one picture, over epochs and over seconds, and print what they reached.
 
-python compare.py runs/mlp-mnist runs/cnn-mnist
-python compare.py "runs/tanh-*" "runs/relu-*" --output activations.png
+python benchmarks/compare.py runs/mlp-mnist runs/cnn-mnist
+python benchmarks/compare.py "runs/tanh-*" "runs/relu-*" --output activations.png
 
 Runs that differ only in their seed are one setting: a line for the mean, a band from the lowest to the highest seed,
 and mean ± standard deviation. A setting is named by the options in which it differs from the others.
@@ -10,10 +10,13 @@ and mean ± standard deviation. A setting is named by the options in which it di
 import csv
 import json
 import statistics
+import sys
 from glob import glob
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 from matplotlib.figure import Figure
