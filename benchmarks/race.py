@@ -27,8 +27,9 @@ def ordinary(data_dir, device, seed):
     import torch
     import torch.nn as nn
     import torch.nn.functional as F
-    from ordinary_loops import make_loader, make_test_loader
     from torchvision import transforms
+
+    from ordinary_loops import make_loader, make_test_loader
 
     torch.manual_seed(seed)
     model = nn.Sequential(

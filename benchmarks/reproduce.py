@@ -27,7 +27,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from compare import MEASURES, format_metric, mean_sd
-
 from engine import flags
 from engine.checkpoint import has_checkpoint, load_checkpoint
 from engine.errors import UserError, run_script

@@ -23,11 +23,11 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import speed
 import torch
 from matplotlib.figure import Figure
 from torch import nn
 
+import speed
 import train_classifier
 import utils
 from datasets import Batches, load

@@ -35,7 +35,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import ordinary_loops
-
 import train_cgan
 import train_classifier
 import train_gan

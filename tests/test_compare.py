@@ -6,11 +6,11 @@ import statistics
 from itertools import pairwise
 from pathlib import Path
 
-import compare
 import numpy as np
 import pytest
 from helpers import DIGITS, assert_one_line, load, run, save_sealed, train
 
+import compare
 import evaluate
 from engine.errors import UserError
 

@@ -1,11 +1,11 @@
 """datasets/photo.py: a digit is found whatever else the picture shows, and looks as MNIST's do."""
 
 import numpy as np
-import photo as pages
 import pytest
 import torch
 from PIL import Image, ImageDraw, ImageFilter
 
+import photo as pages
 from datasets import DataError, read_photo
 from measures.judge import load_judge
 

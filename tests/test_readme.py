@@ -9,16 +9,16 @@ import shlex
 import subprocess
 import sys
 
-import compare
 import pytest
-import reproduce
-import tables
 import torch.distributed.run
 from helpers import ROOT, run
 from PIL import Image
 
+import compare
 import demo
 import evaluate
+import reproduce
+import tables
 import train_cgan
 import train_classifier
 import train_gan

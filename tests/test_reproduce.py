@@ -10,10 +10,10 @@ import time
 from argparse import Namespace
 from pathlib import Path
 
-import compare
 import pytest
-import reproduce
 
+import compare
+import reproduce
 from engine.errors import UserError
 
 FIRST = "train_classifier.py --dataset digits --recipe paper --epochs 1"

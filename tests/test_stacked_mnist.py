@@ -4,11 +4,11 @@ import json
 import math
 
 import pytest
-import stacked_mnist
 import torch
 from helpers import assert_one_line, run
 
 import datasets
+import stacked_mnist
 from models import GANS
 
 
