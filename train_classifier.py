@@ -131,7 +131,8 @@ def begin_second_stage(args, state, network, batches, first_batches):
     """Load RUN's best epoch, and return its loss on the images that it was trained on.
 
     Goodfellow et al. 2013, section 5.1: the second stage trains on all images, and ends when the loss on the former
-    validation split is as low. Its schedule starts from the learning rate and momentum that RUN had reached.
+    validation split is as low. Its schedule starts from the learning rate that RUN had reached, and keeps the momentum,
+    as the configuration they released does (mnist_pi_continued.yaml).
     """
     first = load_checkpoint(Path(args.second_stage) / "best.pt")
     if args.schedule == "cosine":
@@ -146,7 +147,8 @@ def begin_second_stage(args, state, network, batches, first_batches):
     if "schedule" in state:
         for group in state["optimizer"].param_groups:
             del group["initial_lr"]
-        state["schedule"] = optim.build_schedule(args, state["optimizer"], len(batches))
+        reached = state["optimizer"].param_groups[0].get("momentum")
+        state["schedule"] = optim.build_schedule(args, state["optimizer"], len(batches), final_momentum=reached)
     logits, labels = utils.predict(network, first_batches)
     return LOSSES[args.loss](logits, target_probabilities(args, logits.device)[labels]).item()
 

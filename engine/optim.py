@@ -21,9 +21,16 @@ def build_optimizer(args: argparse.Namespace, parameters: Iterable[nn.Parameter]
 
 
 def build_schedule(
-    args: argparse.Namespace, optimizer: Optimizer, epoch_length: int, decay: float = 1.000004
+    args: argparse.Namespace,
+    optimizer: Optimizer,
+    epoch_length: int,
+    decay: float = 1.000004,
+    final_momentum: float = 0.7,
 ) -> LRScheduler | None:
-    """The schedule that --schedule names, None for a constant learning rate. epoch_length: steps per epoch."""
+    """The schedule that --schedule names, None for a constant learning rate.
+
+    epoch_length: steps per epoch. decay, final_momentum: of MaxoutSchedule.
+    """
     steps = args.epochs * epoch_length
     warmup = steps // 10
 
@@ -39,26 +46,27 @@ def build_schedule(
     if args.schedule in ("cosine", "burda"):
         return LambdaLR(optimizer, cosine if args.schedule == "cosine" else burda)
     if args.schedule == "maxout":
-        return MaxoutSchedule(optimizer, decay, epoch_length)
+        return MaxoutSchedule(optimizer, decay, epoch_length, final_momentum)
     return None
 
 
 class MaxoutSchedule(LRScheduler):
     """The schedule of Goodfellow et al. 2013 and 2014: the learning rate is divided by `decay` after every step, down
-    to 1e-6. SGD's momentum rises linearly from its initial value to 0.7 over 250 epochs of `epoch_length` steps.
+    to 1e-6. SGD's momentum rises linearly from its initial value to the final one over 250 epochs of `epoch_length`
+    steps.
 
     Momentum changes once per epoch, as in the configurations they released (pylearn2's MomentumAdjustor).
     """
 
-    def __init__(self, optimizer: Optimizer, decay: float, epoch_length: int):
-        self.decay, self.epoch_length = decay, epoch_length
+    def __init__(self, optimizer: Optimizer, decay: float, epoch_length: int, final_momentum: float = 0.7):
+        self.decay, self.epoch_length, self.final_momentum = decay, epoch_length, final_momentum
         self.momentum = optimizer.param_groups[0]["momentum"]
         super().__init__(optimizer)
 
     def get_lr(self) -> list[float]:
         epoch = self.last_epoch // self.epoch_length  # last_epoch counts steps
         for group in self.optimizer.param_groups:
-            group["momentum"] = self.momentum + min(1, epoch / 250) * (0.7 - self.momentum)
+            group["momentum"] = self.momentum + min(1, epoch / 250) * (self.final_momentum - self.momentum)
         return [max(1e-6, base / self.decay**self.last_epoch) for base in self.base_lrs]
 
 
