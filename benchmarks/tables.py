@@ -89,8 +89,7 @@ def results_table() -> str:
     for name, row in read("results.json").items():
         if "test_errors" in row:
             errors = ", ".join(map(str, row["test_errors"]))
-            epochs = " to ".join(map(str, sorted({min(row["epochs_trained"]), max(row["epochs_trained"])})))
-            cells = [name, f"`{row['command']}`", epochs, accuracy(row), errors]
+            cells = [name, f"`{row['command']}`", extremes(row["epochs_trained"]), accuracy(row), errors]
             lines.append([*cells, minutes(row), row["published"]])
     return table(["name", "command", "epochs", "test accuracy", "test errors", "minutes", "published"], lines)
 
@@ -101,13 +100,29 @@ def accuracy(row: dict[str, Any]) -> str:
 
 
 def generators_table() -> str:
-    rows = {name: row["seeds"][0] for name, row in read("results.json").items() if "seeds" in row}
-    rows = {name: row for name, row in rows.items() if "kind" not in row}
+    """Each generator trained against a discriminator: mean and standard deviation over its seeds of every measure."""
+    rows = {name: row for name, row in read("results.json").items() if "seeds" in row and "kind" not in row["seeds"][0]}
     real = real_images(rows)
-    lines = [generator_line(name, str(row["epochs"]), row, row["real"]) for name, row in rows.items()]
-    header = ["name", "epochs", "Parzen (sigma)", "FID", "KID", "precision", "recall", "density", "coverage"]
-    header += ["rarest to most frequent digit", "KL", "conditional accuracy", "class coverage, share of real"]
-    return table(header, [*lines, generator_line("real training images", "", real, real)])
+    header = ["name", "command", "epochs", "seeds", "Parzen", "FID", "KID"]
+    header += ["precision", "recall", "density", "coverage", "rarest to most frequent digit", "KL"]
+    header += ["conditional accuracy", "class coverage, share of real", "minutes", "published"]
+    lines = []
+    for name, row in rows.items():
+        cells = [name, f"`{row['command']}`", extremes(row["epochs_evaluated"]), str(len(row["seeds"]))]
+        lines.append([*cells, *generator_cells(row["seeds"], real), minutes(row), row["published"]])
+    return table(header, [*lines, ["real training images", "", "", "", *generator_cells([real], real), "", ""]])
+
+
+def generator_cells(seeds: list[dict[str, Any]], real: dict[str, Any]) -> list[str]:
+    cells = [mean_sd(seeds, key, digits) for key, digits in (("parzen_log_likelihood", 1), ("fid", 4), ("kid", 5))]
+    cells += [mean_sd(seeds, key, 3) for key in ("precision", "recall", "density", "coverage")]
+    cells.append(extremes([100 * share for seed in seeds for share in seed["class_histogram"]], ".1f") + " %")
+    cells.append(mean_sd(seeds, "class_kl", 4))
+    if "conditional_accuracy" not in seeds[0]:
+        return [*cells, "", ""]
+    best = real["class_coverage"]
+    of_real = [100 * ours / theirs for seed in seeds for ours, theirs in zip(seed["class_coverage"], best)]
+    return [*cells, mean_sd(seeds, "conditional_accuracy", 2, scale=100) + " %", extremes(of_real, ".0f") + " %"]
 
 
 def likelihood_table() -> str:
@@ -140,7 +155,7 @@ def families_table() -> str:
     """The slide's five families side by side, a column each below its samples; then real images."""
     rows = {family: read("results.json")[name] for family, (name, _) in FAMILIES.items()}
     seeds = [row["seeds"] for row in rows.values()]
-    real = [real_images({name: row["seeds"][0] for name, row in rows.items()})]
+    real = [real_images(rows)]
     samples = [f"![Samples of the {name}]({picture})" for name, (_, picture) in FAMILIES.items()]
     lines = [["samples", *samples, "![Real test images](assets/real.png)"]]
     lines += [[what, *cells] for what, cells in ABILITIES.items()]
@@ -173,31 +188,20 @@ def minutes(row: dict[str, Any]) -> str:
     return f"{statistics.mean(row['training_seconds']) / 60:.1f}" if "training_seconds" in row else ""
 
 
-def mean_sd(seeds: list[dict[str, Any]], key: str, digits: int) -> str:
-    values = [seed[key] for seed in seeds]
+def extremes(values: list[float], form: str = "") -> str:
+    """'3 to 5', or '3' if all values are 3."""
+    return " to ".join(dict.fromkeys(f"{value:{form}}" for value in (min(values), max(values))))
+
+
+def mean_sd(seeds: list[dict[str, Any]], key: str, digits: int, scale: float = 1) -> str:
+    values = [scale * seed[key] for seed in seeds]
     spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
 def real_images(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The measures of real images, which each row holds; those per class come from the conditional ones."""
-    return {key: value for row in rows.values() for key, value in row["real"].items()}
-
-
-def generator_line(name: str, epochs: str, row: dict[str, Any], real: dict[str, Any]) -> list[str]:
-    shares = f"{100 * min(row['class_histogram']):.1f} to {100 * max(row['class_histogram']):.1f} %"
-    cells = [name, epochs, f"{parzen(row)} ({row['parzen_sigma']:.3f})", f"{row['fid']:.4f}", f"{row['kid']:.5f}"]
-    cells += [f"{row[key]:.3f}" for key in ("precision", "recall", "density", "coverage")]
-    cells += [shares, f"{row['class_kl']:.4f}"]
-    if "conditional_accuracy" not in row:
-        return [*cells, "", ""]
-    of_real = [ours / theirs for ours, theirs in zip(row["class_coverage"], real["class_coverage"])]
-    shares = f"{100 * min(of_real):.0f} to {100 * max(of_real):.0f} %"
-    return [*cells, f"{100 * row['conditional_accuracy']:.2f} %", shares]
-
-
-def parzen(row: dict[str, Any]) -> str:
-    return f"{row['parzen_log_likelihood']:.1f} ± {row['parzen_standard_error']:.1f}"
+    """The measures of real images, which each row's seeds hold; those per class come from the conditional ones."""
+    return {key: value for row in rows.values() for key, value in row["seeds"][0]["real"].items()}
 
 
 def best_table() -> str:
@@ -205,15 +209,15 @@ def best_table() -> str:
     lines = []
     for name, what in BEST.items():
         row = rows[name]
-        lines.append(
-            [name, what, accuracy(row) if "test_errors" in row else quality(row["seeds"][0]), row["published"]]
-        )
-    real = real_images({name: row["seeds"][0] for name, row in rows.items() if "seeds" in row})
-    return table(["name", "what", "measured", "published"], [*lines, ["", "real training images", quality(real), ""]])
+        lines.append([name, what, accuracy(row) if "test_errors" in row else quality(row["seeds"]), row["published"]])
+    real = real_images({name: row for name, row in rows.items() if "seeds" in row})
+    header = ["name", "what", "measured", "published"]
+    return table(header, [*lines, ["", "real training images", quality([real]), ""]])
 
 
-def quality(row: dict[str, Any]) -> str:
-    return f"Parzen {parzen(row)}, FID {row['fid']:.4f}, coverage {row['coverage']:.3f}"
+def quality(seeds: list[dict[str, Any]]) -> str:
+    parzen, fid = mean_sd(seeds, "parzen_log_likelihood", 1), mean_sd(seeds, "fid", 4)
+    return f"Parzen {parzen}, FID {fid}, coverage {mean_sd(seeds, 'coverage', 3)}"
 
 
 def draw_choices(path: Path) -> None:
@@ -351,7 +355,7 @@ def gpu_section() -> str:
 def figures(metrics: dict[str, Any]) -> str:
     if "test_accuracy" in metrics:
         return f"test accuracy {100 * metrics['test_accuracy']:.2f} %"
-    return quality(metrics) if metrics else "passed"
+    return quality([metrics]) if metrics else "passed"
 
 
 # Pages ----------------------------------------------------------------------------------------------------------------
