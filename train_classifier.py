@@ -46,6 +46,7 @@ VARIANTS = {
     ("best", "digits"): dict(epochs=60, batch_size=64, val_size=0),
     ("best", "folder"): dict(batch_size=64, val_size=0),
     ("best", "mlp"): dict(epochs=60),
+    ("best", "resnet"): dict(batch_norm=False, elastic=1.5),  # its batch norm is no option
     ("best", "maxout"): dict(batch_norm=False, black=0.0),
     ("paper", "digits"): dict(val_size=137),
 }
@@ -72,6 +73,7 @@ def get_args_parser():
     add("--max-norm", type=number(float, 0), help="largest norm of a linear unit's incoming weights (None: no limit)")
     add("--schedule", choices=["constant", "cosine", "maxout"], default="constant", help="learning rate over time")
     add("--augment", action=on_off, default=False, help="distort each training image differently in every epoch")
+    add("--elastic", type=number(float, 0), default=0.0, help="with --augment, also bend the image by so many pixels")
     add("--second-stage", metavar="RUN", help="train on from RUN's best epoch, with its validation split too")
     add("--patience", type=number(int, 1), help="stop after this many epochs without a better validation accuracy")
     return parser
@@ -93,7 +95,7 @@ def build(args, device, batches):
 
     def train_step(images, labels):
         if args.augment:
-            images = distort(images)
+            images = distort(images, elastic=args.elastic)
         logits = model(images)  # forward path
         loss = loss_of(logits, targets[labels])
         optimizer.zero_grad()

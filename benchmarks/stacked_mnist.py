@@ -39,9 +39,9 @@ from models.maxout import Maxout
 SAMPLES = 26_000
 RESULTS = ROOT / "benchmarks" / "results" / "stacked-mnist.json"
 WAYS = {
-    "lecture": "--recipe lecture --batch-size 128 --compile",
-    "best": "--recipe best --compile",
-    "relativistic": "--recipe best --adversarial-loss relativistic --compile",
+    "lecture": "--recipe lecture --batch-size 128 --amp --compile",
+    "best": "--recipe best --amp --compile",
+    "relativistic": "--recipe best --adversarial-loss relativistic --amp --compile",
 }
 
 

@@ -7,17 +7,24 @@ import torch.nn.functional as F
 
 
 def distort(
-    images: torch.Tensor, degrees: float = 10.0, scale: float = 0.1, shear: float = 10.0, shift: float = 2.0
+    images: torch.Tensor,
+    degrees: float = 10.0,
+    scale: float = 0.1,
+    shear: float = 10.0,
+    shift: float = 2.0,
+    elastic: float = 0.0,
 ) -> torch.Tensor:
-    """Each image [N, C, H, W] under a random affine map of its own; same shape.
+    """Each image [N, C, H, W] under a random affine map of its own, and perhaps bent; same shape.
 
     degrees, shear: largest rotation and shear, in degrees. scale: largest relative change of width and of height.
-    shift: largest translation, in pixels. Not torchvision's RandomAffine, which draws one map per batch.
+    shift: largest translation, in pixels. elastic: largest displacement of the points of a 5x5 grid, in pixels; what
+    lies between them follows linearly (in place of the smoothed noise of Simard et al. 2003).
+    Not torchvision's RandomAffine and ElasticTransform, which draw one map per batch.
     """
     n, _, height, width = images.shape
 
-    def uniform(limit):
-        return torch.empty(n, 1, 1, device=images.device).uniform_(-limit, limit)
+    def uniform(limit, *shape):
+        return torch.empty(n, *(shape or (1, 1)), device=images.device).uniform_(-limit, limit)
 
     angle = uniform(math.radians(degrees))
     slant = uniform(math.tan(math.radians(shear)))
@@ -28,6 +35,9 @@ def distort(
     x, y = pixel_centres(width, images.device).view(1, 1, -1), pixel_centres(height, images.device).view(1, -1, 1)
     from_x = cos * stretch_x * x + (slant * cos - sin) * stretch_y * y + uniform(shift * 2 / width)
     from_y = sin * stretch_x * x + (slant * sin + cos) * stretch_y * y + uniform(shift * 2 / height)
+    if elastic:
+        bent = F.interpolate(uniform(elastic, 2, 5, 5), (height, width), mode="bilinear", align_corners=True)
+        from_x, from_y = from_x + bent[:, 0] * 2 / width, from_y + bent[:, 1] * 2 / height
     # Limited to the centres of the border pixels, so that the border, which is background, repeats:
     # padding_mode="border", which not every device has.
     grid = torch.stack([limit(from_x, width), limit(from_y, height)], dim=-1)

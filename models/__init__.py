@@ -13,6 +13,7 @@ from models.hmm import HMM
 from models.maxout import MaxoutMLP
 from models.mlp import MLP
 from models.rbm import RBM
+from models.resnet import ResNet
 from models.rnn import RNN
 from models.vae import VAE
 
@@ -20,6 +21,7 @@ from models.vae import VAE
 CLASSIFIERS = {
     "mlp": MLP,
     "cnn": CNN,
+    "resnet": ResNet,
     "maxout": MaxoutMLP,
 }
 

@@ -182,6 +182,19 @@ def test_background_stays_at_the_value_of_black(black):
     assert distorted.min() >= black - 1e-5
 
 
+def test_elastic_bends_the_image_smoothly_by_up_to_that_many_pixels():
+    x, y = origins(elastic=2)
+    x, y = x[:, 6:-6, 6:-6] - torch.arange(6.0, 22), y[:, 6:-6, 6:-6] - torch.arange(6.0, 22).view(-1, 1)
+    for moved in (x, y):
+        assert moved.abs().max() <= 2.001
+        assert moved.std() > 0.5
+        assert moved.mean().abs() < 0.02
+        for dim in (1, 2):
+            assert moved.diff(dim=dim).abs().max() <= 4 / 6.75 + 1e-3  # from -2 to 2 between neighbours of the grid
+        assert (moved[:, 0, 0] * moved[:, -1, -1]).mean().abs() < 0.1  # not the image as a whole
+    assert (x * y).mean().abs() < 0.05
+
+
 def test_each_image_is_distorted_in_its_own_way():
     distorted = distort(load("digits", "")[0][:1].float().expand(8, 1, 28, 28))
     distances = torch.cdist(distorted.flatten(1), distorted.flatten(1))

@@ -31,6 +31,7 @@ CASES = {
     "mlp best": (train_classifier, ["--model", "mlp", "--recipe", "best"]),
     "cnn lecture": (train_classifier, ["--model", "cnn"]),
     "cnn best": (train_classifier, ["--model", "cnn", "--recipe", "best"]),
+    "resnet best": (train_classifier, ["--model", "resnet", "--recipe", "best"]),
     "cnn fast": (train_classifier, ["--recipe", "fast"]),
     "maxout paper": (train_classifier, ["--recipe", "paper"]),
     **{

@@ -69,7 +69,7 @@ def test_metrics_agree_with_one_another_and_with_a_count_by_hand():
 
 
 @pytest.mark.parametrize("recipe", ["lecture", "best"])
-@pytest.mark.parametrize("model", ["mlp", "cnn", "maxout"])
+@pytest.mark.parametrize("model", CLASSIFIERS)
 def test_every_model_can_be_evaluated(tmp_path, model, recipe):
     train(*DIGITS, "--recipe", recipe, "--model", model, "--dry-run", "--output-dir", tmp_path / "run")
     evaluate.main([str(tmp_path / "run")])

@@ -27,7 +27,7 @@ from engine.checkpoint import load_checkpoint, write_atomically
 from engine.device import pick_device
 from engine.errors import Stopped, UserError
 from engine.folder import lock, new_folder
-from models import ACTIVATIONS
+from models import ACTIVATIONS, CLASSIFIERS
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="kills processes with POSIX signals")
 
@@ -389,7 +389,7 @@ def test_bad_flags_of_a_likelihood_model_get_one_line_and_leave_nothing(tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("model", ["mlp", "cnn", "maxout"])
+@pytest.mark.parametrize("model", CLASSIFIERS)
 @pytest.mark.parametrize("recipe", ["lecture", "best", "paper"])
 def test_every_recipe_runs_on_every_model(model, recipe):
     train(*DIGITS, "--recipe", recipe, "--model", model, "--dry-run")
@@ -418,7 +418,7 @@ def test_amp_trains(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "code", "parts"),
     [
-        (["--model", "resnet"], 2, ["--model", "resnet", "cnn"]),
+        (["--model", "vgg"], 2, ["--model", "vgg", "cnn"]),
         (["--batch-size", "0"], 2, ["--batch-size", "whole number from 1"]),
         (["--lr", "nan"], 2, ["--lr"]),
         (["--no-such-flag"], 2, ["--no-such-flag"]),
