@@ -8,6 +8,7 @@ python train_classifier.py --resume runs/mlp-mnist             # continue where 
 """
 
 import argparse
+import copy
 from pathlib import Path
 
 import torch
@@ -129,12 +130,22 @@ def check_network(args, model, batches):
         raise UserError(f"--model {args.model} gives {shape} for 2 images, not [2, {classes}] logits; {remedy}")
 
 
-def begin_second_stage(args, state, network, batches, first_batches):
-    """Load RUN's best epoch, and return its loss on the images that it was trained on.
+def loss_with_dropout(args, model, batches):
+    """The mean loss over all images of `batches`, with dropout as in training. A copy of `model` computes it."""
+    model, targets = copy.deepcopy(model).train(), target_probabilities(args, batches.labels.device)
+    with torch.no_grad():
+        losses = [
+            len(labels) * LOSSES[args.loss](model(images), targets[labels]) for images, labels in batches.epoch(0)
+        ]
+    return sum(losses).item() / len(batches.images)
+
+
+def begin_second_stage(args, state, batches, first_batches):
+    """Load RUN's best epoch, and return its loss, with dropout, on the images that it was trained on.
 
     Goodfellow et al. 2013, section 5.1: the second stage trains on all images, and ends when the loss on the former
-    validation split is as low. Its schedule starts from the learning rate that RUN had reached, and keeps the momentum,
-    as the configuration they released does (mnist_pi_continued.yaml).
+    validation split is as low. As in the configuration they released (pylearn2's mnist_pi_continued.yaml), both losses
+    have dropout, and the schedule starts from the learning rate that RUN had reached, but keeps the momentum.
     """
     first = load_checkpoint(Path(args.second_stage) / "best.pt")
     if args.schedule == "cosine":
@@ -151,8 +162,7 @@ def begin_second_stage(args, state, network, batches, first_batches):
             del group["initial_lr"]
         reached = state["optimizer"].param_groups[0].get("momentum")
         state["schedule"] = optim.build_schedule(args, state["optimizer"], len(batches), final_momentum=reached)
-    logits, labels = utils.predict(network, first_batches)
-    return LOSSES[args.loss](logits, target_probabilities(args, logits.device)[labels]).item()
+    return distributed.broadcast(lambda: loss_with_dropout(args, state["model"], first_batches))
 
 
 def main(argv=None):
@@ -178,15 +188,18 @@ def main(argv=None):
             return {}
         logits, labels = utils.predict(network, val_batches)
         loss = LOSSES[args.loss](logits, target_probabilities(args, device)[labels])
-        return {"val_loss": loss.item(), "val_accuracy": (logits.argmax(1) == labels).float().mean().item()}
+        row = {"val_loss": loss.item(), "val_accuracy": (logits.argmax(1) == labels).float().mean().item()}
+        if args.second_stage:
+            row["val_loss_with_dropout"] = loss_with_dropout(args, state["model"], val_batches)
+        return row
 
     score, should_stop = "val_accuracy", None
     if args.second_stage:
         if not args.resume:
             first_batches = Batches(*train_set, 1000, device, black=args.black, shuffle=False)
-            args.goal = begin_second_stage(args, state, network, batches, first_batches)
-        print(f"second stage: until val_loss is at most {args.goal:.4g}, the first stage's loss on its training images")
-        score, should_stop = None, lambda row: row["val_loss"] <= args.goal  # the last epoch is the result
+            args.goal = begin_second_stage(args, state, batches, first_batches)
+        print(f"second stage: until val_loss_with_dropout is at most {args.goal:.4g}, the first stage's on its images")
+        score, should_stop = None, lambda row: row["val_loss_with_dropout"] <= args.goal  # the last epoch is the result
     elif args.patience:
         should_stop = lambda row: row["epoch"] - run.best_epoch(score) >= args.patience  # noqa: E731
     run = utils.Run(args, state, name=f"{args.model}-{short_name(args.dataset)}")

@@ -52,8 +52,8 @@ def build_schedule(
 
 class MaxoutSchedule(LRScheduler):
     """The schedule of Goodfellow et al. 2013 and 2014: the learning rate is divided by `decay` after every step, down
-    to 1e-6. SGD's momentum rises linearly from its initial value to the final one over 250 epochs of `epoch_length`
-    steps.
+    to 1e-6. SGD's momentum rises linearly from its initial value in the first epoch, of `epoch_length` steps, to the
+    final one in the 250th.
 
     Momentum changes once per epoch, as in the configurations they released (pylearn2's MomentumAdjustor).
     """
@@ -66,7 +66,7 @@ class MaxoutSchedule(LRScheduler):
     def get_lr(self) -> list[float]:
         epoch = self.last_epoch // self.epoch_length  # last_epoch counts steps
         for group in self.optimizer.param_groups:
-            group["momentum"] = self.momentum + min(1, epoch / 250) * (self.final_momentum - self.momentum)
+            group["momentum"] = self.momentum + min(1, epoch / 249) * (self.final_momentum - self.momentum)
         return [max(1e-6, base / self.decay**self.last_epoch) for base in self.base_lrs]
 
 

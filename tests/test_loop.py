@@ -204,7 +204,7 @@ def test_maxout_schedule_is_the_papers():
         schedule.step()
         group = optimizer.param_groups[0]
         assert group["lr"] == pytest.approx(0.1 / 1.000004**step)
-        assert group["momentum"] == pytest.approx(0.5 + 0.2 * min(1, step // 4 / 250))  # once per epoch
+        assert group["momentum"] == pytest.approx(0.5 + 0.2 * min(1, step // 4 / 249))  # once per epoch
 
 
 def test_cosine_schedule_rises_for_a_tenth_and_ends_at_zero():

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,6 +22,7 @@ import train_classifier
 import train_gan
 import train_likelihood
 from datasets import Batches
+from datasets import load as load_images
 from engine import provenance
 from engine import run as run_module
 from engine.checkpoint import load_checkpoint, write_atomically
@@ -28,6 +30,8 @@ from engine.device import pick_device
 from engine.errors import Stopped, UserError
 from engine.folder import lock, new_folder
 from models import ACTIVATIONS, CLASSIFIERS
+from models.maxout import MaxoutMLP
+from models.mlp import MLP
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="kills processes with POSIX signals")
 
@@ -218,7 +222,7 @@ def test_the_second_stage_continues_from_the_best_epoch_with_all_images_until_th
     second = load(tmp_path / "second" / "checkpoint.pt")
     steps_of = [checkpoint["state"]["optimizer"]["state"][0]["step"] for checkpoint in (best, second)]
     assert steps_of == [41 * best["epoch"], 41 * best["epoch"] + 45 * second["epoch"]]  # of 1,300 and 1,437 images
-    losses = [row["val_loss"] for row in second["history"]]
+    losses = [row["val_loss_with_dropout"] for row in second["history"]]
     assert min(losses[:-1], default=1) > losses[-1]
     assert second["epoch"] < 60
     assert not (tmp_path / "second" / "best.pt").exists()  # the last epoch is the result
@@ -234,13 +238,26 @@ def test_the_second_stage_goes_on_from_the_learning_rate_and_keeps_the_momentum(
     train(*flags, "--second-stage", "first", "--output-dir", "second")
     first, second = (load(tmp_path / folder / "checkpoint.pt")["state"] for folder in ("first", "second"))
     groups = [state["optimizer"]["param_groups"][0] for state in (first, second)]
-    reached = {"lr": 0.1 / 1.000004**13, "momentum": 0.5 + 0.2 / 250}  # 1,300 images: 13 steps, one epoch
+    reached = {"lr": 0.1 / 1.000004**13, "momentum": 0.5 + 0.2 / 249}  # 1,300 images: 13 steps, one epoch
     assert {name: groups[0][name] for name in reached} == pytest.approx(reached, rel=1e-9)
     assert second["schedule"]["last_epoch"] == 15  # 1,437 images: 15 steps
     assert second["schedule"]["base_lrs"] == pytest.approx([reached["lr"]], rel=1e-9)
     assert second["schedule"]["momentum"] == pytest.approx(reached["momentum"], rel=1e-9)
     assert groups[1]["lr"] == pytest.approx(reached["lr"] / 1.000004**15, rel=1e-9)
     assert groups[1]["momentum"] == pytest.approx(reached["momentum"], rel=1e-9)  # it no longer rises
+
+
+def test_the_loss_that_ends_the_second_stage_has_dropout():
+    args = Namespace(loss="cross-entropy", label_smoothing=0.0, classes=list("0123456789"))
+    batches = Batches(*load_images("digits", ""), 500, "cpu", black=0.0, shuffle=False)  # the last one is shorter
+    images, labels = batches.take(torch.arange(1437))
+    for network in (MLP().eval(), MaxoutMLP().eval()):
+        for parameter in network.parameters():
+            parameter.data *= 20 if isinstance(network, MaxoutMLP) else 1
+        without = torch.nn.functional.cross_entropy(network(images), labels).item()
+        loss = train_classifier.loss_with_dropout(args, network, batches)
+        assert loss > 1.1 * without if isinstance(network, MaxoutMLP) else loss == pytest.approx(without, rel=1e-5)
+        assert not network.training
 
 
 @pytest.mark.parametrize("flags", [["--model", "mlp"], ["--batch-norm"], ["--amp"], ["--lr", "1"]])
