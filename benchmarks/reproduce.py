@@ -75,7 +75,12 @@ ROWS = {
     "cgan-lecture": ("train_cgan.py --recipe lecture --compile", ""),
     "cgan-best": ("train_cgan.py --recipe best --amp --compile", ""),
     "cgan-best-no-mismatched": ("train_cgan.py --recipe best --mismatched 0 --amp --compile", ""),
-    "cgan-paper": ("train_cgan.py --recipe paper --epochs 45 --amp", "Parzen 132 ± 1.8 (Mirza & Osindero 2014)"),
+    "cgan-paper": ("train_cgan.py --recipe paper --amp --compile", "Parzen 132 ± 1.8 (Mirza & Osindero 2014)"),
+    "cgan-paper-with-r1": (
+        "train_cgan.py --recipe paper --noise centred --init he --r1 0.5 --dropout-g 0 --dropout-d 0.2"
+        " --epochs 45 --amp",
+        "",
+    ),
     "vae-lecture": ("train_likelihood.py --model vae", ""),
     "rbm-lecture": ("train_likelihood.py --model rbm", ""),
     "rnn-lecture": ("train_likelihood.py --model rnn", ""),

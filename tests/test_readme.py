@@ -74,7 +74,7 @@ def test_help_of_tables_writes_nothing(monkeypatch, capsys):
 
 # Options in which a row's runs differ from what its command gives now: they were stopped at their last epoch, and the
 # initial weights of the paper's networks were not an option of their own yet.
-STOPPED = {"gan-paper": {"epochs": 500, "init": "torch"}, "cgan-paper": {"epochs": 100}}
+STOPPED = {"gan-paper": {"epochs": 500, "init": "torch"}, "cgan-paper-with-r1": {"epochs": 100}}
 
 LIKELIHOOD_LECTURE = ["vae-lecture", "rbm-lecture", "rnn-lecture", "hmm-lecture"]
 
