@@ -71,6 +71,15 @@ ROWS = {
         "train_gan.py --recipe best --networks large --amp --compile",
         "Parzen 225 ± 2 (Goodfellow et al. 2014)",
     ),
+    "gan-relativistic": (  # in as many minutes as gan-best
+        "train_gan.py --recipe best --adversarial-loss relativistic --r1 0.05 --epochs 40 --amp --compile",
+        "",
+    ),
+    "gan-relativistic-large": (  # in as many minutes as gan-best-large
+        "train_gan.py --recipe best --networks large --adversarial-loss relativistic --r1 0.05 --epochs 48"
+        " --amp --compile",
+        "",
+    ),
     "gan-paper": ("train_gan.py --recipe paper --amp --compile", "Parzen 225 ± 2 (Goodfellow et al. 2014)"),
     "cgan-lecture": ("train_cgan.py --recipe lecture --compile", ""),
     "cgan-best": ("train_cgan.py --recipe best --amp --compile", ""),
