@@ -2,7 +2,7 @@
 
 python train_cgan.py                                  # the lecture's recipe on MNIST
 python train_cgan.py --dataset digits --recipe best   # without a download
-python train_cgan.py --recipe paper                   # the paper's networks and schedule
+python train_cgan.py --recipe paper                   # the paper's settings
 python train_cgan.py --resume runs/cgan-mnist         # continue where it stopped
 """
 
