@@ -78,7 +78,7 @@ OLDER = {
     "cgan-paper-with-r1": {"options": {"epochs": 100}},  # stopped at its last epoch
 }
 ONE_SEED = {
-    *("gan-best-no-r1", "gan-best-large", "gan-paper"),
+    *("gan-best-large", "gan-paper"),
     *("cgan-lecture", "cgan-best", "cgan-best-no-mismatched", "cgan-paper-with-r1"),
     *("hmm-64", "hmm-128", "hmm-512", "vae-best", "vae-best-k50", "rbm-best", "rnn-best"),
 }
