@@ -52,7 +52,7 @@ def test_tables_are_the_measured_results(page):
 def test_the_tables_of_a_gpu_are_shown_once_it_has_measured_them(tmp_path, monkeypatch):
     assert "Nothing on this page has run on a GPU yet" in tables.gpu_section() or tables.read("gpu.json")
     steps = {"gan": {"seconds": 9.6, "succeeded": True, "commit": "0123456789-dirty"}}
-    steps["gan"]["metrics"] = json.loads((tables.MEASURED / "results.json").read_text())["gan-best"]["seeds"][0]
+    steps["gan"]["metrics"] = {"parzen_log_likelihood": 182.04, "fid": 0.01734, "coverage": 0.79}
     steps["tests"] = {"seconds": 480.2, "succeeded": False, "commit": None}
     (tmp_path / "gpu.json").write_text(json.dumps({"steps": steps, "gpu": "H", "torch": "2", "commit": "0123456789"}))
     for name in ("race", "speed"):
