@@ -302,9 +302,10 @@ def quick(args):
         if "digits" not in f"{name} {shorter}" and not (Path(args.data_dir) / "MNIST").is_dir():
             print(f"{name}: skipped, there is no MNIST in {args.data_dir}")
             continue
+        command = f"{ROWS[name][0]} --no-compile {shorter}"  # compiling would take longer than these
         with tempfile.TemporaryDirectory() as folder:
             values = [
-                run_seed(f"{ROWS[name][0]} {shorter}", seed, Path(folder) / str(seed), args.data_dir)[metric]
+                run_seed(command, seed, Path(folder) / str(seed), args.data_dir)[metric]
                 for seed in range(3 if args.record else 1)
             ]
         if args.record:  # three values say little about the spread: twice their range on either side
