@@ -41,7 +41,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "stacked-mnist.json"
 WAYS = {
     "lecture": "--recipe lecture --batch-size 128 --amp --compile",
     "best": "--recipe best --amp --compile",
-    "relativistic": "--recipe best --adversarial-loss relativistic --amp --compile",
+    "relativistic": "--recipe best --adversarial-loss relativistic --r1 0.05 --amp --compile",
 }
 
 
