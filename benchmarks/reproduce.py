@@ -152,7 +152,6 @@ KEPT = {
     },
 }
 
-
 OURS = {"--seed", "--data-dir", "--output-dir", "--resume", "--auto-resume"}  # flags that --command may not hold
 
 
