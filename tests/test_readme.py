@@ -75,7 +75,7 @@ def test_help_of_tables_writes_nothing(monkeypatch, capsys):
 # Rows that are older than their commands: what their runs had instead.
 OLDER = {
     "gan-paper": {"flags": {"--epochs", "124"}, "options": {"epochs": 500, "init": "torch"}},
-    "cgan-paper-with-r1": {"options": {"epochs": 100}},  # stopped at its last epoch
+    "cgan-paper-with-r1": {"flags": {"--epochs", "45"}, "options": {"epochs": 100}},
 }
 ONE_SEED = {
     *("gan-best-large", "gan-paper"),
