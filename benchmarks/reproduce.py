@@ -86,8 +86,7 @@ ROWS = {
     "cgan-best-no-mismatched": ("train_cgan.py --recipe best --mismatched 0 --amp --compile", ""),
     "cgan-paper": ("train_cgan.py --recipe paper --amp --compile", "Parzen 132 ± 1.8 (Mirza & Osindero 2014)"),
     "cgan-paper-with-r1": (
-        "train_cgan.py --recipe paper --noise centred --init he --r1 0.5 --dropout-g 0 --dropout-d 0.2"
-        " --amp --compile",
+        "train_cgan.py --recipe paper --noise centred --init he --r1 0.5 --dropout-g 0 --dropout-d 0.2 --amp --compile",
         "",
     ),
     "vae-lecture": ("train_likelihood.py --model vae", ""),

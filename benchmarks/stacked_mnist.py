@@ -7,8 +7,8 @@ Metz et al. 2017 (arXiv 1611.02163, section 3.3.1). The modes are the numbers 0 
 the three digits of 26,000 samples: a mode counts as reached if one sample shows it, and the Kullback-Leibler
 divergence of the modes' shares from equal ones is given in nats. The training set has 60,000 images, in which each
 MNIST image appears three times. The networks are those of `train_gan.py --networks large`, with three channels, trained
-by its train_step with the settings of the small ones. The same command resumes what was interrupted, in --output-dir.
-Writes benchmarks/results/stacked-mnist.json.
+by its train_step with their settings. The same command resumes what was interrupted, in --output-dir. Writes
+benchmarks/results/stacked-mnist.json.
 """
 
 import argparse
@@ -38,6 +38,7 @@ from models.maxout import Maxout
 
 SAMPLES = 26_000
 RESULTS = ROOT / "benchmarks" / "results" / "stacked-mnist.json"
+VARIANTS = {**train_gan.VARIANTS, ("best", "stacked"): train_gan.VARIANTS["best", "large"]}
 WAYS = {
     "lecture": "--recipe lecture --batch-size 128 --amp --compile",
     "best": "--recipe best --amp --compile",
@@ -89,9 +90,9 @@ def train(way, seed, options):
     parser = train_gan.get_args_parser()
     parser.prog = "benchmarks/stacked_mnist.py"
     parser.set_defaults(script=parser.prog)
-    shared = ["--networks", "stacked", "--data-dir", options.data_dir, "--device", options.device]
+    shared = ["--networks", "stacked", "--val-size", "0", "--data-dir", options.data_dir, "--device", options.device]
     shared += ["--epochs", str(options.epochs), "--seed", str(seed), "--auto-resume", "--output-dir", str(folder)]
-    args = flags.parse_args(parser, train_gan.RECIPES, train_gan.VARIANTS, [*WAYS[way].split(), *shared])
+    args = flags.parse_args(parser, train_gan.RECIPES, VARIANTS, [*WAYS[way].split(), *shared])
     device = pick_device(args.device, args.amp)
     torch.manual_seed(args.seed)
     images, labels = load("mnist", args.data_dir)
