@@ -42,7 +42,7 @@ VARIANTS = {**train_gan.VARIANTS, ("best", "stacked"): train_gan.VARIANTS["best"
 WAYS = {
     "lecture": "--recipe lecture --batch-size 128 --amp --compile",
     "best": "--recipe best --amp --compile",
-    "relativistic": "--recipe best --adversarial-loss relativistic --r1 0.05 --amp --compile",
+    "relativistic": "--recipe best --adversarial-loss relativistic --amp --compile",
 }
 
 
