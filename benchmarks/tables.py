@@ -53,7 +53,7 @@ FAMILIES = {
 ABILITIES = {
     "maximises": ["log p(x)", "log p(x), by contrastive divergence", "a lower bound on log p(x)", "log p(x)",
                   "D's error", ""],
-    "scores an image": ["exactly", "up to log Z, estimated by AIS", "by a lower bound", "exactly", "no", ""],
+    "scores an image": ["exactly", "by an estimate", "by a lower bound", "exactly", "no", ""],
     "completes a half": ["no", "by Gibbs sampling", "no", "row by row", "no", ""],
     "takes a label": ["no", "no", "no", "no", "as a conditional GAN", ""],
 }  # fmt: skip
