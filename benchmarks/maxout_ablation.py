@@ -17,10 +17,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import torch
 from torch import nn
 
 import evaluate
 import train_classifier
+from datasets import Batches
 from engine.errors import run_script
 from engine.provenance import environment
 from models import CLASSIFIERS
@@ -65,21 +67,32 @@ class FreeLastLayer(MaxoutMLP):
         self.fc[1] = FreeLinear(self.fc[1])
 
 
-CASES = {  # name -> network, flags
-    "as released": (MaxoutMLP, []),
-    "kept pixels scaled by 1 / 0.8": (ScaledPixels, []),
-    "no dropout before the softmax": (NoLastDropout, []),
-    "no norm limit": (MaxoutMLP, ["--max-norm", "1e9"]),
-    "no norm limit in the softmax layer": (FreeLastLayer, []),
-    "constant learning rate and momentum": (MaxoutMLP, ["--schedule", "constant"]),
-    "5,000 images held out": (MaxoutMLP, ["--val-size", "5000"]),
+class FixedBatches(Batches):
+    """The training images are put into batches once; each epoch has the same batches, in another order."""
+
+    def order(self, epoch: int) -> torch.Tensor:
+        rows = torch.arange(len(self.images), device=self.images.device).split(self.batch_size)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        order = torch.randperm(len(rows), generator=generator) if self.shuffle else torch.arange(len(rows))
+        return torch.cat([rows[number] for number in order])
+
+
+CASES = {  # name -> network, batches, flags
+    "as released": (MaxoutMLP, Batches, []),
+    "kept pixels scaled by 1 / 0.8": (ScaledPixels, Batches, []),
+    "no dropout before the softmax": (NoLastDropout, Batches, []),
+    "no norm limit": (MaxoutMLP, Batches, ["--max-norm", "1e9"]),
+    "no norm limit in the softmax layer": (FreeLastLayer, Batches, []),
+    "constant learning rate and momentum": (MaxoutMLP, Batches, ["--schedule", "constant"]),
+    "5,000 images held out": (MaxoutMLP, Batches, ["--val-size", "5000"]),
+    "the same batches in each epoch": (MaxoutMLP, FixedBatches, []),
 }
 
 
 def train(name, seed, options):
     """Train and evaluate one seed of a case, or what is left of it; returns its test errors and its training time."""
     folder = Path(options.output_dir) / f"{re.sub(r'[^a-z0-9]+', '-', name)}-{options.epochs}-epochs-{seed}"
-    CLASSIFIERS["maxout"], flags = CASES[name]
+    CLASSIFIERS["maxout"], train_classifier.Batches, flags = CASES[name]
     data = ["--data-dir", options.data_dir, "--device", options.device]
     flags = ["--recipe", "paper", "--compile", "--epochs", str(options.epochs), "--seed", str(seed), *flags]
     train_classifier.main([*flags, *data, "--auto-resume", "--output-dir", str(folder)])
@@ -102,9 +115,8 @@ def main(argv=None):
     for name in [options.only] if options.only else CASES:
         errors, seconds = zip(*(train(name, seed, options) for seed in range(options.seeds)))
         print(f"{name}: {', '.join(map(str, errors))} test errors", flush=True)
-        flags = CASES[name][1]
-        results[name] = {"flags": flags, "epochs": options.epochs, "test_errors": errors, "training_seconds": seconds}
-        results[name].update(environment())
+        row = {"flags": CASES[name][-1], "epochs": options.epochs, "test_errors": errors, "training_seconds": seconds}
+        results[name] = {**row, **environment()}
     RESULTS.write_text(json.dumps(results, indent=2) + "\n")
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import maxout_ablation
+import train_classifier
 from models import CLASSIFIERS
 from models.maxout import MaxoutMLP, limit_column_norms
 
@@ -13,7 +14,7 @@ from models.maxout import MaxoutMLP, limit_column_norms
 def test_each_network_differs_from_the_released_one_in_training_alone():
     torch.manual_seed(0)
     images, released = torch.rand(4, 1, 28, 28), MaxoutMLP()
-    for network, _ in maxout_ablation.CASES.values():
+    for network, _, _ in maxout_ablation.CASES.values():
         other = network()
         assert other.load_state_dict(released.state_dict()).missing_keys == []
         torch.testing.assert_close(other.eval()(images), released.eval()(images))
@@ -36,14 +37,22 @@ def test_cases_are_what_their_names_say():
     assert norms == pytest.approx([1.9365, 1.9365, 240**0.5])
 
 
+def test_fixed_batches_come_in_another_order_in_each_epoch():
+    images, labels = torch.zeros(50, 1, 28, 28, dtype=torch.uint8), torch.arange(50)
+    batches = maxout_ablation.FixedBatches(images, labels, 10, "cpu")
+    first, second = ([rows.tolist() for _, rows in batches.epoch(epoch)] for epoch in (1, 2))
+    assert first != second
+    assert sorted(first) == sorted(second) == [list(range(start, start + 10)) for start in range(0, 50, 10)]
+
+
 def test_cases_are_recorded_and_resumed(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(maxout_ablation, "RESULTS", tmp_path / "results.json")
     monkeypatch.setitem(CLASSIFIERS, "maxout", MaxoutMLP)
+    monkeypatch.setattr(train_classifier, "Batches", train_classifier.Batches)
     cases = {name: maxout_ablation.CASES[name] for name in ("as released", "no norm limit")}
-    digits = {
-        name: (network, [*flags, "--dataset", "digits", "--no-compile"]) for name, (network, flags) in cases.items()
-    }
-    monkeypatch.setattr(maxout_ablation, "CASES", digits)
+    for name, (network, batches, flags) in cases.items():
+        cases[name] = (network, batches, [*flags, "--dataset", "digits", "--no-compile"])
+    monkeypatch.setattr(maxout_ablation, "CASES", cases)
     flags = ["--epochs", "2", "--seeds", "1", "--output-dir", str(tmp_path / "runs")]
     maxout_ablation.main(flags)
     results = json.loads((tmp_path / "results.json").read_text())
