@@ -173,6 +173,15 @@ def families_table() -> str:
     return table(["", *FAMILIES, "real images"], lines)
 
 
+def stacked_table() -> str:
+    """benchmarks/stacked_mnist.py: how many of 1,000 modes each way of training reaches."""
+    lines = []
+    for way, row in read("stacked-mnist.json").items():
+        seeds, flags = row["seeds"], f"`{row['options']}`" if "options" in row else ""
+        lines.append([way, flags, str(len(seeds)), mean_sd(seeds, "modes", 0), mean_sd(seeds, "kl", 3), minutes(row)])
+    return table(["", "flags of train_gan.py", "seeds", "modes of 1,000", "KL", "minutes"], lines)
+
+
 def photo_table() -> str:
     """benchmarks/photo.py: how many of the digits are read right in each condition."""
     measured = read("photo.json")
@@ -185,7 +194,7 @@ def photo_table() -> str:
 
 def minutes(row: dict[str, Any]) -> str:
     """Of training, per seed; empty for a row that was measured before runs kept them."""
-    return f"{statistics.mean(row['training_seconds']) / 60:.1f}" if "training_seconds" in row else ""
+    return f"{statistics.mean(row['training_seconds']) / 60:.1f}" if row.get("training_seconds") else ""
 
 
 def extremes(values: list[float], form: str = "") -> str:
@@ -377,6 +386,7 @@ PAGES = {
     ROOT / "docs" / "results.md": {
         "results": results_table,
         "generators": generators_table,
+        "stacked": stacked_table,
         "likelihood": likelihood_table,
         "photo": photo_table,
     },
