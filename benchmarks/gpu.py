@@ -45,11 +45,11 @@ def benchmark(script: str, *flags: str) -> Callable[[Path, str, str], list[list[
 
 # name -> its commands, from a run folder, --data-dir and --device.
 STEPS = {
-    "tests": lambda folder, data_dir, device: [["-m", "pytest", "-q", "-n", "4", "tests/test_cuda.py"]],
+    "tests": lambda folder, data_dir, device: [["-m", "pytest", "-q", "-n", "auto", "tests/test_cuda.py"]],
     "speed": benchmark("benchmarks/speed.py", "--steps", "100", "--turns", "3"),
     "cnn-fast": training("train_classifier.py", "--recipe", "fast", "--amp"),
     "gan-lecture": training("train_gan.py"),
-    "race": benchmark("benchmarks/race.py", "--seeds", "15", "--ordinary-seeds", "2"),
+    "race": benchmark("benchmarks/race.py", "--seeds", "5", "--ordinary-seeds", "2"),
     "mlp-lecture": training("train_classifier.py", "--model", "mlp"),
     "cnn-lecture": training("train_classifier.py", "--model", "cnn"),
     "cgan-lecture": training("train_cgan.py"),

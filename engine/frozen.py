@@ -111,13 +111,14 @@ class FrozenStep:
         return function
 
     def capture(self, function: Callable) -> Callable:
-        graph = torch.cuda.CUDAGraph()
+        graph, random = torch.cuda.CUDAGraph(), random_state()
         try:
             with torch.cuda.graph(graph):
                 result = function(*self.inputs)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # raised when capture ends; what broke it is the error before
+            replace_generator(self.device, random["cuda"])
             raise UserError(self.refusal(str(error.__context__ or error).splitlines()[0])) from error
         if not self.compiled and result != self.result:
             raise UserError(self.refusal(f"it returned {result} after {self.result}"))
@@ -152,6 +153,13 @@ class FrozenStep:
                 elif name != "params" and not isinstance(value, torch.Tensor):
                     settings.append(value)
         return settings
+
+
+def replace_generator(device: torch.device, state: torch.Tensor) -> None:
+    """Make CUDA's generator usable again, in `state`: after a capture that failed, torch believes it still records."""
+    fresh = torch.Generator(device)
+    fresh.set_state(state)
+    torch.cuda.default_generators[torch.cuda.current_device()].graphsafe_set_state(fresh)
 
 
 @contextmanager
