@@ -114,7 +114,7 @@ QUICK = {
     "cgan-best": ("--dataset digits --epochs 40", "conditional_accuracy"),
 }
 
-PATHS = ("data_dir", "second_stage")  # options that say where on the machine something lay
+LEFT_OUT = ("data_dir", "second_stage", "classes", "goal")  # of the options: paths, and what a script adds to them
 
 # What the README shows of the first seed's run.
 KEPT = {
@@ -270,7 +270,7 @@ def record(name, metrics, seconds, folder):
     row = {
         "command": f"python {command}",
         "published": published,
-        "options": {key: value for key, value in config["options"].items() if key not in PATHS},
+        "options": {key: value for key, value in config["options"].items() if key not in LEFT_OUT},
         "epochs_trained": [len(epochs) for epochs in seconds],
         "training_seconds": [round(sum(epochs)) for epochs in seconds],
         "epochs_evaluated": [seed["epochs"] for seed in metrics],  # best.pt's, if images are held out

@@ -283,7 +283,7 @@ def draw(rows, path):
     axis.set(yticks=range(len(rows)), yticklabels=list(rows), xlabel="milliseconds a step", xscale="log")
     axis.set_ylim(len(rows) - 0.5, -0.5)  # the first row on top
     axis.xaxis.set_major_formatter("{x:g}")
-    axis.legend()
+    figure.legend(loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=120)
 
 

@@ -64,7 +64,9 @@ BEST = {
     "cnn-lecture": "the lecture's CNN, one epoch",
     "mlp-best": "the same MLP, recipe `best`",
     "cnn-best-60-epochs": "the same CNN, recipe `best`, 60 epochs",
+    "resnet-best": "the CNN with residual blocks, images also bent",
     "maxout-paper": "Maxout network, recipe `paper`",
+    "gan-paper": "GAN, recipe `paper`",
     "gan-best-large": "GAN, recipe `best`, large networks",
     "cgan-best": "conditional GAN, recipe `best`",
 }
@@ -173,6 +175,17 @@ def families_table() -> str:
     return table(["", *FAMILIES, "real images"], lines)
 
 
+def maxout_table() -> str:
+    """benchmarks/maxout_ablation.py: test accuracy with one detail of the released configuration changed at a time."""
+    lines = []
+    for case, row in read("maxout-ablation.json").items():
+        seeds = [{"accuracy": 1 - errors / 10_000} for errors in row["test_errors"]]
+        errors = ", ".join(map(str, row["test_errors"]))
+        flags = f"`{' '.join(row['flags'])}`" if row["flags"] else ""
+        lines.append([case, flags, f"{mean_sd(seeds, 'accuracy', 2, scale=100)} %", errors, minutes(row)])
+    return table(["changed", "flags", "test accuracy", "test errors", "minutes"], lines)
+
+
 def stacked_table() -> str:
     """benchmarks/stacked_mnist.py: how many of 1,000 modes each way of training reaches."""
     lines = []
@@ -194,7 +207,9 @@ def photo_table() -> str:
 
 def minutes(row: dict[str, Any]) -> str:
     """Of training, per seed; empty for a row that was measured before runs kept them."""
-    return f"{statistics.mean(row['training_seconds']) / 60:.1f}" if row.get("training_seconds") else ""
+    if not row.get("training_seconds"):
+        return ""
+    return f"{statistics.mean(row['training_seconds']) / 60:.1f}{' on a GPU' if row.get('gpu') else ''}"
 
 
 def extremes(values: list[float], form: str = "") -> str:
@@ -385,6 +400,7 @@ PAGES = {
     ROOT / "README.md": {"slides": slides_table, "best": best_table, "families": families_table},
     ROOT / "docs" / "results.md": {
         "results": results_table,
+        "maxout": maxout_table,
         "generators": generators_table,
         "stacked": stacked_table,
         "likelihood": likelihood_table,
