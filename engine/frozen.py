@@ -118,7 +118,7 @@ class FrozenStep:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # raised when capture ends; what broke it is the error before
-            replace_generator(self.device, random["cuda"])
+            replace_generator(self.device, random)
             raise UserError(self.refusal(str(error.__context__ or error).splitlines()[0])) from error
         if not self.compiled and result != self.result:
             raise UserError(self.refusal(f"it returned {result} after {self.result}"))
@@ -155,10 +155,10 @@ class FrozenStep:
         return settings
 
 
-def replace_generator(device: torch.device, state: torch.Tensor) -> None:
+def replace_generator(device: torch.device, state: dict[str, torch.Tensor]) -> None:
     """Make CUDA's generator usable again, in `state`: after a capture that failed, torch believes it still records."""
     fresh = torch.Generator(device)
-    fresh.set_state(state)
+    fresh.set_state(state["cuda"])
     torch.cuda.default_generators[torch.cuda.current_device()].graphsafe_set_state(fresh)
 
 

@@ -440,9 +440,12 @@ def test_a_failed_capture_names_its_cause(fake_cuda, monkeypatch):
             raise RuntimeError("operation failed due to a previous error during capture")  # noqa: B904
         yield
 
+    replaced = []
     monkeypatch.setattr(torch.cuda, "graph", failing)
+    monkeypatch.setattr("engine.frozen.replace_generator", lambda device, state: replaced.append(device))
     with pytest.raises(UserError, match="not permitted when stream is capturing; add --no-cuda-graph"):
         call(graphed, 20)
+    assert replaced == [torch.device("cpu")]
 
 
 def test_metrics_that_differ_at_capture_are_refused(fake_cuda):
