@@ -4,10 +4,10 @@ python benchmarks/stacked_mnist.py --data-dir data --seeds 5
 python benchmarks/stacked_mnist.py --only relativistic --epochs 1    # one way alone; the others stay
 
 Metz et al. 2017 (arXiv 1611.02163, section 3.3.1). The modes are the numbers 0 to 999. The judge of evaluate.py reads
-the three digits of 26,000 samples: a mode counts as reached if one sample shows it, and the Kullback-Leibler
-divergence of the modes' shares from equal ones is given in nats. The training set has 60,000 images, in which each
-MNIST image appears three times. The networks are those of `train_gan.py --networks large`, with three channels, trained
-by its train_step with their settings, but for --r1 0.3. The same command resumes what was interrupted, in --output-dir. Writes
+the three digits of 26,000 samples: a mode counts as reached if one sample shows it, and the Kullback-Leibler divergence
+of the modes' shares from equal ones is given in nats. The training set has 60,000 images, in which each MNIST image
+appears three times. The networks are those of `train_gan.py --networks large`, with three channels, trained by its
+train_step with their settings, but for --r1 0.3. The same command resumes what was interrupted, in --output-dir. Writes
 benchmarks/results/stacked-mnist.json.
 """
 
