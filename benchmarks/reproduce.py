@@ -54,10 +54,6 @@ ROWS = {
         "train_classifier.py --model resnet --recipe best --val-size 0 --amp --compile",
         "99.74 % (mean of ten single networks, ttdoucet/mnist)",
     ),
-    "resnet-best-60-epochs": (
-        "train_classifier.py --model resnet --recipe best --val-size 0 --epochs 60 --amp --compile",
-        "99.74 % (mean of ten single networks, ttdoucet/mnist)",
-    ),
     "maxout-first-stage": ("train_classifier.py --recipe paper --compile", ""),
     "maxout-paper": (
         "train_classifier.py --recipe paper --compile --second-stage maxout-first-stage",
