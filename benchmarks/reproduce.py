@@ -76,7 +76,7 @@ ROWS = {
         "",
     ),
     "gan-relativistic-large": (  # in as many minutes as gan-best-large
-        "train_gan.py --recipe best --networks large --adversarial-loss relativistic --r1 0.05 --epochs 48"
+        "train_gan.py --recipe best --networks large --adversarial-loss relativistic --r1 0.2 --epochs 48"
         " --amp --compile",
         "",
     ),
