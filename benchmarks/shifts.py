@@ -44,11 +44,13 @@ def main():
     parser.add_argument("--data-dir", default="data", help="folder of MNIST")
     args = parser.parse_args()
     images, labels = load("mnist", args.data_dir, train=False)
+    pixels = to_pixels(images)
+    print(f"errors in {len(labels)} images, with 1, 5 and 9 views", flush=True)
     errors = []
     for run in args.runs:
-        errors.append(count_errors(load_model(run), to_pixels(images), labels))
-        print("  ".join(f"{n} views: {count}" for n, count in zip(VIEWS, errors[-1])), f" {run}", flush=True)
-    print("mean:", "  ".join(f"{statistics.mean(column):.1f}" for column in zip(*errors)))
+        errors.append(count_errors(load_model(run), pixels, labels))
+        print("".join(f"{count:8}" for count in errors[-1]), f" {run}", flush=True)
+    print("".join(f"{statistics.mean(column):8.1f}" for column in zip(*errors)), " mean")
 
 
 if __name__ == "__main__":
