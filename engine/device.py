@@ -2,6 +2,7 @@
 
 import ctypes
 import sys
+import timeit
 import warnings
 from types import ModuleType
 from typing import Any
@@ -36,10 +37,27 @@ def pick_device(name: str, amp: bool = False) -> torch.device:
         if index:
             torch.cuda.set_device(int(index))  # of random numbers and graphs too
         torch.set_float32_matmul_precision("high")  # matrix products in TF32, as convolutions are by default
-        if amp and not torch.cuda.is_bf16_supported(including_emulation=False):
-            print("warning: --amp: this GPU emulates bfloat16, which is slower than float32; omit --amp")
     device = torch.device(name)
-    return distributed.join(device) if dist.is_torchelastic_launched() else device
+    if dist.is_torchelastic_launched():
+        device = distributed.join(device)
+    if amp and distributed.rank() == 0 and emulates_bfloat16(device):
+        print(f"warning: --amp: this {kind.upper()} emulates bfloat16, which is slower than float32; omit --amp")
+    return device
+
+
+def emulates_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return not torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and seconds_of_product(torch.bfloat16) > 2 * seconds_of_product(torch.float32)
+
+
+def seconds_of_product(dtype: torch.dtype) -> float:
+    """The shortest time of five that a product of two matrices takes one thread of the CPU."""
+    x, threads = torch.ones(128, 128, dtype=dtype), torch.get_num_threads()
+    torch.set_num_threads(1)  # on a busy machine, several would wait for one another
+    seconds = min(timeit.repeat(lambda: x @ x, number=1, repeat=5))
+    torch.set_num_threads(threads)
+    return seconds
 
 
 def keep_freed_memory() -> None:

@@ -380,6 +380,17 @@ def test_a_gpu_that_does_not_exist_is_named(monkeypatch):
         pick_device("cuda:2")
 
 
+@pytest.mark.parametrize("slower", [1, 3])
+def test_a_cpu_that_emulates_bfloat16_is_a_warning(slower, monkeypatch, capsys):
+    seconds = {torch.float32: 1, torch.bfloat16: slower}
+    monkeypatch.setattr("engine.device.seconds_of_product", seconds.get)
+    pick_device("cpu")
+    assert not capsys.readouterr().out
+    pick_device("cpu", amp=True)
+    warning = "warning: --amp: this CPU emulates bfloat16, which is slower than float32; omit --amp\n"
+    assert capsys.readouterr().out == (warning if slower > 2 else "")
+
+
 def test_a_flag_beats_the_recipe_and_is_shown(tmp_path, capsys):
     train(*DIGITS, "--recipe", "best", "--lr", "0.5", "--dry-run")
     options = capsys.readouterr().out.splitlines()[0].split()
