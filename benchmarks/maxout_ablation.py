@@ -1,11 +1,12 @@
 """Which details of the released Maxout configuration matter? The first stage, with one detail changed at a time.
 
-python benchmarks/maxout_ablation.py --data-dir data --seeds 2
-python benchmarks/maxout_ablation.py --only "no norm limit"    # one case alone; the others stay
+python benchmarks/maxout_ablation.py --data-dir data --seeds 2 --record
+python benchmarks/maxout_ablation.py --data-dir data --only "no norm limit"    # one case alone
 
 Goodfellow et al. 2013 (arXiv 1302.4389), section 5.1, and pylearn2's mnist_pi.yaml, which `train_classifier.py --recipe
 paper` follows. Each case trains for --epochs epochs; the one with the best validation accuracy is tested. The same
-command resumes what was interrupted, in --output-dir. Writes benchmarks/results/maxout-ablation.json.
+command resumes what was interrupted, in --output-dir. Only --record writes to
+benchmarks/results/maxout-ablation.json.
 """
 
 import argparse
@@ -24,6 +25,7 @@ import evaluate
 import train_classifier
 from datasets import Batches
 from engine.errors import run_script
+from engine.flags import number
 from engine.provenance import environment
 from models import CLASSIFIERS
 from models.maxout import MaxoutMLP
@@ -105,10 +107,13 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-dir", default="data", help="folder that holds MNIST (default: data)")
     parser.add_argument("--device", default="cpu", help="where to train (default: cpu)")
-    parser.add_argument("--epochs", type=int, default=150, help="of each run (default: 150)")
-    parser.add_argument("--seeds", type=int, default=2, help="number of seeds (default: 2)")
+    parser.add_argument("--epochs", type=number(int, 1), default=150, help="per run (default: 150)")
+    parser.add_argument("--seeds", type=number(int, 1), default=2, help="number of seeds (default: 2)")
     parser.add_argument("--only", choices=list(CASES), help="train this case alone (default: all)")
-    parser.add_argument("--output-dir", default="runs/maxout-ablation", help="of the runs (default: %(default)s)")
+    parser.add_argument(
+        "--output-dir", default="runs/maxout-ablation", help="folder of the runs (default: %(default)s)"
+    )
+    parser.add_argument("--record", action="store_true", help="write the rows to benchmarks/results/")
     options = parser.parse_args(argv)
 
     results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
@@ -117,7 +122,8 @@ def main(argv=None):
         print(f"{name}: {', '.join(map(str, errors))} test errors", flush=True)
         row = {"flags": CASES[name][-1], "epochs": options.epochs, "test_errors": errors, "training_seconds": seconds}
         results[name] = {**row, **environment()}
-    RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+    if options.record:
+        RESULTS.write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

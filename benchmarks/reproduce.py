@@ -9,8 +9,10 @@ If it was interrupted, the same command resumes it. With --jobs 2, two seeds tra
 cores; OMP_NUM_THREADS sets another number of threads for each. Only --record writes to benchmarks/results/ and assets/.
 """
 
+import contextlib
 import csv
 import hashlib
+import importlib
 import json
 import os
 import re
@@ -20,7 +22,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -113,6 +115,7 @@ QUICK = {
     "cgan-best": ("--dataset digits --epochs 40", "conditional_accuracy"),
 }
 
+PROVENANCE = ("torch", "python", "processor", "cores", "threads", "gpu", "commit")
 LEFT_OUT = ("data_dir", "second_stage", "classes", "goal")  # of the options: paths, and what a script adds to them
 
 # What the README shows of the first seed's run.
@@ -153,12 +156,17 @@ KEPT = {
 OURS = {"--seed", "--data-dir", "--output-dir", "--resume", "--auto-resume"}  # flags that --command may not hold
 
 
-def run_seed(command, seed, folder, data_dir, jobs=1):
-    """Train and evaluate one seed in `folder`, resuming what is there; returns its metrics.json."""
+def run_seed(command, seed, folder, data_dir, jobs, processes):
+    """Train and evaluate one seed in `folder`, resuming what is there; returns its metrics.json.
+
+    processes: a list; the processes that it starts are appended.
+    """
 
     def call(script, *options):
         environment = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // jobs)), **os.environ}
-        if subprocess.run([sys.executable, str(ROOT / script), *map(str, options)], env=environment).returncode:
+        process = subprocess.Popen([sys.executable, str(ROOT / script), *map(str, options)], env=environment)
+        processes.append(process)
+        if process.wait():
             raise UserError(f"{script} stopped; fix what it says, then the same command resumes {folder}")
 
     metrics = folder / "evaluation" / "metrics.json"
@@ -183,16 +191,39 @@ def run_seeds(name, command, args):
     for word in shlex.split(command):
         if word in ROWS:
             run_row(word, args)
-    folders = [Path(args.output_dir) / f"{name}-{seed}" for seed in range(args.seeds)]
+    folders, processes = [Path(args.output_dir) / f"{name}-{seed}" for seed in range(args.seeds)], []
+    for folder in folders:
+        refuse_another_run(command, folder)
     with ThreadPoolExecutor(args.jobs) as pool:
         jobs = [
-            pool.submit(run_seed, command, seed, folder, args.data_dir, args.jobs)
+            pool.submit(run_seed, command, seed, folder, args.data_dir, args.jobs, processes)
             for seed, folder in enumerate(folders)
         ]
         try:
+            for job in wait(jobs, return_when=FIRST_EXCEPTION).not_done:  # if one has failed, no more are begun
+                job.cancel()
             return folders, [job.result() for job in jobs]
-        finally:  # if one has failed, no more are begun
+        except KeyboardInterrupt:
+            for process in processes:  # `kill` ends this process alone; a training saves first
+                process.terminate()
+            raise
+        finally:
             pool.shutdown(cancel_futures=True)
+
+
+def refuse_another_run(command, folder):
+    """Raise UserError if the run in `folder`, if there is one, was started with other options than `command`."""
+    if not has_checkpoint(folder):
+        return
+    script, *options = shlex.split(command)
+    script = importlib.import_module(script.removesuffix(".py"))
+    with contextlib.redirect_stdout(None):
+        now = vars(flags.parse_args(script.get_args_parser(), script.RECIPES, script.VARIANTS, options))
+    then = load_checkpoint(folder, warn=False)["options"]
+    for name in now.keys() & then.keys() - {"seed", *LEFT_OUT, *flags.FREE_ON_RESUME} | {"epochs"}:
+        if now[name] != then[name]:
+            remedy = "delete it, or name another --output-dir"
+            raise UserError(f"{folder} was trained with {name}={then[name]}, not {name}={now[name]}; {remedy}")
 
 
 def run_row(name, args):
@@ -203,11 +234,11 @@ def run_row(name, args):
     if published:
         print(f"  published: {published}")
     if args.record:
-        record(name, metrics, [read_seconds(folder) for folder in folders], folders[0])
+        record(name, metrics, folders)
 
 
 def run_command(command, args):
-    """Run the seeds of a command that is no row."""
+    """Run the seeds of a command that is not a row."""
     words = shlex.split(command)
     words = words[1:] if words[:1] == ["python"] else words
     if not words or not words[0].startswith("train_") or not (ROOT / words[0]).is_file():
@@ -235,7 +266,7 @@ def print_seeds(name, folders, metrics, row):
             text = mean_sd(measure, [seed[measure] for seed in metrics])
             print(f"  {measure} {text}{recorded(measure, row)}")
     print(f"  seconds of training {mean_sd('seconds', [sum(read_seconds(folder)) for folder in folders])}")
-    print(f'  picture: python benchmarks/compare.py "{folders[0].with_name(name)}-[0-9]*"')
+    print("  picture: python benchmarks/compare.py", *(f'"{folder}"' for folder in folders))
 
 
 def recorded(measure, row):
@@ -259,13 +290,17 @@ def read_results():
     return json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
 
 
-def record(name, metrics, seconds, folder):
-    """Put the row into results.json and what KEPT says of the first seed's `folder` into assets/.
+def record(name, metrics, folders):
+    """Put the row into results.json and what KEPT says of the first seed's run into assets/.
 
-    metrics: the metrics.json of each seed, from 0; seconds: that each epoch of each seed took.
+    metrics, folders: the metrics.json and the run of each seed, from 0.
     """
     command, published = ROWS[name]
-    config = json.loads((folder / "config.json").read_text())
+    seconds = [read_seconds(folder) for folder in folders]
+    config, *others = [json.loads((folder / "config.json").read_text()) for folder in folders]
+    for key in PROVENANCE:
+        if any(other[key] != config[key] for other in others):
+            print(f"  warning: the seeds differ in {key}; the row names that of seed 0")
     row = {
         "command": f"python {command}",
         "published": published,
@@ -281,20 +316,20 @@ def record(name, metrics, seconds, folder):
         row["test_errors"] = [seed["test_errors"] for seed in metrics]
     else:
         row["seeds"] = metrics
-    row.update({key: config[key] for key in ("torch", "python", "processor", "cores", "threads", "gpu", "commit")})
+    row.update({key: config[key] for key in PROVENANCE})
     rows = {**read_results(), name: row}
     RESULTS.parent.mkdir(exist_ok=True)
     rows = {name: rows[name] for name in ROWS if name in rows}  # in the order above
     RESULTS.write_text(json.dumps(rows, indent=2) + "\n")
     print(f"  wrote {RESULTS}")
     for source, target in KEPT.get(name, {}).items():
-        shutil.copy(folder / source, ROOT / target)
+        shutil.copy(folders[0] / source, ROOT / target)
         print(f"  wrote {ROOT / target}")
 
 
 def quick(args):
     """Train the short forms; whether each falls in its band. With --record: make the bands, from three seeds each."""
-    bands, good = {} if args.record else json.loads(BANDS.read_text()), True
+    bands, good = json.loads(BANDS.read_text()) if BANDS.is_file() else {}, True
     for name, (shorter, metric) in QUICK.items():
         if "digits" not in f"{name} {shorter}" and not (Path(args.data_dir) / "MNIST").is_dir():
             print(f"{name}: skipped, there is no MNIST in {args.data_dir}")
@@ -302,7 +337,7 @@ def quick(args):
         command = f"{ROWS[name][0]} --no-compile {shorter}"  # compiling would take longer than these
         with tempfile.TemporaryDirectory() as folder:
             values = [
-                run_seed(command, seed, Path(folder) / str(seed), args.data_dir)[metric]
+                run_seed(command, seed, Path(folder) / str(seed), args.data_dir, 1, [])[metric]
                 for seed in range(3 if args.record else 1)
             ]
         if args.record:  # three values say little about the spread: twice their range on either side
@@ -319,7 +354,7 @@ def quick(args):
 def get_args_parser():
     parser = flags.ArgumentParser(prog="reproduce.py", description=__doc__.splitlines()[0])
     add, positive = parser.add_argument, flags.number(int, 1)
-    add("names", metavar="NAME", nargs="*", choices=[[], *ROWS], help="rows to run")
+    add("names", metavar="NAME", nargs="*", help="rows to run")
     add("--list", action="store_true", help="print the rows and their commands")
     add("--command", metavar='"SCRIPT ..."', help="run this training command of your own")
     add("--quick", action="store_true", help="train short forms and compare with their bands")
@@ -332,7 +367,13 @@ def get_args_parser():
 
 
 def main(argv=None):
-    args = get_args_parser().parse_args(argv)
+    parser = get_args_parser()
+    args = parser.parse_args(argv)
+    for name in args.names:
+        if name not in ROWS:
+            parser.error(f"there is no row {name}; --list prints them")
+    if args.quick and args.names:
+        parser.error("--quick has rows of its own; omit the names")
     if args.quick:
         sys.exit(0 if quick(args) else "a short form falls outside its band in benchmarks/results/quick.json")
     if args.list or not (args.names or args.command is not None):

@@ -81,7 +81,7 @@ def curve(settings, device, data_dir, turns):
 
 def streamed_batches():
     """The class StreamedBatches, as docs/extending.md shows it."""
-    text = (ROOT / "docs" / "extending.md").read_text()
+    text = (ROOT / "docs" / "extending.md").read_text("utf-8")
     scope = {}
     exec(re.search(r"```python\n(# datasets/streamed.py\n.*?)```", text, re.DOTALL)[1], scope)
     return scope["StreamedBatches"]

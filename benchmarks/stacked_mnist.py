@@ -1,14 +1,14 @@
 """Which of 1,000 modes does a GAN reach? Stacked MNIST: each image has three digits, one in each channel.
 
-python benchmarks/stacked_mnist.py --data-dir data --seeds 5
-python benchmarks/stacked_mnist.py --only relativistic --epochs 1    # one way alone; the others stay
+python benchmarks/stacked_mnist.py --data-dir data --seeds 5 --record
+python benchmarks/stacked_mnist.py --data-dir data --only relativistic --seeds 1 --epochs 1    # one way alone
 
 Metz et al. 2017 (arXiv 1611.02163, section 3.3.1). The modes are the numbers 0 to 999. The judge of evaluate.py reads
 the three digits of 26,000 samples: a mode counts as reached if one sample shows it, and the Kullback-Leibler divergence
 of the modes' shares from equal ones is given in nats. The training set has 60,000 images, in which each MNIST image
-appears three times. The networks are those of `train_gan.py --networks large`, with three channels, trained by its
-train_step with their settings, but for --r1 0.3. The same command resumes what was interrupted, in --output-dir. Writes
-benchmarks/results/stacked-mnist.json.
+appears three times. The networks are those of `train_gan.py --networks large` with three channels, trained by its
+train_step. `best` and `relativistic` have the settings of the large networks, but --r1 0.3. The same command resumes
+what was interrupted, in --output-dir. Only --record writes to benchmarks/results/stacked-mnist.json.
 """
 
 import argparse
@@ -113,10 +113,11 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-dir", default="data", help="folder that holds MNIST (default: data)")
     parser.add_argument("--device", default="cpu", help="where to train (default: cpu)")
-    parser.add_argument("--epochs", type=int, default=25, help="of each run (default: 25)")
-    parser.add_argument("--seeds", type=int, default=5, help="number of seeds (default: 5)")
+    parser.add_argument("--epochs", type=flags.number(int, 1), default=25, help="per run (default: 25)")
+    parser.add_argument("--seeds", type=flags.number(int, 1), default=5, help="number of seeds (default: 5)")
     parser.add_argument("--only", choices=list(WAYS), help="train this way alone (default: all)")
-    parser.add_argument("--output-dir", default="runs/stacked-mnist", help="of the runs (default: runs/stacked-mnist)")
+    parser.add_argument("--output-dir", default="runs/stacked-mnist", help="folder of the runs (default: %(default)s)")
+    parser.add_argument("--record", action="store_true", help="write the rows to benchmarks/results/")
     options = parser.parse_args(argv)
     GANS["stacked"] = (StackedGenerator, StackedDiscriminator)
 
@@ -135,7 +136,8 @@ def main(argv=None):
         results[way] = {**row, **environment()}
     results = {way: results[way] for way in WAYS if way in results}
     results["real images"] = {"seeds": [mode_measures(real)]}
-    RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+    if options.record:
+        RESULTS.write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

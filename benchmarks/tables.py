@@ -389,7 +389,7 @@ def slides_table() -> str:
     """Each slide with a link to its line. Raises StopIteration if the code no longer has such a line."""
     lines = []
     for slide, file, start in SLIDES:
-        code = (ROOT / file).read_text().splitlines()
+        code = (ROOT / file).read_text("utf-8").splitlines()
         number, line = next((i, line.strip()) for i, line in enumerate(code, 1) if line.strip().startswith(start))
         lines.append([slide, f"[{file}:{number}]({file}#L{number})", f"`{line.split('  #')[0]}`"])
     return table(["slide", "code", ""], lines)
@@ -418,7 +418,7 @@ PAGES = {
 
 def fill(page: Path) -> str:
     """The text of a page with each of its sections up to date."""
-    text = page.read_text()
+    text = page.read_text("utf-8")
     for name, make in PAGES[page].items():
         pattern = rf"<!-- {name} -->\n.*?<!-- /{name} -->"
         section = f"<!-- {name} -->\n{make()}\n<!-- /{name} -->"
@@ -431,7 +431,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.parse_args(argv)
     for page in PAGES:
-        page.write_text(fill(page))
+        page.write_text(fill(page), "utf-8", newline="\n")
     draw_choices(CHOICES)
 
 

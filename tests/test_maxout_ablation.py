@@ -55,10 +55,12 @@ def test_cases_are_recorded_and_resumed(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(maxout_ablation, "CASES", cases)
     flags = ["--epochs", "2", "--seeds", "1", "--output-dir", str(tmp_path / "runs")]
     maxout_ablation.main(flags)
+    assert not (tmp_path / "results.json").exists()
+    maxout_ablation.main([*flags, "--record"])
     results = json.loads((tmp_path / "results.json").read_text())
     assert set(results) == set(cases)
     assert len(results["no norm limit"]["test_errors"]) == 1
-    maxout_ablation.main([*flags, "--only", "no norm limit"])
+    maxout_ablation.main([*flags, "--only", "no norm limit", "--record"])
     assert "run already finished at epoch 2" in capsys.readouterr().out
     assert (
         json.loads((tmp_path / "results.json").read_text())["no norm limit"]["test_errors"]

@@ -5,12 +5,19 @@ import importlib
 import json
 import os
 import re
+import shlex
 import shutil
+import signal
+import subprocess
+import sys
+import threading
 import time
 from argparse import Namespace
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
 import compare
 import reproduce
@@ -39,17 +46,18 @@ def calls(monkeypatch):
         script = Path(command[1])
         calls.append((script.name, env))
         importlib.import_module(script.stem).main(command[2:])
-        return Namespace(returncode=0)
+        return Namespace(wait=lambda: 0)
 
     def submit(function, *args):
-        result = function(*args)
-        return Namespace(result=lambda: result)
+        future = Future()
+        future.set_result(function(*args))
+        return future
 
     @contextlib.contextmanager
     def pool(jobs):
         yield Namespace(submit=submit, shutdown=lambda cancel_futures: None)
 
-    monkeypatch.setattr(reproduce, "subprocess", Namespace(run=call))
+    monkeypatch.setattr(reproduce, "subprocess", Namespace(Popen=call))
     monkeypatch.setattr(reproduce, "ThreadPoolExecutor", pool)
     monkeypatch.setattr("engine.pictures.save_figure", lambda figure, path: None)
     return calls
@@ -107,8 +115,8 @@ def test_a_command_of_ones_own_runs_over_seeds(args, calls, tmp_path, capsys):
     assert sorted({path.name for path in tmp_path.iterdir()}) == [folder.name for folder in folders]  # no results.json
 
     # Printed as it is: the command that draws the runs.
-    (pattern,) = re.findall('python benchmarks/compare.py "(.*)"', output)
-    compare.main([pattern, "--output", str(tmp_path / "picture.png")])
+    (printed,) = re.findall("python benchmarks/compare.py (.*)", output)
+    compare.main([*shlex.split(printed), "--output", str(tmp_path / "picture.png")])
     assert f"{tmp_path / name} (2 seeds)" in capsys.readouterr().out
 
     # Again: what is finished is not trained again, and says so.
@@ -153,8 +161,8 @@ def test_flags_that_every_seed_gets_are_refused(args, flag):
 @pytest.mark.parametrize(("own", "threads"), [(None, "2"), ("3", "3")])
 def test_threads_are_shared_among_jobs_unless_the_user_sets_them(args, monkeypatch, own, threads):
     seen = []
-    call = lambda command, env: seen.append(env["OMP_NUM_THREADS"]) or Namespace(returncode=1)  # noqa: E731
-    monkeypatch.setattr(reproduce, "subprocess", Namespace(run=call))
+    call = lambda command, env: seen.append(env["OMP_NUM_THREADS"]) or Namespace(wait=lambda: 1)  # noqa: E731
+    monkeypatch.setattr(reproduce, "subprocess", Namespace(Popen=call))
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     monkeypatch.delenv("OMP_NUM_THREADS")
     if own:
@@ -178,18 +186,73 @@ def test_the_measures_of_a_likelihood_model_are_beside_the_recorded_ones(tmp_pat
 
 
 def test_after_a_seed_that_failed_no_other_is_begun(args, monkeypatch):
-    begun = []
+    begun, second_failed = [], threading.Event()
 
     def run_seed(command, seed, *_):
         begun.append(seed)
-        time.sleep(0.1)
-        raise UserError(f"seed {seed}")
+        if seed == 0:
+            second_failed.wait()
+            time.sleep(0.5)
+        else:
+            second_failed.set()
+            raise UserError(f"seed {seed}")
 
     monkeypatch.setattr(reproduce, "run_seed", run_seed)
-    args.seeds = 5
-    with pytest.raises(UserError, match="seed 0"):
+    args.seeds, args.jobs = 9, 2
+    with pytest.raises(UserError, match="seed 1"):
         reproduce.run_row("first", args)
-    assert len(begun) < 5
+    assert len(begun) < 9
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends a POSIX signal")
+def test_kill_ends_the_training_too_and_it_is_saved(tmp_path):
+    script = [sys.executable, str(ROOT / "benchmarks" / "reproduce.py"), "--output-dir", str(tmp_path), "--seeds", "1"]
+    command = "train_classifier.py --dataset digits --model mlp --epochs 1000000"
+    with subprocess.Popen([*script, "--command", command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        for line in process.stdout:
+            if line.startswith(b"epoch 3/"):
+                break
+        process.terminate()
+        output = process.communicate(timeout=60)[0].decode()
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "stopped and saved; resume with: python train_classifier.py --resume" in output
+    assert output.endswith("reproduce.py: interrupted\n")
+
+
+def test_a_run_of_another_command_is_not_taken_for_a_seed(args, calls, monkeypatch):
+    reproduce.run_row("light", args)
+    monkeypatch.setitem(reproduce.ROWS, "light", (f"{OWN.removeprefix('python ')} --epochs 2", ""))
+    with pytest.raises(UserError, match=r"light-0 was trained with epochs=1, not epochs=2; delete it"):
+        reproduce.run_row("light", args)
+
+
+def test_seeds_of_different_commits_are_a_warning(args, calls, tmp_path, capsys):
+    args.record, args.seeds = True, 2
+    reproduce.run_row("light", args)
+    assert "the seeds differ" not in capsys.readouterr().out
+    config = json.loads((tmp_path / "light-1" / "config.json").read_text())
+    (tmp_path / "light-1" / "config.json").write_text(json.dumps({**config, "commit": "another"}))
+    reproduce.run_row("light", args)
+    assert "warning: the seeds differ in commit; the row names that of seed 0" in capsys.readouterr().out
+
+
+def test_bands_that_are_not_measured_stay(args, monkeypatch, tmp_path):
+    monkeypatch.setattr(reproduce, "BANDS", tmp_path / "quick.json")
+    monkeypatch.setattr(reproduce, "QUICK", {"light": ("", "test_accuracy"), "mnist": ("", "fid")})
+    monkeypatch.setitem(reproduce.ROWS, "mnist", ("train_gan.py", ""))
+    monkeypatch.setattr(reproduce, "run_seed", lambda *_: {"test_accuracy": 0.9})
+    band = {"flags": "", "metric": "fid", "low": 1, "high": 2}
+    reproduce.BANDS.write_text(json.dumps({"mnist": band}))
+    args.record, args.data_dir = True, tmp_path  # which has no MNIST
+    reproduce.quick(args)
+    assert json.loads(reproduce.BANDS.read_text())["mnist"] == band
+
+
+@pytest.mark.parametrize("words", [["no-row"], ["mlp-lecture", "--quick"]])
+def test_names_that_are_not_rows_are_a_usage_error(words, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        reproduce.main(words)
+    assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_a_seed_that_fails_is_one_line(args):

@@ -47,12 +47,14 @@ def test_a_run_is_recorded_resumed_and_refused_by_evaluate(tmp_path, monkeypatch
     monkeypatch.setitem(GANS, "stacked", None)
     flags = ["--epochs", "2", "--seeds", "1", "--output-dir", str(tmp_path / "runs")]
     stacked_mnist.main(flags)
+    assert not (tmp_path / "results.json").exists()
+    stacked_mnist.main([*flags, "--record"])
+    assert "run already finished at epoch 2" in capsys.readouterr().out
     results = json.loads((tmp_path / "results.json").read_text())
     assert set(results) == {"best", "real images"}
     assert results["best"]["options"] == "--recipe best"
     assert results["real images"]["seeds"][0]["modes"] > results["best"]["seeds"][0]["modes"] > 0
-    stacked_mnist.main(flags)
-    assert "run already finished at epoch 2" in capsys.readouterr().out
+    stacked_mnist.main([*flags, "--record"])
     again = json.loads((tmp_path / "results.json").read_text())
     assert again["best"]["seeds"] == results["best"]["seeds"]
     assert (tmp_path / "runs" / "best-2-epochs-0" / "samples" / "epoch-0002.png").is_file()
