@@ -57,7 +57,8 @@ class RBM(nn.Module):
 
         p*_beta(v) = e^((1 - beta) b_0 v + beta b v) prod_j (1 + e^(beta (W_j v + a_j))) (Salakhutdinov & Murray 2008).
         """
-        log_w = torch.zeros(len(v), dtype=torch.float64, device=v.device)
+        precise = torch.float32 if v.device.type == "mps" else torch.float64  # MPS has no float64
+        log_w = torch.zeros(len(v), dtype=precise, device=v.device)
         for i, beta in enumerate(betas[1:]):
             x = torch.addmm(self.hidden_bias, v, self.weight.T)  # W v + a, [N, hidden]
             if beta != betas[i]:
