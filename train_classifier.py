@@ -47,7 +47,7 @@ VARIANTS = {
     ("best", "digits"): dict(epochs=60, batch_size=64, val_size=0),
     ("best", "folder"): dict(batch_size=64, val_size=0),
     ("best", "mlp"): dict(epochs=60),
-    ("best", "resnet"): dict(batch_norm=False, elastic=1.5),  # its batch norm is no option
+    ("best", "resnet"): dict(batch_norm=False, elastic=1.5),  # its batch norm is not optional
     ("best", "maxout"): dict(batch_norm=False, black=0.0),
     ("paper", "digits"): dict(val_size=137),
 }
@@ -147,10 +147,12 @@ def begin_second_stage(args, state, batches, first_batches):
     validation split is as low. As in the configuration they released (pylearn2's mnist_pi_continued.yaml), both losses
     have dropout, and the schedule starts from the learning rate that RUN had reached, but keeps the momentum.
     """
+    if args.start_from:
+        raise UserError("--second-stage starts from the weights of its RUN; omit --start-from")
     first = load_checkpoint(Path(args.second_stage) / "best.pt")
     if args.schedule == "cosine":
         raise UserError("--second-stage: a cosine ends with a learning rate of 0; use --schedule constant in both")
-    free = flags.FREE_ON_RESUME | {"second_stage", "recipe", "seed", "patience", "dry_run"}
+    free = flags.FREE_ON_RESUME | {"second_stage", "recipe", "seed", "patience", "dry_run", "start_from"}
     for name, value in first["options"].items():
         if name not in free and value != getattr(args, name, None):
             reason = f"{args.second_stage} was trained with another --{name.replace('_', '-')}"
@@ -177,11 +179,11 @@ def main(argv=None):
         *(everything if args.second_stage else train_set), args.batch_size, device, black=args.black, seed=args.seed
     )
     val_batches = Batches(*val_set, 1000, device, black=args.black, shuffle=False)
-    refuse_lone_images(args, len(batches.images))
     if args.patience and not args.val_size:
         raise UserError("--patience needs a validation split to watch; add --val-size N")
     state, train_step, network = build(args, device, batches)
     check_network(args, network, batches)
+    refuse_lone_images(args, network, len(batches.images))
 
     def validate():
         if not args.val_size:
@@ -206,11 +208,12 @@ def main(argv=None):
     return utils.train(run, train_step, batches, validate, score, should_stop=should_stop)
 
 
-def refuse_lone_images(args, count):
-    """Batch norm cannot train on a batch of one image. Raises UserError if a rank would get one."""
+def refuse_lone_images(args, network, count):
+    """Batch norm of a linear layer cannot train on one image. Raises UserError if a rank would get a batch of one."""
     sizes = {min(args.batch_size, count), count % args.batch_size}
-    if args.batch_norm and any(size // distributed.world_size() == 1 for size in sizes):
-        raise UserError(f"--batch-norm: one of {count} images would be a batch of its own; change --batch-size")
+    needs_several = any(isinstance(layer, torch.nn.BatchNorm1d) for layer in network.modules())
+    if needs_several and any(size // distributed.world_size() == 1 for size in sizes):
+        raise UserError(f"batch norm: one of {count} images would form a batch by itself; change --batch-size")
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ optimizers, schedules, EMA), the random numbers, the sums of the metrics and the
 Edit a train_step as you like: its losses, updates and metrics. The loop advances the schedules and the EMA.
 On a GPU, and with --compile, the step is frozen: recorded once and repeated without Python, so it must stay on the
 device and do the same in every step: no `.item()`, no `if` on a tensor, no Python number that changes.
-engine/frozen.py rehearses the step first, and notices and names what cannot be frozen. `--no-cuda-graph`, and no
---compile, run it eagerly.
+engine/frozen.py rehearses the step first, and notices and names what cannot be frozen. With
+`--no-cuda-graph` and without `--compile`, it runs eagerly.
 """
 
 import itertools
@@ -289,6 +289,8 @@ def print_estimate(run: Run, seconds_per_step: float, epoch_length: int) -> None
     """Say, once per process, how long the rest of the training will take at this pace, without validation."""
     run.estimated = True
     steps = (run.args.epochs - run.epoch) * epoch_length - run.batch
+    if steps == 0:
+        return
     left = steps * seconds_per_step
     time_left = f"{left:.0f} s" if left < 120 else f"{left / 60:.0f} min" if left < 7200 else f"{left / 3600:.1f} h"
     print(f"about {time_left} left: {steps:,} steps of {1000 * seconds_per_step:.1f} ms", flush=True)

@@ -49,7 +49,7 @@ def device_name(text: str) -> str:
 
 
 def shared_args_parser(script: str, description: str, recipes: Recipes, datasets: Sequence[str]) -> ArgumentParser:
-    """The flags of every training script. script: its file name. datasets: names that are no folders."""
+    """The flags of every training script. script: its file name. datasets: names that are not folders."""
     parser = ArgumentParser(prog=script, description=description)
     parser.set_defaults(script=script, classes=list("0123456789"))  # the names of the classes: the data set's, in main
     parser.datasets = datasets
@@ -66,7 +66,7 @@ def shared_args_parser(script: str, description: str, recipes: Recipes, datasets
     add("--momentum", type=number(float, 0, 1), default=0.0, help="SGD's momentum")
     add("--weight-decay", type=number(float, 0), default=0.0, help="pull of the weights towards 0")
     add("--ema", type=number(float, 0, 1), help="decay per step of the weights' moving average, which is the result")
-    add("--seed", type=number(int, 0, 2**31 - 1), default=0, help="of weights, order and noise")
+    add("--seed", type=number(int, 0, 2**31 - 1), default=0, help="random seed of weights, order and noise")
     add("--device", type=device_name, default="auto", help="where to train: auto, cpu, cuda, cuda:1, ... or mps")
     add("--cuda-graph", action=on_off, default=True, help="on CUDA, replay the step as one graph")
     add("--compile", action=on_off, default=False, help="compile the whole step (needs a C++ compiler; Triton on CUDA)")
@@ -76,7 +76,9 @@ def shared_args_parser(script: str, description: str, recipes: Recipes, datasets
     add("--save-interval", type=number(float, 0), default=60, help="seconds between checkpoints within an epoch")
     add("--output-dir", metavar="RUN", help="new run folder (None: the next free runs/<model>-<dataset>)")
     add("--resume", metavar="RUN", help="resume this run with its own options")
-    add("--start-from", metavar="RUN", help="start a new run from the weights of this one, or of a file of weights/")
+    add(
+        "--start-from", metavar="RUN", help="start from the weights of RUN, or (classifiers, VAE) of a file of weights/"
+    )
     add("--auto-resume", action="store_true", help="resume the run in --output-dir, or start it if there is none")
     add("--dry-run", action="store_true", help="a few steps and one evaluation; writes everything")
     return parser
@@ -116,6 +118,8 @@ def parse_args(
     argv = sys.argv[1:] if argv is None else argv
     without_help = [word for word in argv if word not in ("-h", "--help")]
     first, _ = parser.parse_known_args(without_help)
+    if first.resume and (first.auto_resume or first.output_dir):
+        raise UserError("--resume names the run folder; omit --output-dir and --auto-resume")
     if first.auto_resume and not first.output_dir:
         raise UserError("--auto-resume needs --output-dir, the folder of the run to resume or to start")
     if first.auto_resume and has_checkpoint(first.output_dir):

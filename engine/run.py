@@ -202,7 +202,9 @@ class Run:
         config = {"options": self.options(), "classes": self.classes(), "device": str(self.device()), **environment()}
         before = read_config(self.folder).get("commit")
         if self.args.resume and before and config["commit"]:  # every commit that trained this run
-            config["commit"] = before if config["commit"] in before else f"{before}, then {config['commit']}"
+            config["commit"] = (
+                before if config["commit"] in before.split(", then ") else f"{before}, then {config['commit']}"
+            )
         write_atomically(self.folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
 
 

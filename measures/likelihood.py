@@ -95,7 +95,7 @@ def draw_states(model: nn.Module, images: torch.Tensor) -> "Figure":
     usual = (visits * rows).sum(1) / visits.sum(1).clamp(min=1)
     figure = Figure(figsize=(12, 4.6), layout="constrained")
     figure.suptitle("images, and the states that wrote their rows; the colour says where a state is usually visited")
-    for place in range(10):
+    for place in range(min(10, len(images))):
         axis = figure.add_subplot(2, 5, place + 1)
         axis.imshow(images[place, 0].cpu().numpy(), cmap="gray", extent=(0, 28, 28, 0))
         strip = usual[paths[place]].view(-1, 1)

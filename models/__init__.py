@@ -82,5 +82,6 @@ def build_likelihood_model(options: dict[str, Any], pixel_means: torch.Tensor | 
 def build(registry: dict[str, type[nn.Module]], name: str, options: dict[str, Any]) -> nn.Module:
     for option in sorted(options.keys() - inspect.signature(registry[name]).parameters.keys()):
         flag = option.replace("_", "-")
-        raise ValueError(f"the model {name} has no option --{flag}; omit it (--no-{flag} if the recipe sets it)")
+        remedy = f"omit it, or add --no-{flag} if the recipe sets it" if options[option] is True else "omit it"
+        raise ValueError(f"the model {name} has no option --{flag}; {remedy}")
     return registry[name](**options)

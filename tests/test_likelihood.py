@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from datasets import load
 from engine.capture import Recorder, require_same
+from measures.likelihood import draw_states
 from models.hmm import HMM
 from models.rbm import RBM
 from models.rnn import RNN
@@ -445,6 +446,10 @@ def test_hmm_stays_finite_far_from_the_data():
     loss.backward()
     assert loss.item() == pytest.approx(50 * 784, rel=1e-4)
     assert all(parameter.grad.isfinite().all() for parameter in hmm.parameters())
+
+
+def test_hmm_paths_of_fewer_than_ten_images_are_drawn():
+    assert len(draw_states(HMM(states=4), torch.zeros(6, 1, 28, 28)).axes) == 6
 
 
 def test_hmm_samples_follow_the_transitions():

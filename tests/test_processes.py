@@ -184,7 +184,7 @@ def test_an_error_in_the_data_is_printed_once(tmp_path):
 def test_batch_norm_over_a_part_of_one_image_is_one_line(tmp_path):
     flags = [*DIGITS, "--model", "mlp", "--batch-norm", "--batch-size", "6"]  # the last 3 in parts of 2 and 1
     _, errors = torchrun(2, ROOT / "train_classifier.py", *flags, cwd=tmp_path, code=1)
-    assert "--batch-norm: one of 1437 images would be a batch of its own" in errors
+    assert "batch norm: one of 1437 images would form a batch by itself" in errors
 
 
 @pytest.mark.slow

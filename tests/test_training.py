@@ -268,6 +268,16 @@ def test_a_second_stage_of_another_kind_is_refused(flags):
         train(*first, *flags, "--second-stage", "first")
 
 
+def test_a_second_stage_starts_from_its_first_alone():
+    """Even if the first one was itself started from other weights."""
+    flags = [*DIGITS, "--model", "mlp", "--val-size", "137"]
+    train(*flags, "--dry-run", "--output-dir", "weights")
+    train(*flags, "--dry-run", "--output-dir", "first", "--start-from", "weights")
+    with pytest.raises(UserError, match="omit --start-from"):
+        train(*flags, "--second-stage", "first", "--start-from", "weights")
+    train(*flags, "--second-stage", "first", "--dry-run")
+
+
 def test_a_second_stage_cannot_continue_from_the_end_of_a_cosine():
     flags = [*DIGITS, "--val-size", "137", "--schedule", "cosine"]
     train(*flags, "--dry-run", "--output-dir", "first")
@@ -326,6 +336,11 @@ def test_the_time_that_is_left_is_estimated_once(flags, steps, capsys):
     train(*DIGITS, "--model", "mlp", "--epochs", 2, *flags)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("about")]
     assert re.fullmatch(rf"about \d+ s left: {steps} of \d+\.\d ms", line)
+
+
+def test_no_time_is_estimated_after_the_last_step(capsys):
+    train(*DIGITS, "--model", "mlp", "--epochs", 1)
+    assert " left: " not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("ema", [[], ["--ema", "0.9"]])
@@ -415,6 +430,21 @@ def test_bad_flags_of_a_likelihood_model_get_one_line_and_leave_nothing(tmp_path
     _, errors = run("train_likelihood.py", *flags, cwd=tmp_path, code=code)
     assert_one_line(errors, *parts)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("flags", [["--output-dir", "other"], ["--auto-resume", "--output-dir", "other"]])
+def test_a_resumed_run_has_one_folder(flags, monkeypatch):
+    train(*DIGITS, "--dry-run", "--output-dir", "run")
+    train(*DIGITS, "--dry-run", "--output-dir", "other", "--lr", "0.5")
+    with pytest.raises(UserError, match="--resume names the run folder; omit --output-dir"):
+        train("--resume", "run", *flags)
+
+
+def test_batch_norm_of_one_image_is_refused_where_it_cannot_train():
+    lone = [*DIGITS, "--batch-norm", "--batch-size", "1436", "--epochs", "1"]  # of 1,437 images
+    with pytest.raises(UserError, match="batch norm: one of 1437 images would form a batch by itself"):
+        train(*lone, "--model", "mlp")
+    train(*lone, "--model", "cnn")  # it has several pixels
 
 
 @pytest.mark.parametrize("model", CLASSIFIERS)
@@ -530,11 +560,11 @@ def test_resume_reads_what_another_process_saved_before_it_released_the_lock(tmp
 def test_config_names_every_commit_that_a_run_was_trained_with(tmp_path, monkeypatch):
     whole = run_module.environment
     train(*DIGITS, "--model", "mlp", "--epochs", 1, "--output-dir", "run")
-    for commit in ("first", "second", "second"):
+    for commit in ("first-dirty", "first", "second", "second"):
         monkeypatch.setattr(run_module, "environment", lambda commit=commit: {**whole(), "commit": commit})
         train("--resume", "run")
     config = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert config["commit"].endswith(", then first, then second")
+    assert config["commit"].endswith(", then first-dirty, then first, then second")
     assert config["device"] == "cpu"
 
 
