@@ -52,8 +52,8 @@ def get_args_parser():
     add("--image", metavar="FILE", nargs="+", help="classify these pictures instead of the test set")
     add("--samples", metavar="N", type=number(int, 1, 100_000), help="only draw N samples, as a picture and as .npz")
     add("--digit", metavar="CLASS", nargs="+", help="draw only these (conditional generators): names, or numbers")
-    add("--columns", type=number(int, 1), help="of the picture of samples (None: about as many as rows)")
-    add("--seed", type=number(int, 0, 2**31 - 1), default=0, help="of the noise that samples are drawn from")
+    add("--columns", type=number(int, 1), help="columns of the picture of samples (None: about as many as rows)")
+    add("--seed", type=number(int, 0, 2**31 - 1), default=0, help="seed of the noise of --samples")
     return parser
 
 
@@ -111,7 +111,7 @@ def load_model(run, device="cpu"):
 def classify(model, images):
     """The probability of each class, [N, classes], for images as `datasets.to_pixels` takes them.
 
-    Raises DataError, and UserError if the model is no classifier.
+    Raises DataError, and UserError if the model is not a classifier.
     """
     if model.options["script"] != "train_classifier.py":
         raise UserError("a generator reads no images; load a classifier, such as weights/cnn.pt")
@@ -324,9 +324,11 @@ def main(argv=None):
 
 
 def evaluation_folder(run):
-    """RUN/evaluation; for a file that lies in no run, as those of weights/, runs/<its name>/evaluation."""
+    """RUN/evaluation; for a file that lies in no run, as those of weights/, runs/<its name>-weights/evaluation."""
     folder = run if run.is_dir() else run.parent
-    return (folder if (folder / "config.json").is_file() or run.is_dir() else Path("runs") / run.stem) / "evaluation"
+    return (
+        folder if (folder / "config.json").is_file() or run.is_dir() else Path("runs") / f"{run.stem}-weights"
+    ) / "evaluation"
 
 
 if __name__ == "__main__":

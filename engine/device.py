@@ -29,7 +29,7 @@ def pick_device(name: str, amp: bool = False) -> torch.device:
         raise UserError(f"--device {name}: torchrun gives each process a GPU of its own; use --device cuda")
     if index and int(index) >= torch.cuda.device_count():
         raise UserError(f"--device {name}: the last GPU of this machine is cuda:{torch.cuda.device_count() - 1}")
-    torch.set_flush_denormal(True)  # denormal numbers, which long trainings produce, slow a CPU down
+    torch.set_flush_denormal(True)  # denormal numbers, which long runs produce, slow a CPU down
     warnings.filterwarnings("ignore", message="The value of the smallest subnormal")  # from older versions of numpy
     if sys.platform == "linux":
         keep_freed_memory()

@@ -12,7 +12,7 @@ from measures.parzen import SIGMAS, parzen_log_likelihood
 class Watch:
     """Samples after each epoch: their picture, their Parzen log-likelihood, and signs of failure.
 
-    draw(n): the same n samples in every call up to training, [n, 1, 28, 28] with pixels in [0, 1].
+    draw(n): samples from the same n noise vectors in every call, [n, 1, 28, 28] with pixels in [0, 1].
     validation_images: uint8 [M, 1, 28, 28]; the first 1,000 are scored. judge: whether MNIST's judge can read the data.
     labels: the classes that the samples should show, all of them in order for each z, or None. Raises UserError if the
     images do not fit.
