@@ -29,7 +29,7 @@ class FrozenStep:
         state. Whatever is frozen later, a resumed run therefore repeats the very steps of one that was not stopped.
 
     A short last batch runs eagerly. When a frozen setting of an optimizer changes, the step is frozen again; if one
-    changes in every step, all steps run eagerly. Random numbers are new in every step. Raises UserError.
+    keeps changing within a few steps, all steps run eagerly. Random numbers are new in every step. Raises UserError.
     """
 
     def __init__(
@@ -45,6 +45,7 @@ class FrozenStep:
         self.step, self.optimizers, self.batch_size, self.device = step, optimizers, batch_size, device
         self.compiled, self.graph, self.begun = compiled, graph, begun
         self.frozen, self.result, self.settings, self.calls, self.eager = None, None, None, 0, False
+        self.short_lived = 0  # how many frozen steps in a row have been repeated only a few times
         self.momenta = [torch.zeros((), device=device) for optimizer in optimizers for _ in optimizer.param_groups]
         for optimizer in optimizers:
             prepare(optimizer, device)
@@ -54,7 +55,8 @@ class FrozenStep:
             self.begun = True
             return self.step(*inputs)
         if self.settings != (settings := self.frozen_settings()):
-            if self.settings and self.calls <= COMPARED:
+            self.short_lived = self.short_lived + 1 if self.settings and self.calls <= COMPARED else 0
+            if self.short_lived == 2:  # the first may belong to a run that was resumed just before a change
                 print("every step runs eagerly: a setting of the optimizer changes too often", flush=True)
                 self.eager = True
                 return self.step(*inputs)

@@ -411,8 +411,18 @@ def test_a_momentum_that_changes_in_every_step_runs_eagerly_and_is_said_once(fak
         optimizer.param_groups[0]["momentum"] = i / 100
         graphed(torch.zeros(2, dtype=torch.int64))
     assert position.steps == 20
-    assert FakeGraph.replays == 1
+    assert FakeGraph.replays == 2
     assert capsys.readouterr().out.count("every step runs eagerly") == 1
+
+
+def test_a_run_that_is_resumed_just_before_a_change_stays_a_graph(fake_cuda, capsys):
+    optimizer = sgd()
+    graphed, position, _ = graphed_counter(fake_cuda, optimizer)
+    for epoch, steps in enumerate((3, 10, 10)):
+        optimizer.param_groups[0]["momentum"] = 0.5 + epoch / 10
+        call(graphed, steps)
+    assert FakeGraph.captures == 3
+    assert not capsys.readouterr().out
 
 
 def test_a_changing_step_is_one_line_that_names_the_flag(fake_cuda):
