@@ -139,7 +139,7 @@ def test_what_a_model_cannot_do_is_one_line(name, ask, reason):
 def test_weights_are_evaluated_beside_the_runs_and_not_among_the_weights(tmp_path, data_dir):
     output, _ = run("evaluate.py", ROOT / "weights" / "cnn.pt", "--data-dir", data_dir, cwd=tmp_path)
     assert "test accuracy 99.55%: 45 errors" in output
-    assert (tmp_path / "runs" / "cnn" / "evaluation" / "metrics.json").is_file()
+    assert (tmp_path / "runs" / "cnn-weights" / "evaluation" / "metrics.json").is_file()
     assert not Path(ROOT / "weights" / "evaluation").exists()
 
 

@@ -466,7 +466,7 @@ def test_every_loss_and_activation_learns(tmp_path, loss, activation):
 
 
 def test_amp_trains(tmp_path):
-    train(*DIGITS, "--amp", "--epochs", 6, "--output-dir", "run")
+    train(*DIGITS, "--model", "mlp", "--amp", "--lr", "1e-3", "--epochs", 3, "--output-dir", "run")
     assert load(tmp_path / "run" / "checkpoint.pt")["history"][-1]["accuracy"] > 0.85
 
 
@@ -485,11 +485,11 @@ def test_amp_trains(tmp_path):
         (["--betas", "1", "0.9"], 2, ["--betas"]),
         (["--batch-size", "9" * 30], 2, ["--batch-size"]),
         ([*DIGITS, "--schedule", "maxout"], 1, ["--schedule maxout", "--optimizer sgd"]),
-        ([*DIGITS, "--model", "mlp", "--batch-norm", "--batch-size", "1"], 1, ["--batch-norm", "--batch-size"]),
+        ([*DIGITS, "--model", "mlp", "--batch-norm", "--batch-size", "1"], 1, ["batch norm", "--batch-size"]),
         (["--dataset", "digits", "--val-size", "5000"], 1, ["--val-size", "1437"]),
         ([*DIGITS, "--patience", "3"], 1, ["--patience", "--val-size"]),
         ([*DIGITS, "--model", "maxout", "--batch-norm"], 1, ["maxout", "--batch-norm"]),
-        ([*DIGITS, "--model", "mlp", "--batch-norm", "--batch-size", "4"], 1, ["--batch-norm", "--batch-size"]),
+        ([*DIGITS, "--model", "mlp", "--batch-norm", "--batch-size", "4"], 1, ["batch norm", "--batch-size"]),
         pytest.param(
             ["--device", "cuda"],
             1,
