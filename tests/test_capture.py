@@ -417,7 +417,7 @@ def test_a_momentum_that_changes_in_every_step_runs_eagerly_and_is_said_once(fak
 
 def test_a_run_that_is_resumed_just_before_a_change_stays_a_graph(fake_cuda, capsys):
     optimizer = sgd()
-    graphed, position, _ = graphed_counter(fake_cuda, optimizer)
+    graphed, _, _ = graphed_counter(fake_cuda, optimizer)
     for epoch, steps in enumerate((3, 10, 10)):
         optimizer.param_groups[0]["momentum"] = 0.5 + epoch / 10
         call(graphed, steps)
