@@ -22,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from argparse import Namespace
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 
@@ -200,15 +201,14 @@ def run_seeds(name, command, args):
             for seed, folder in enumerate(folders)
         ]
         try:
-            for job in wait(jobs, return_when=FIRST_EXCEPTION).not_done:  # if one has failed, no more are begun
-                job.cancel()
-            return folders, [job.result() for job in jobs]
+            wait(jobs, return_when=FIRST_EXCEPTION)
+            pool.shutdown(cancel_futures=True)  # if one has failed, no more are begun
         except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
             for process in processes:  # `kill` ends this process alone; a training saves first
                 process.terminate()
             raise
-        finally:
-            pool.shutdown(cancel_futures=True)
+    return folders, [job.result() for job in jobs]
 
 
 def refuse_another_run(command, folder):
@@ -220,7 +220,7 @@ def refuse_another_run(command, folder):
     with contextlib.redirect_stdout(None):
         now = vars(flags.parse_args(script.get_args_parser(), script.RECIPES, script.VARIANTS, options))
     then = load_checkpoint(folder, warn=False)["options"]
-    for name in now.keys() & then.keys() - {"seed", *LEFT_OUT, *flags.FREE_ON_RESUME} | {"epochs"}:
+    for name in sorted(now.keys() & then.keys() - {"seed", *LEFT_OUT, *flags.FREE_ON_RESUME} | {"epochs"}):
         if now[name] != then[name]:
             remedy = "delete it, or name another --output-dir"
             raise UserError(f"{folder} was trained with {name}={then[name]}, not {name}={now[name]}; {remedy}")
@@ -336,10 +336,8 @@ def quick(args):
             continue
         command = f"{ROWS[name][0]} --no-compile {shorter}"  # compiling would take longer than these
         with tempfile.TemporaryDirectory() as folder:
-            values = [
-                run_seed(command, seed, Path(folder) / str(seed), args.data_dir, 1, [])[metric]
-                for seed in range(3 if args.record else 1)
-            ]
+            seeds = {"seeds": 3 if args.record else 1, "output_dir": folder}
+            values = [seed[metric] for seed in run_seeds(name, command, Namespace(**{**vars(args), **seeds}))[1]]
         if args.record:  # three values say little about the spread: twice their range on either side
             low, high, spread = min(values), max(values), 2 * (max(values) - min(values))
             bands[name] = {"flags": shorter, "metric": metric, "low": low - spread, "high": high + spread}

@@ -433,7 +433,7 @@ def test_bad_flags_of_a_likelihood_model_get_one_line_and_leave_nothing(tmp_path
 
 
 @pytest.mark.parametrize("flags", [["--output-dir", "other"], ["--auto-resume", "--output-dir", "other"]])
-def test_a_resumed_run_has_one_folder(flags, monkeypatch):
+def test_a_resumed_run_has_one_folder(flags):
     train(*DIGITS, "--dry-run", "--output-dir", "run")
     train(*DIGITS, "--dry-run", "--output-dir", "other", "--lr", "0.5")
     with pytest.raises(UserError, match="--resume names the run folder; omit --output-dir"):
