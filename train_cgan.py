@@ -1,4 +1,4 @@
-"""Train a generator to draw the digit that it is asked for (Mirza & Osindero 2014; slide "Conditional GAN").
+"""Train a generator to generate the digit that it is asked for (Mirza & Osindero 2014; slide "Conditional GAN").
 
 python train_cgan.py                                  # the lecture's recipe on MNIST
 python train_cgan.py --dataset digits --recipe best   # without a download
@@ -6,24 +6,27 @@ python train_cgan.py --recipe paper                   # the paper's settings
 python train_cgan.py --resume runs/cgan-mnist         # continue where it stopped
 """
 
+from argparse import Namespace
+from collections.abc import Sequence
+from typing import Any
+
 import torch
-import torch.nn.functional as F
+from torch import Tensor, nn
 
 import utils
-from datasets import DATASETS, SHOW_DIGITS, Batches, class_names, hold_out, load, short_name
-from engine import distributed, errors, flags, optim
-from engine.device import pick_device
+from datasets import DATASETS, SHOW_DIGITS, Batches, short_name, split
+from engine import errors, flags, optim
+from engine.adversarial import LOSSES, adversarial_parser, init_weights, r1_penalty
 from measures.watch import Watch
 from models.cgan import ConditionalDiscriminator, ConditionalGenerator
-from models.gan import draw_noise, init_weights, r1_penalty
 
 RECIPES = {
     # 25 epochs on all 60,000 images; the lecture's published scripts.
     "lecture": dict(epochs=25, batch_size=16, optimizer="adam", lr=2e-4, betas=[0.5, 0.9], val_size=0),
-    # What drew the digits that it was asked for, in all their shapes.
+    # The recipe with which G generates the digits that it is asked for, in all their shapes.
     "best": dict(
         noise="centred", init="he", epochs=100, batch_size=200, optimizer="adam", lr=1e-3, betas=[0.0, 0.9], val_size=0,
-        r1=0.5, mismatched=0.1, dropout_g=0.0, dropout_d=0.2, ema=0.9999,
+        r1=0.5, wrong_label=0.1, dropout_g=0.0, dropout_d=0.2, ema=0.9999,
     ),
     # Mirza & Osindero 2014, section 4.1. They do not publish the initial weights; these are the GAN paper's. The EMA is
     # ours.
@@ -35,36 +38,38 @@ RECIPES = {
 VARIANTS = {("best", "digits"): dict(epochs=500), ("paper", "digits"): dict(val_size=137)}
 
 
-def get_args_parser():
-    parser = flags.adversarial_args_parser("train_cgan.py", __doc__.splitlines()[0], RECIPES, DATASETS)
-    add, share = parser.add_argument, flags.number(float, 0, 0.99)
-    add("--dropout-g", type=share, default=0.5, help="share of G's hidden units dropped")
-    add("--dropout-d", type=share, default=0.5, help="share of D's hidden units dropped")
-    add("--mismatched", type=share, default=0.0, help="weight of real images with wrong labels as fakes")
+def get_args_parser() -> flags.ArgumentParser:
+    parser = adversarial_parser("cgan", __file__, __doc__, RECIPES, DATASETS)
+    add, fraction = parser.group("how to train"), flags.number(float, 0, 0.99)
+    add("--dropout-g", type=fraction, default=0.5, help="fraction of G's hidden units dropped")
+    add("--dropout-d", type=fraction, default=0.5, help="fraction of D's hidden units dropped")
+    add("--wrong-label", type=fraction, default=0.0, help="weight of real images with wrong labels as fakes")
     return parser
 
 
-def build(args, device, batches):
-    """The objects to train, by name, the step that trains them, and the generator that draws the samples."""
+def build(args: Namespace, device: torch.device, batches: Any) -> tuple[dict[str, Any], utils.TrainStep, nn.Module]:
+    """The objects to train, by name, the step that trains them, and the generator that is the result."""
     classes = len(args.classes)
-    generator = ConditionalGenerator(args.dropout_g, classes)
+    generator = ConditionalGenerator(args.dropout_g, classes, noise=args.noise)
     discriminator = ConditionalDiscriminator(args.dropout_d, classes)
     init_weights(generator, discriminator, args.init, batches.pixel_means())
     state = optim.adversarial_state(args, generator.to(device), discriminator.to(device), len(batches), decay=1.00004)
     optimizer_g, optimizer_d = state["optimizer_g"], state["optimizer_d"]
+    loss_of_d, loss_of_g = LOSSES[args.loss]
+    paired = args.loss == "relativistic"  # D compares x with G(z|y): a logit alone means nothing
 
-    def train_step(images, labels):
-        fakes = generator(draw_noise(len(images), args.noise, device), labels)  # G(z|y)
+    def train_step(images: Tensor, labels: Tensor) -> dict[str, Tensor | float]:
+        fakes = generator(generator.noise(len(images), device=device), labels)  # G(z|y)
 
-        # (1) update D: maximise log D(x|y) + log(1 - D(G(z|y)|y)); with logits l, -log D = softplus(-l), never infinite
-        shown = [(images, labels), (fakes.detach(), labels)]
-        if args.mismatched:
-            shown.append((images, (labels + torch.randint_like(labels, 1, classes)) % classes))
-        real, fake, *mismatched = discriminator(*map(torch.cat, zip(*shown))).float().split(len(images))
-        loss_d = F.softplus(-real).mean() + (1 - args.mismatched) * F.softplus(fake).mean()
-        for logits in mismatched:  # log(1 - D(x|a wrong y)) keeps G from shapes that could be another digit
-            loss_d = loss_d + args.mismatched * F.softplus(logits).mean()
-        penalty = args.r1 / 2 * r1_penalty(discriminator, images, labels) if args.r1 else 0
+        # (1) update D: maximise log D(x|y) + log(1 - D(G(z|y)|y))
+        real, fake = discriminator(torch.cat([images, fakes.detach()]), labels.repeat(2)).float().chunk(2)
+        loss_d = loss_of_d(real, fake)
+        if args.wrong_label:  # log(1 - D(x|a wrong y)) keeps G from shapes that could be another digit
+            wrong = (labels + torch.randint_like(labels, 1, classes)) % classes
+            loss_of_wrong = loss_of_d(real, discriminator(images, wrong).float())
+            loss_d = (1 - args.wrong_label) * loss_d + args.wrong_label * loss_of_wrong
+        penalised = [images, fakes.detach()] if paired else [images]
+        penalty = args.r1 / 2 * sum(r1_penalty(discriminator, x, labels) for x in penalised) if args.r1 else 0
         optimizer_d.zero_grad()
         (loss_d / 2 + penalty).backward()  # loss_d / 2: the mean of the two halves, as in the paper's SGD
         if not args.simultaneous:
@@ -73,37 +78,27 @@ def build(args, device, batches):
         # (2) update G: maximise log D(G(z|y)|y), or minimise log(1 - D(G(z|y)|y)), which saturates
         discriminator.requires_grad_(False)  # only G learns here
         logits = discriminator(fakes, labels).float()
-        loss_g = F.softplus(-logits).mean() if args.generator_loss == "non-saturating" else -F.softplus(logits).mean()
+        loss_g = loss_of_g(discriminator(images, labels).float() if paired else real, logits)
         optimizer_g.zero_grad()
         loss_g.backward()
         optimizer_g.step()
         discriminator.requires_grad_(True)
         if args.simultaneous:
             optimizer_d.step()
+        if paired:
+            real, fake = real - fake, fake - real
         d_x, d_g_z = (logits.detach().sigmoid().mean() for logits in (real, fake))
         return {"loss_d": loss_d.detach(), "loss_g": loss_g.detach(), "D(x)": d_x, "D(G(z))": d_g_z}
 
     return state, train_step, state["ema"].model if "ema" in state else generator
 
 
-def main(argv=None):
-    args = flags.parse_args(get_args_parser(), RECIPES, VARIANTS, argv)
-    device = pick_device(args.device, args.amp)
-    torch.manual_seed(args.seed)
-    args.classes = distributed.broadcast(lambda: class_names(args.dataset, args.data_dir, args.resume and args.classes))
-    train_set, val_set = hold_out(*distributed.rank_0_first(lambda: load(args.dataset, args.data_dir)), args.val_size)
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    args, device = flags.start(get_args_parser(), RECIPES, VARIANTS, argv)
+    train_set, val_set = split(args)
     batches = Batches(*train_set, args.batch_size, device, black=0.0, seed=args.seed)
     state, train_step, sampler = build(args, device, batches)
-    classes = len(args.classes)
-    n = max(10, -(-10_000 // classes))
-    z = draw_noise(n, args.noise, "cpu", torch.Generator().manual_seed(args.seed)).to(device)
-    z, labels = z.repeat_interleave(classes, dim=0), torch.arange(classes, device=device).repeat(n)  # z as each class
-
-    def draw(n):
-        with utils.evaluating(sampler):
-            return sampler(z[:n], labels[:n])
-
-    watch = Watch(draw, val_set[0], judge=args.dataset in SHOW_DIGITS, labels=labels)
+    watch = Watch(sampler, val_set[0], args.seed, digits=args.dataset in SHOW_DIGITS)
     run = utils.Run(args, state, name=f"cgan-{short_name(args.dataset)}")
     return utils.train(run, train_step, batches, watch.validate, "val_log_likelihood", watch.grid, watch.warn)
 

@@ -1,4 +1,4 @@
-"""Train a generator against a discriminator to draw digits (Goodfellow et al. 2014; slides "GAN").
+"""Train a generator against a discriminator (Goodfellow et al. 2014; slides "GAN").
 
 python train_gan.py                                   # the lecture's recipe on MNIST
 python train_gan.py --dataset digits --recipe best    # without a download
@@ -6,21 +6,24 @@ python train_gan.py --recipe paper                    # the paper's larger netwo
 python train_gan.py --resume runs/gan-mnist           # continue where it stopped
 """
 
+from argparse import Namespace
+from collections.abc import Sequence
+from typing import Any
+
 import torch
-import torch.nn.functional as F
+from torch import Tensor, nn
 
 import utils
-from datasets import DATASETS, SHOW_DIGITS, Batches, class_names, hold_out, load, short_name
-from engine import distributed, errors, flags, optim
-from engine.device import pick_device
+from datasets import DATASETS, SHOW_DIGITS, Batches, short_name, split
+from engine import errors, flags, optim
+from engine.adversarial import LOSSES, adversarial_parser, init_weights, r1_penalty
 from measures.watch import Watch
 from models import GANS
-from models.gan import draw_noise, init_weights, r1_penalty
 
 RECIPES = {
     # 25 epochs on all 60,000 images; the lecture's published scripts.
     "lecture": dict(epochs=25, batch_size=16, optimizer="adam", lr=2e-4, betas=[0.5, 0.9], val_size=0),
-    # What drew all digits on the lecture's networks.
+    # The recipe with which the lecture's networks generate all digits.
     "best": dict(
         noise="centred", init="he", r1=0.5, epochs=50, batch_size=128, lr=2e-3, betas=[0.0, 0.9], ema=0.9999, val_size=0
     ),
@@ -37,32 +40,30 @@ VARIANTS = {
 }
 
 
-def get_args_parser():
-    parser = flags.adversarial_args_parser("train_gan.py", __doc__.splitlines()[0], RECIPES, DATASETS)
-    add = parser.add_argument
+def get_args_parser() -> flags.ArgumentParser:
+    parser = adversarial_parser("gan", __file__, __doc__, RECIPES, DATASETS)
+    add = parser.group("what to train")
     add("--networks", choices=list(GANS), default="lecture", help="whose generator and discriminator")
-    add("--adversarial-loss", choices=["gan", "relativistic"], default="gan", help="D judges images, or pairs (R3GAN)")
     return parser
 
 
-def build(args, device, batches):
-    """The objects to train, by name, the step that trains them, and the generator that draws the samples."""
-    generator, discriminator = (network() for network in GANS[args.networks])
+def build(args: Namespace, device: torch.device, batches: Any) -> tuple[dict[str, Any], utils.TrainStep, nn.Module]:
+    """The objects to train, by name, the step that trains them, and the generator that is the result."""
+    new_generator, new_discriminator = GANS[args.networks]
+    generator, discriminator = new_generator(noise=args.noise), new_discriminator()
     init_weights(generator, discriminator, args.init, batches.pixel_means())
     state = optim.adversarial_state(args, generator.to(device), discriminator.to(device), len(batches), decay=1.000004)
     optimizer_g, optimizer_d = state["optimizer_g"], state["optimizer_d"]
-    relativistic = args.adversarial_loss == "relativistic"  # R3GAN (Huang et al. 2024, arXiv 2501.05441)
+    loss_of_d, loss_of_g = LOSSES[args.loss]
+    paired = args.loss == "relativistic"  # D compares x with G(z): a logit alone means nothing
 
-    def train_step(images, labels):
-        fakes = generator(draw_noise(len(images), args.noise, device))  # G(z)
+    def train_step(images: Tensor, labels: Tensor) -> dict[str, Tensor | float]:
+        fakes = generator(generator.noise(len(images), device=device))  # G(z)
 
-        # (1) update D: maximise log D(x) + log(1 - D(G(z))); with logits l, -log D = softplus(-l), never infinite
+        # (1) update D: maximise log D(x) + log(1 - D(G(z)))
         real, fake = discriminator(torch.cat([images, fakes.detach()])).float().chunk(2)
-        if relativistic:  # maximise log sigmoid(l(x) - l(G(z))) over pairs: x is more real than G(z)
-            loss_d = 2 * F.softplus(fake - real).mean()
-        else:
-            loss_d = F.softplus(-real).mean() + F.softplus(fake).mean()
-        penalised = [images, fakes.detach()] if relativistic else [images]
+        loss_d = loss_of_d(real, fake)
+        penalised = [images, fakes.detach()] if paired else [images]
         penalty = args.r1 / 2 * sum(r1_penalty(discriminator, x) for x in penalised) if args.r1 else 0
         optimizer_d.zero_grad()
         (loss_d / 2 + penalty).backward()  # loss_d / 2: the mean of the two halves, as in the paper's SGD
@@ -72,19 +73,14 @@ def build(args, device, batches):
         # (2) update G: maximise log D(G(z)), or minimise log(1 - D(G(z))), which saturates
         discriminator.requires_grad_(False)  # only G learns here
         logits = discriminator(fakes).float()
-        if relativistic:  # maximise log sigmoid(l(G(z)) - l(x)): G(z) is more real than x
-            loss_g = F.softplus(discriminator(images).float() - logits).mean()
-        elif args.generator_loss == "saturating":
-            loss_g = -F.softplus(logits).mean()
-        else:
-            loss_g = F.softplus(-logits).mean()
+        loss_g = loss_of_g(discriminator(images).float() if paired else real, logits)
         optimizer_g.zero_grad()
         loss_g.backward()
         optimizer_g.step()
         discriminator.requires_grad_(True)
         if args.simultaneous:
             optimizer_d.step()
-        if relativistic:  # which of a pair is real, because l alone may be shifted by any constant
+        if paired:
             real, fake = real - fake, fake - real
         d_x, d_g_z = (logits.detach().sigmoid().mean() for logits in (real, fake))
         return {"loss_d": loss_d.detach(), "loss_g": loss_g.detach(), "D(x)": d_x, "D(G(z))": d_g_z}
@@ -92,23 +88,12 @@ def build(args, device, batches):
     return state, train_step, state["ema"].model if "ema" in state else generator
 
 
-def main(argv=None):
-    args = flags.parse_args(get_args_parser(), RECIPES, VARIANTS, argv)
-    if args.adversarial_loss == "relativistic" and args.generator_loss == "saturating":
-        raise errors.UserError("--adversarial-loss relativistic sets G's loss too; omit --generator-loss saturating")
-    device = pick_device(args.device, args.amp)
-    torch.manual_seed(args.seed)
-    args.classes = distributed.broadcast(lambda: class_names(args.dataset, args.data_dir, args.resume and args.classes))
-    train_set, val_set = hold_out(*distributed.rank_0_first(lambda: load(args.dataset, args.data_dir)), args.val_size)
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    args, device = flags.start(get_args_parser(), RECIPES, VARIANTS, argv)
+    train_set, val_set = split(args)
     batches = Batches(*train_set, args.batch_size, device, black=0.0, seed=args.seed)
     state, train_step, sampler = build(args, device, batches)
-    z = draw_noise(10_000, args.noise, "cpu", torch.Generator().manual_seed(args.seed)).to(device)
-
-    def draw(n):
-        with utils.evaluating(sampler):
-            return sampler(z[:n])
-
-    watch = Watch(draw, val_set[0], judge=args.dataset in SHOW_DIGITS)
+    watch = Watch(sampler, val_set[0], args.seed, digits=args.dataset in SHOW_DIGITS)
     run = utils.Run(args, state, name=f"gan-{short_name(args.dataset)}")
     return utils.train(run, train_step, batches, watch.validate, "val_log_likelihood", watch.grid, watch.warn)
 

@@ -1,5 +1,6 @@
 """MNIST and its same-shaped relatives, by name, and folders of images."""
 
+import argparse
 import re
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from datasets.digits import load_digits
 from datasets.folder import difference, find_folder, folder_classes, load_folder, read_image
 from datasets.mnist import FOLDERS, DataError, load_mnist
 from datasets.photo import read_photo
+from engine.distributed import broadcast, rank_0_first
 
 __all__ = [
     "DATASETS",
@@ -27,6 +29,7 @@ __all__ = [
     "read_image",
     "read_photo",
     "short_name",
+    "split",
     "to_pixels",
 ]
 
@@ -73,6 +76,17 @@ def require_folder(name: str, data_dir: str) -> Path:
 def short_name(name: str) -> str:
     """The data set in the name of a run folder: of a folder, its own name without what file names cannot have."""
     return name if name in DATASETS else re.sub(r"[^\w.-]+", "-", Path(name).resolve().name).strip("-.") or "folder"
+
+
+def split(args: argparse.Namespace) -> tuple[Images, Images]:
+    """The training images and the validation split of --dataset, each with labels; sets `args.classes` to the names.
+
+    Of several processes, rank 0 downloads and the others read. Raises DataError.
+    """
+    before = args.classes if args.resume else None
+    args.classes = broadcast(lambda: class_names(args.dataset, args.data_dir, before))
+    images, labels = rank_0_first(lambda: load(args.dataset, args.data_dir))
+    return hold_out(images, labels, args.val_size)
 
 
 def hold_out(images: torch.Tensor, labels: torch.Tensor, val_size: int) -> tuple[Images, Images]:

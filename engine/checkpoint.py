@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and checkpoints in which every changed byte is noticed.
+"""Files that are whole or absent, and checkpoints in which every changed byte is detected.
 
 A checkpoint is what torch.save writes, a zip archive, with the SHA-256 of everything before as the archive's comment.
 torch.load reads it as it is. It holds tensors and plain values; loading executes nothing.
@@ -21,7 +21,7 @@ from engine.errors import UserError
 DIGEST_SIZE = hashlib.sha256().digest_size
 POSITION = ("epoch", "batch", "history", "curve")  # where the training is: attributes of engine.run.Run
 NETWORK = {"options", "code", "state", "epoch"}  # what a network is built from; all that the files of weights/ hold
-KEYS = {*NETWORK, "classes", "ranks", "seconds", *POSITION}  # what resuming needs
+KEYS = {*NETWORK, "types", "ranks", "seconds", *POSITION}  # what resuming needs
 
 
 def seal(archive: bytes) -> bytes:
@@ -87,6 +87,16 @@ def load_checkpoint(path: str | Path, warn: bool = True) -> dict[str, Any]:
         return read_checkpoint(path / "previous.pt")
 
 
+def load_result(path: str | Path) -> dict[str, Any]:
+    """The checkpoint of a run's result: that of best.pt, if there is one, with the EMA in place of its network."""
+    best = Path(path) / "best.pt"
+    checkpoint = load_checkpoint(best if best.is_file() else path)
+    state = checkpoint["state"]
+    if "ema" in state:
+        state["model" if "model" in state else "generator"] = state["ema"]["model"]
+    return checkpoint
+
+
 def read_checkpoint(path: Path, keys: set[str] = KEYS) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path} does not exist: this is not a run, or nothing was saved yet; start a new run")
@@ -96,8 +106,28 @@ def read_checkpoint(path: Path, keys: set[str] = KEYS) -> dict[str, Any]:
     foreign = UserError(f"{path} is not a checkpoint of this version of the repository; train again")
     try:
         checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        upgrade(checkpoint)
     except Exception as error:  # of many kinds
         raise foreign from error
-    if not isinstance(checkpoint, dict) or not checkpoint.keys() >= keys:
+    if not checkpoint.keys() >= keys:
         raise foreign
     return checkpoint
+
+
+def upgrade(checkpoint: dict[str, Any]) -> None:
+    """Bring a checkpoint of version 1 to the names of version 2, in place."""
+    options = checkpoint["options"]
+    if "kind" in options or "script" not in options:
+        return
+    options["kind"] = options["script"].removeprefix("train_").removesuffix(".py")
+    options.setdefault("classes", list("0123456789"))
+    if "generator_loss" in options:
+        relativistic = options.get("adversarial_loss") == "relativistic"
+        options["loss"] = "relativistic" if relativistic else options["generator_loss"]
+    if "mismatched" in options:
+        options["wrong_label"] = options["mismatched"]
+    checkpoint["types"] = checkpoint.pop("classes", {})
+    for rank_state in checkpoint.get("ranks", []):
+        sums, counts = rank_state["meter"]["sums"], rank_state["meter"]["counts"]
+        totals = {name: (value, counts[name]) for name, value in sums.items() if name in counts}
+        rank_state["meter"] = {"since_report": totals, "epoch": {}}

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch._subclasses import FakeTensorMode
@@ -19,11 +20,11 @@ OPTIONS = {
 def compile_step(step: Callable, inputs: Sequence[torch.Tensor], momenta: dict[int, torch.Tensor]) -> Callable:
     """Compile `step(*inputs)`, which must be the same operations on the same tensors in every call.
 
-    The step runs once, and its operations are recorded below autograd: those of the forward path, of the backward path
+    The step runs once, and its operations are recorded below autograd: those of the forward pass, of the backward pass
     and of the updates, in one graph. Tensors that it finds, such as weights, become inputs of the graph.
     momenta: address of a parameter -> SGD's momentum, as a tensor that may change between calls.
     """
-    updates = {
+    updates: dict[Any, Callable] = {
         torch.ops.aten._fused_adam_.tensor_lr: adam,
         torch.ops.aten._fused_adamw_.tensor_lr: partial(adam, decoupled=True),
         torch.ops.aten._fused_sgd_.tensor_lr: partial(sgd, momenta=momenta),
@@ -31,7 +32,7 @@ def compile_step(step: Callable, inputs: Sequence[torch.Tensor], momenta: dict[i
     traced = make_fx(step, decomposition_table=updates)(*inputs)
     found = lift_tensors(traced)
     fake = FakeTensorMode(shape_env=ShapeEnv())  # without shapes that it knows, Inductor does not use its cache
-    examples = [fake.from_tensor(tensor, static_shapes=True) for tensor in (*inputs, *found)]
+    examples: list[Any] = [fake.from_tensor(tensor, static_shapes=True) for tensor in (*inputs, *found)]
     compiled = torch._inductor.compile(GraphModule({}, traced.graph), examples, options=OPTIONS)
 
     def run(*inputs):
@@ -45,7 +46,8 @@ def lift_tensors(traced: GraphModule) -> list[torch.Tensor]:
     """Make the tensors that a traced function holds inputs of its graph, behind the others; return them."""
     graph: Graph = traced.graph
     *_, place = (node for node in graph.nodes if node.op == "placeholder")
-    found, nodes = [], {}
+    found: list[torch.Tensor] = []
+    nodes: dict[tuple, Any] = {}
     for node in list(graph.nodes):
         if node.op == "get_attr":
             tensor = getattr(traced, node.target)

@@ -19,29 +19,38 @@ def pick_device(name: str, amp: bool = False) -> torch.device:
 
     Under torchrun, joins the process group and takes the GPU of this process's local rank.
     """
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(kind for kind, found in available.items() if found)
-    kind, _, index = name.partition(":")
-    if not available[kind]:
-        raise UserError(f"--device {name}: this machine or this build of torch has no {kind} device; use --device auto")
-    if index and dist.is_torchelastic_launched():
-        raise UserError(f"--device {name}: torchrun gives each process a GPU of its own; use --device cuda")
-    if index and int(index) >= torch.cuda.device_count():
-        raise UserError(f"--device {name}: the last GPU of this machine is cuda:{torch.cuda.device_count() - 1}")
+    device = find_device(name)
     torch.set_flush_denormal(True)  # denormal numbers, which long runs produce, slow a CPU down
     warnings.filterwarnings("ignore", message="The value of the smallest subnormal")  # from older versions of numpy
     if sys.platform == "linux":
         keep_freed_memory()
-    if kind == "cuda":
-        if index:
-            torch.cuda.set_device(int(index))  # of random numbers and graphs too
+    if device.type == "cuda":
+        if device.index is not None:
+            torch.cuda.set_device(device)  # of random numbers and graphs too
         torch.set_float32_matmul_precision("high")  # matrix products in TF32, as convolutions are by default
-    device = torch.device(name)
     if dist.is_torchelastic_launched():
         device = distributed.join(device)
     if amp and distributed.rank() == 0 and emulates_bfloat16(device):
-        print(f"warning: --amp: this {kind.upper()} emulates bfloat16, which is slower than float32; omit --amp")
+        kind = device.type.upper()
+        print(f"warning: --amp: this {kind} emulates bfloat16, which is slower than float32; omit --amp")
+    return device
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name. Raises UserError if there is none, or if torchrun chooses the GPU."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, found in available.items() if found)
+    device = torch.device(name)
+    if not available[device.type]:
+        reason = f"this machine or this build of torch has no {device.type} device"
+        raise UserError(f"--device {name}: {reason}; use --device auto")
+    if device.index is not None:
+        if dist.is_torchelastic_launched():
+            raise UserError(f"--device {name}: torchrun gives each process a GPU of its own; use --device cuda")
+        if device.index >= torch.cuda.device_count():
+            last = torch.cuda.device_count() - 1
+            raise UserError(f"--device {name}: the last GPU of this machine is cuda:{last}")
     return device
 
 

@@ -35,7 +35,7 @@ def join(device: torch.device) -> torch.device:
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     store, number, size = next(dist.rendezvous("env://"))
-    if os.environ["TORCHELASTIC_USE_AGENT_STORE"] == "True":  # it outlives a restart, with addresses of dead workers
+    if os.environ["TORCHELASTIC_USE_AGENT_STORE"] == "True":  # after a restart it still holds addresses of dead workers
         store = dist.PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=number, world_size=size)
@@ -76,9 +76,9 @@ def rank_0_first(make: Callable[[], Any]) -> Any:
     return made if rank() == 0 else make()
 
 
-def shard(batch: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """This rank's share of the rows of a batch, a tuple of tensors with equally many rows."""
-    return tuple(tensor.tensor_split(world_size())[rank()] for tensor in batch)
+def shard(rows: torch.Tensor) -> torch.Tensor:
+    """This rank's shard of the rows of a batch."""
+    return rows.tensor_split(world_size())[rank()]
 
 
 def sync_flags(signals: list[int], due: bool) -> tuple[int, bool]:
@@ -93,7 +93,7 @@ def sync_flags(signals: list[int], due: bool) -> tuple[int, bool]:
 
 
 def sum_gradients(optimizer: torch.optim.Optimizer, share: float) -> None:
-    """Before an update: the gradient of the whole batch's mean loss. share: of the batch that this rank computed.
+    """Before an update: the gradient of the whole batch's mean loss. share: the fraction that this rank computed.
 
     Not DistributedDataParallel, which does not support `create_graph=True`, as the R1 penalty needs it.
     """

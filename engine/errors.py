@@ -75,7 +75,7 @@ def caught_signals() -> Iterator[list[int]]:
 
     Python delivers signals to the main thread alone: in any other, the list stays empty.
     """
-    caught = []
+    caught: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield caught
         return

@@ -1,34 +1,71 @@
-"""Flags: what every training script shares, and recipes, which are named sets of defaults."""
+"""Flags: those that every training script shares, and recipes, which are named sets of defaults."""
 
 import argparse
+import difflib
 import math
 import re
 import sys
+from argparse import BooleanOptionalAction
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
+
 from engine.checkpoint import has_checkpoint, load_checkpoint
+from engine.device import pick_device
 from engine.errors import UserError
+from engine.run import LoopOptions
 
 Recipes = dict[str, dict[str, Any]]
+Variants = dict[tuple[str, str], dict[str, Any]]  # (recipe; model, networks or dataset) -> what the recipe sets then
+
+# A resumed run may differ in these. Any other change would make it another run.
+FREE_ON_RESUME = {
+    "resume", "output_dir", "auto_resume", "data_dir", "device", "cuda_graph", "compile", "epochs", "log_interval",
+    "save_interval",
+}  # fmt: skip
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse with every default in the help and usage errors on one line."""
+    """argparse with groups by title, defaults in the help, examples below it, and usage errors on one line.
 
-    def __init__(self, **kwargs):
-        formatter = argparse.ArgumentDefaultsHelpFormatter
-        super().__init__(formatter_class=formatter, allow_abbrev=False, **kwargs)
+    doc: the script's docstring: its first line describes the script, the others are examples.
+    """
+
+    def __init__(self, prog: str, doc: str):
+        description, _, examples = doc.partition("\n")
+        super().__init__(
+            prog=prog, description=description, epilog=examples.strip("\n"), formatter_class=HelpFormatter,
+            allow_abbrev=False,
+        )  # fmt: skip
+        self.datasets: Sequence[str] = ()  # names that are not folders
+        self.groups: dict[str, Any] = {}
+
+    def group(self, title: str) -> Callable[..., argparse.Action]:
+        """The `add_argument` of the group with this title."""
+        if title not in self.groups:
+            self.groups[title] = self.add_argument_group(title)
+        return self.groups[title].add_argument
 
     def error(self, message: str) -> NoReturn:
+        if message.startswith("unrecognized arguments"):
+            flags = re.findall(r"--[\w-]+", self.format_usage())
+            nearest = [flag for word in message.split() for flag in difflib.get_close_matches(word, flags, 1)]
+            message += f"; did you mean {nearest[0]}?" if nearest else ""
         self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str:
+        hidden = action.default in (None, False, argparse.SUPPRESS) or "%(default)" in (action.help or "")
+        return f"{action.help}{'' if hidden else ' (default: %(default)s)'}"
 
 
 def number(kind: type, smallest: float, largest: float = math.inf) -> Callable[[str], Any]:
     """An argparse type: a `kind` from `smallest` to `largest`."""
 
-    def parse(text):
+    def parse(text: str) -> Any:
         try:
             value = kind(text)
         except ValueError:
@@ -48,111 +85,115 @@ def device_name(text: str) -> str:
     return text
 
 
-def shared_args_parser(script: str, description: str, recipes: Recipes, datasets: Sequence[str]) -> ArgumentParser:
-    """The flags of every training script. script: its file name. datasets: names that are not folders."""
-    parser = ArgumentParser(prog=script, description=description)
-    parser.set_defaults(script=script, classes=list("0123456789"))  # the names of the classes: the data set's, in main
+def training_parser(kind: str, script: str, doc: str, recipes: Recipes, datasets: Sequence[str]) -> ArgumentParser:
+    """A parser with the flags of every training script.
+
+    kind: of its runs, a key of models.KINDS. script: its file. doc: its docstring.
+    """
+    parser = ArgumentParser(Path(script).name, doc)
+    # classes: the names of the dataset's classes; datasets.split sets them
+    parser.set_defaults(kind=kind, script=Path(script).name, classes=list("0123456789"))
     parser.datasets = datasets
-    add, on_off = parser.add_argument, argparse.BooleanOptionalAction
+    add = parser.group("what to train")
     add("--recipe", choices=list(recipes), default="lecture", help="named set of defaults")
+    add("--start-from", metavar="RUN", help="initial weights from RUN, or (classifiers, VAE) from a file of weights/")
+    add = parser.group("on what")
     add("--dataset", metavar="NAME", default="mnist", help=f"{', '.join(datasets)}, or a folder of images")
-    add("--data-dir", default="data", help="folder of the data sets; missing files are downloaded")
-    add("--epochs", type=number(int, 1), default=1, help="passes over the training images")
-    add("--batch-size", type=number(int, 1, 2**31), default=32, help="images per step")
+    add("--data-dir", default="data", help="folder of the datasets; missing files are downloaded")
+    add("--val-size", type=number(int, 0), default=5000, help="last training images held out for validation")
+    add = parser.group("how to train")
+    add("--epochs", type=number(int, 1), default=LoopOptions.epochs, help="passes over the training images")
+    add("--batch-size", type=number(int, 1, 2**31), default=LoopOptions.batch_size, help="images per step")
     add("--lr", type=number(float, 0), default=2e-4, help="learning rate")
-    add("--optimizer", choices=["sgd", "adam", "adamw"], default="adam", help="update rule")
+    add("--optimizer", choices=["sgd", "adam", "adamw"], default="adam", help="optimizer")
     add("--betas", type=number(float, 0, 0.999999), nargs=2, default=[0.9, 0.999], help="Adam's decay rates")
     add("--eps", type=number(float, 0), default=1e-8, help="Adam's constant against division by 0")
     add("--momentum", type=number(float, 0, 1), default=0.0, help="SGD's momentum")
-    add("--weight-decay", type=number(float, 0), default=0.0, help="pull of the weights towards 0")
-    add("--ema", type=number(float, 0, 1), help="decay per step of the weights' moving average, which is the result")
-    add("--seed", type=number(int, 0, 2**31 - 1), default=0, help="random seed of weights, order and noise")
-    add("--device", type=device_name, default="auto", help="where to train: auto, cpu, cuda, cuda:1, ... or mps")
-    add("--cuda-graph", action=on_off, default=True, help="on CUDA, replay the step as one graph")
-    add("--compile", action=on_off, default=False, help="compile the whole step (needs a C++ compiler; Triton on CUDA)")
+    add("--weight-decay", type=number(float, 0), default=0.0, help="weight decay")
+    add("--ema", type=number(float, 0, 1), help="decay per step of an EMA of the weights, which becomes the result")
+    add("--seed", type=number(int, 0, 2**31 - 1), default=LoopOptions.seed, help="random seed of weights, order, noise")
+    add = parser.group("where to compute")
+    add("--device", type=device_name, default="auto", help="auto, cpu, cuda, cuda:1, ... or mps")
+    on_off: dict[str, Any] = dict(action=BooleanOptionalAction)
+    add("--cuda-graph", **on_off, default=LoopOptions.cuda_graph, help="on CUDA, replay the step as one graph")
+    add("--compile", **on_off, default=False, help="compile the whole step (needs a C++ compiler; Triton on CUDA)")
     add("--amp", action="store_true", help="mixed precision (bfloat16)")
-    add("--val-size", type=number(int, 0), default=5000, help="last training images held out for validation")
-    add("--log-interval", type=number(int, 1), default=100, help="steps between two progress reports")
-    add("--save-interval", type=number(float, 0), default=60, help="seconds between checkpoints within an epoch")
-    add("--output-dir", metavar="RUN", help="new run folder (None: the next free runs/<model>-<dataset>)")
+    add = parser.group("where to save")
+    add("--output-dir", metavar="RUN", help="new run folder, by default the next free runs/<model>-<dataset>")
     add("--resume", metavar="RUN", help="resume this run with its own options")
-    add(
-        "--start-from", metavar="RUN", help="start from the weights of RUN, or (classifiers, VAE) of a file of weights/"
-    )
     add("--auto-resume", action="store_true", help="resume the run in --output-dir, or start it if there is none")
+    add("--log-interval", type=number(int, 1), default=LoopOptions.log_interval, help="steps between two reports")
+    save_interval = number(float, 0)
+    add("--save-interval", type=save_interval, default=LoopOptions.save_interval, help="seconds between checkpoints")
     add("--dry-run", action="store_true", help="a few steps and one evaluation; writes everything")
     return parser
 
 
-def adversarial_args_parser(*args) -> ArgumentParser:
-    """The flags that train_gan.py and train_cgan.py share. args: as for `shared_args_parser`."""
-    parser = shared_args_parser(*args)
-    add, on_off = parser.add_argument, argparse.BooleanOptionalAction
-    add("--generator-loss", choices=["non-saturating", "saturating"], default="non-saturating", help="what G minimises")
-    add("--noise", choices=["unit", "centred"], default="unit", help="z uniform on [0, 1), or with mean 0, variance 1")
-    add("--init", choices=["torch", "he", "paper"], default="torch", help="initial weights")
-    add("--r1", type=number(float, 0), default=0.0, help="weight of the penalty on D's gradient at real images (R1)")
-    add("--simultaneous", action=on_off, default=False, help="update G before D changes")
-    add("--schedule", choices=["constant", "maxout"], default="constant", help="learning rate over time")
-    return parser
-
-
-# A resumed run may differ in these. Anything else would make it another run.
-FREE_ON_RESUME = {
-    "resume", "output_dir", "auto_resume", "data_dir", "device", "cuda_graph", "compile", "epochs", "log_interval",
-    "save_interval",
-}  # fmt: skip
+def start(
+    parser: ArgumentParser, recipes: Recipes, variants: Variants | None = None, argv: Sequence[str] | None = None
+) -> tuple[argparse.Namespace, torch.device]:
+    """How every training script starts: parsed flags, the device, and seeded random numbers. Raises UserError."""
+    args = parse_args(parser, recipes, variants, argv)
+    device = pick_device(args.device, args.amp)
+    torch.manual_seed(args.seed)
+    return args, device
 
 
 def parse_args(
-    parser: ArgumentParser,
-    recipes: Recipes,
-    variants: dict[tuple[str, str], dict[str, Any]] | None = None,
-    argv: Sequence[str] | None = None,
+    parser: ArgumentParser, recipes: Recipes, variants: Variants | None = None, argv: Sequence[str] | None = None
 ) -> argparse.Namespace:
     """Parsed flags. An explicit flag overrides the recipe. With --resume, the run's own options replace the recipe.
 
-    recipes: name -> defaults. variants: (recipe, model, networks or data set) -> what the recipe sets differently then.
     Raises UserError if flags contradict each other or the resumed run.
     """
     argv = sys.argv[1:] if argv is None else argv
-    without_help = [word for word in argv if word not in ("-h", "--help")]
-    first, _ = parser.parse_known_args(without_help)
-    if first.resume and (first.auto_resume or first.output_dir):
-        raise UserError("--resume names the run folder; omit --output-dir and --auto-resume")
-    if first.auto_resume and not first.output_dir:
-        raise UserError("--auto-resume needs --output-dir, the folder of the run to resume or to start")
-    if first.auto_resume and has_checkpoint(first.output_dir):
-        first.resume = first.output_dir
-    if first.resume:
-        if not Path(first.resume).is_dir():
-            raise UserError(f"--resume {first.resume}: there is no such run folder")
-        defaults = load_checkpoint(first.resume, warn=False)["options"]
-        if defaults["script"] != parser.prog:
-            raise UserError(f"{first.resume} is a run of {defaults['script']}, not of {parser.prog}")
-        parser.set_defaults(**defaults, resume=first.resume)
+    known = [word for word in argv if word not in ("-h", "--help")]
+    if resume := run_to_resume(parser.parse_known_args(known)[0]):
+        defaults = load_checkpoint(resume, warn=False)["options"]
+        if defaults["kind"] != (kind := parser.get_default("kind")):
+            remedy = f"use {defaults['script']}"
+            raise UserError(f"{resume} is a run of the kind {defaults['kind']}, not {kind}; {remedy}")
+        parser.set_defaults(**defaults, resume=resume)
     else:
-        defaults = dict(recipes[first.recipe])
-        parser.set_defaults(**defaults)
-        first, _ = parser.parse_known_args(without_help)
-        dataset = first.dataset if first.dataset in parser.datasets else "folder"
-        for name in (getattr(first, "model", None), getattr(first, "networks", None), dataset):
-            defaults.update((variants or {}).get((first.recipe, name), {}))
-        parser.set_defaults(**defaults)
+        choose_recipe(parser, recipes, variants or {}, known)
     args = parser.parse_args(argv)
     changed = {name: value for name, value in vars(args).items() if value != parser.get_default(name)}
-    if args.resume:
+    if resume:
         refuse_changes(args, changed, defaults)
-    if args.schedule == "maxout" and args.optimizer != "sgd":
-        raise UserError("--schedule maxout sets SGD's momentum; add --optimizer sgd")
     print(f"recipe {args.recipe}", *(f"{name}={value}" for name, value in changed.items() if name != "recipe"))
     return args
+
+
+def run_to_resume(args: argparse.Namespace) -> str | None:
+    """The folder of the run to resume, None for a new run. Raises UserError."""
+    if args.resume:
+        if args.auto_resume or args.output_dir:
+            raise UserError("--resume names the run folder; omit --output-dir and --auto-resume")
+        if not Path(args.resume).is_dir():
+            raise UserError(f"--resume {args.resume}: there is no such run folder")
+        return args.resume
+    if args.auto_resume and not args.output_dir:
+        raise UserError("--auto-resume needs --output-dir, the folder of the run to resume or to start")
+    return args.output_dir if args.auto_resume and has_checkpoint(args.output_dir) else None
+
+
+def choose_recipe(parser: ArgumentParser, recipes: Recipes, variants: Variants, argv: Sequence[str]) -> None:
+    """Make the recipe's options the parser's defaults."""
+    recipe = parser.parse_known_args(argv)[0].recipe
+    parser.set_defaults(**recipes[recipe])
+    args = parser.parse_known_args(argv)[0]  # the recipe may have set the model
+    dataset = args.dataset if args.dataset in parser.datasets else "folder"
+    for name in (getattr(args, "model", ""), getattr(args, "networks", ""), dataset):
+        parser.set_defaults(**variants.get((recipe, name), {}))
 
 
 def refuse_changes(args: argparse.Namespace, changed: dict[str, Any], options: dict[str, Any]) -> None:
     """Raise UserError if a flag would make the resumed run another run."""
     if args.schedule in ("cosine", "burda") and "epochs" in changed:
-        raise UserError(f"--epochs {args.epochs}: this run's learning rate ends with its last epoch; omit the flag")
+        raise UserError(
+            f"--epochs {args.epochs}: this run's learning rate ends with its last epoch; omit the flag, or start a new "
+            f"run with --start-from {args.resume}"
+        )
     for name in changed.keys() - FREE_ON_RESUME:
         value, flag = changed[name], name.replace("_", "-")
         flag = f"--no-{flag}" if value is False else f"--{flag}" if value is True else f"--{flag} {value}"

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -10,50 +11,39 @@ from filelock import FileLock, Timeout
 
 from engine.errors import UserError
 
-# What a run leaves that was killed before its first save.
+# Files left by a run that was killed before its first save.
 UNSTARTED = (".lock", "config.json", "config.json.tmp", "checkpoint.pt.tmp")
 
 
 def new_folder(wanted: str | None, name: str) -> Path:
-    """Make the folder `wanted`, or else the next free of runs/`name`, runs/`name`-2, and so on.
+    """Create the folder `wanted`, or else the next free of runs/`name`, runs/`name`-2, and so on.
 
-    Raises UserError if `wanted` holds anything but what a run leaves that ended before its first step.
+    Raises UserError if `wanted` holds anything but the files of a run that ended before its first step.
     """
     if wanted:
         folder = Path(wanted)
         if folder.exists() and not folder.is_dir():
             raise UserError(f"--output-dir {folder} is a file; name a new folder")
-        make_folder(folder, exist_ok=True)
+        make_folder(folder)
         if any(path.name not in UNSTARTED for path in folder.iterdir()):
             raise UserError(f"--output-dir {folder} is not empty; name a new folder, or use --resume {folder}")
         return folder
+    make_folder(Path("runs"))
     for i in itertools.count(1):
         folder = Path("runs") / (name if i == 1 else f"{name}-{i}")
         with suppress(FileExistsError):
-            make_folder(folder)
+            folder.mkdir()
             return folder
-        if was_never_started(folder):
-            return folder
+    raise AssertionError  # there is always a next number
 
 
-def was_never_started(folder: Path) -> bool:
-    """Whether a run ended here before its first save. An empty folder may be one that is just about to start."""
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if ".lock" not in names or not names.issubset(UNSTARTED):
-        return False
+def make_folder(folder: Path) -> None:
+    """Create `folder` and those above it, unless they exist. Raises UserError."""
     try:
-        lock(folder).release()
-    except UserError:  # it is running
-        return False
-    return True
-
-
-def make_folder(folder: Path, exist_ok: bool = False) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=exist_ok)
-    except FileExistsError:
-        raise
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
+        if folder.is_symlink():
+            raise UserError(f"{folder} is a link to {os.readlink(folder)}, which is missing; create that") from error
         remedy = "allow writing there, or use another folder"
         raise UserError(f"{folder} cannot be created ({error.strerror}); {remedy}") from error
 

@@ -11,6 +11,8 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from engine.errors import UserError
+
 
 def build_optimizer(args: argparse.Namespace, parameters: Iterable[nn.Parameter]) -> Optimizer:
     """The optimizer that --optimizer names, fused: one pass over the weights instead of many."""
@@ -27,19 +29,21 @@ def build_schedule(
     decay: float = 1.000004,
     final_momentum: float = 0.7,
 ) -> LRScheduler | None:
-    """The schedule that --schedule names, None for a constant learning rate.
+    """The schedule that --schedule names, None for a constant learning rate. Raises UserError.
 
     epoch_length: steps per epoch. decay, final_momentum: of MaxoutSchedule.
     """
+    if args.schedule == "maxout" and args.optimizer != "sgd":
+        raise UserError("--schedule maxout sets SGD's momentum; add --optimizer sgd")
     steps = args.epochs * epoch_length
     warmup = steps // 10
 
-    def cosine(step):  # share of --lr: linear warm-up over the first tenth, then half a cosine down to 0
+    def cosine(step: int) -> float:  # linear warm-up over the first tenth, then half a cosine down to 0
         if step < warmup:
             return (step + 1) / warmup
         return 0.5 + 0.5 * math.cos(math.pi * min(1, (step - warmup) / (steps - warmup)))
 
-    def burda(step):  # Burda et al. 2015, section 5: 10^(-i/7) for 3^i of 3,280 epochs, i = 0 ... 7
+    def burda(step: int) -> float:  # Burda et al. 2015, section 5: 10^(-i/7) for 3^i of 3,280 epochs, i = 0 ... 7
         passed = 3280 * step / steps
         return 10 ** -(sum(passed >= (3 ** (i + 1) - 1) / 2 for i in range(7)) / 7)
 
@@ -63,7 +67,7 @@ class MaxoutSchedule(LRScheduler):
         self.momentum = optimizer.param_groups[0]["momentum"]
         super().__init__(optimizer)
 
-    def get_lr(self) -> list[float]:
+    def get_lr(self) -> list[float | torch.Tensor]:
         epoch = self.last_epoch // self.epoch_length  # last_epoch counts steps
         for group in self.optimizer.param_groups:
             group["momentum"] = self.momentum + min(1, epoch / 249) * (self.final_momentum - self.momentum)

@@ -24,7 +24,7 @@ def code_fingerprint(script: str) -> dict[str, str]:
 
 def warn_if_code_changed(checkpoint: dict[str, Any], path: str | Path) -> bool:
     """Whether files differ from those that made the checkpoint; a warning names them. New files do not count."""
-    before, now = checkpoint["code"], code_fingerprint(checkpoint["options"]["script"])
+    before, now = checkpoint["code"], code_fingerprint(checkpoint["options"].get("script", ""))
     changed = [name for name in before if before[name] != now.get(name)]
     if changed and rank() == 0:
         print(f"warning: {', '.join(changed)} changed since {path} was saved; its results may differ", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""A run: the position in the training, and what its checkpoints hold."""
+"""A run: its options, its position in the training, and what its checkpoints hold."""
 
 import argparse
 import csv
@@ -6,6 +6,7 @@ import io
 import json
 import math
 import time
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,39 +14,65 @@ import torch
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
-from engine.capture import portable_state
-from engine.checkpoint import POSITION, load_checkpoint, save_checkpoint, write_atomically
+from engine.checkpoint import POSITION, load_checkpoint, load_result, save_checkpoint, write_atomically
 from engine.device import random_state, set_random_state
 from engine.distributed import all_gather, broadcast, rank, sum_gradients, world_size
 from engine.errors import UserError
 from engine.folder import lock, new_folder, read_config
 from engine.optim import EMA
 from engine.provenance import code_fingerprint, environment, warn_if_code_changed
+from engine.recorder import portable_state
+
+Metrics = dict[str, float]  # a row of metrics, by name
+
+
+@dataclass
+class LoopOptions:
+    """The options that the loop reads. engine/flags.py has a flag for each, with these defaults."""
+
+    epochs: int = 1
+    batch_size: int = 32
+    seed: int = 0
+    cuda_graph: bool = True
+    compile: bool = False
+    amp: bool = False
+    log_interval: int = 100
+    save_interval: float = 60
+    output_dir: str | None = None
+    resume: str | None = None
+    start_from: str | None = None
+    auto_resume: bool = False
+    dry_run: bool = False
 
 
 class Run:
     """A run folder, the position in the training, and everything a checkpoint holds.
 
+    args: all options of the run, which its checkpoints store. The loop reads those of `LoopOptions`.
     state: name -> object with `state_dict()`: networks, optimizers, schedules, an EMA.
     name: the folder is runs/`name`, or the next free runs/`name`-2, ..., unless --output-dir or --resume names one.
     Raises UserError if that folder holds something else, or another process trains in it.
     """
 
     def __init__(self, args: argparse.Namespace, state: dict[str, Any], name: str = "run"):
-        if args.batch_size < world_size():
-            raise UserError(f"--batch-size {args.batch_size} is less than the {world_size()} processes; raise it")
+        given = vars(args)
         self.args, self.state = args, state
+        self.loop = LoopOptions(**{key.name: given[key.name] for key in fields(LoopOptions) if key.name in given})
+        self.script, self.kind = given.get("script", ""), given.get("kind", "")
+        if self.loop.batch_size < world_size():
+            raise UserError(f"--batch-size {self.loop.batch_size} is less than the {world_size()} processes; raise it")
         self.epoch, self.batch = 0, 0  # done: whole epochs, and batches of the current one
-        self.history, self.curve = [], []  # a row of metrics per epoch, and one per report
-        self.seconds, self.counted = [0.0], time.monotonic()  # of training, per epoch; counted until when
-        self.begun = False  # whether this process continues a run whose first step has been made by the same code
-        self.estimated = False  # whether this process has said how long the training will take
-        self.meter = None  # sums of the current epoch's metrics; utils.train sets it
-        self.share = 1.0  # of the batch that this rank computes
+        self.history: list[Metrics] = []  # a row per epoch
+        self.curve: list[Metrics] = []  # a row per report
+        self.seconds, self.counted = [0.0], time.monotonic()  # of training, per epoch; time of the last update
+        self.saved = time.monotonic()
+        self.begun = False  # whether this process continues a run whose first step was made by the same code
+        self.meter: Any = None  # sums of the current epoch's metrics; utils.train sets it
+        self.share = 1.0  # fraction of the batch that this rank computes
         for optimizer in self.optimizers():
             optimizer.register_step_pre_hook(lambda optimizer, *_: sum_gradients(optimizer, self.share))
-        self.folder = Path(args.resume or broadcast(lambda: str(new_folder(args.output_dir, name))))
-        self.lock = None
+        self.folder = Path(self.loop.resume or broadcast(lambda: str(new_folder(self.loop.output_dir, name))))
+        self.lock: Any = None
         broadcast(self.take_lock)
         print(f"run folder: {self.folder}", flush=True)
 
@@ -55,45 +82,45 @@ class Run:
     def optimizers(self) -> list[Optimizer]:
         return [item for item in self.state.values() if isinstance(item, Optimizer)]
 
+    def networks(self) -> dict[str, torch.nn.Module]:
+        return {name: item for name, item in self.state.items() if isinstance(item, torch.nn.Module)}
+
     def device(self) -> torch.device:
-        networks = [item for item in self.state.values() if isinstance(item, torch.nn.Module)]
-        tensors = (tensor for network in networks for tensor in network.state_dict().values())
+        tensors = (tensor for network in self.networks().values() for tensor in network.state_dict().values())
         return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
     def options(self) -> dict[str, Any]:
         where = ("resume", "output_dir", "auto_resume")
         return {name: value for name, value in vars(self.args).items() if name not in where}
 
-    def classes(self) -> dict[str, str]:
+    def types(self) -> dict[str, str]:
         return {name: type(item).__name__ for name, item in self.state.items()}
+
+    def save_due(self) -> bool:
+        return time.monotonic() - self.saved >= self.loop.save_interval
 
     def save(self, name: str = "checkpoint.pt") -> None:
         """Write everything that resuming needs. Raises UserError instead if a metric or a weight is not finite."""
         meter = self.meter.state_dict()
-        self.require_finite(meter["sums"])
+        self.require_finite({name: total for name, (total, _) in meter["since_report"].items()})
         ranks = all_gather({"random": random_state(), "meter": meter})
-        if rank() > 0:
-            return
-        self.count_seconds()
-        state = {key: state_of(item) for key, item in self.state.items()}
-        self.require_finite({key: largest(value) for key, value in state.items()})
-        checkpoint = {
-            "options": self.options(),
-            "classes": self.classes(),
-            "code": code_fingerprint(self.args.script),
-            "state": state,
-            "ranks": ranks,
-            "seconds": self.seconds,
-            **{key: getattr(self, key) for key in POSITION},
-        }
-        save_checkpoint(checkpoint, self.folder / name)
+        if rank() == 0:
+            self.count_seconds()
+            state = {key: state_of(item) for key, item in self.state.items()}
+            self.require_finite({key: largest(value) for key, value in state.items()})
+            position = {key: getattr(self, key) for key in POSITION}
+            checkpoint = {
+                "options": self.options(), "types": self.types(), "code": code_fingerprint(self.script),
+                "state": state, "ranks": ranks, "seconds": self.seconds, **position,
+            }  # fmt: skip
+            save_checkpoint(checkpoint, self.folder / name)
+        self.saved = time.monotonic()
 
-    def require_finite(self, values: dict[str, float]) -> None:
+    def require_finite(self, values: Metrics) -> None:
         for name, value in values.items():
             if not math.isfinite(value):
-                place = (
-                    f"step {self.batch} of epoch {self.epoch + 1}" if self.batch else f"the end of epoch {self.epoch}"
-                )
+                within = f"step {self.batch} of epoch {self.epoch + 1}"
+                place = within if self.batch else f"the end of epoch {self.epoch}"
                 remedy = "start a new run with a lower --lr, or without --amp"
                 raise UserError(f"{name} is not finite at or shortly before {place}; {remedy}")
 
@@ -102,10 +129,8 @@ class Run:
 
         Nothing may draw random numbers between this and the first step.
         """
-        ranks = []
-        if getattr(self.args, "start_from", None) and not self.args.resume:
-            self.start_from(Path(self.args.start_from))
-        if self.args.resume:
+        ranks: list[dict[str, Any]] = []
+        if self.loop.resume:
             checkpoint = load_checkpoint(self.folder)
             changed = warn_if_code_changed(checkpoint, self.folder)
             self.load_state(checkpoint)
@@ -114,30 +139,26 @@ class Run:
             self.begun = self.epoch + self.batch > 0 and not changed
             ranks, self.seconds = checkpoint["ranks"], checkpoint["seconds"]
             self.write_metrics()
-        if len(ranks) == world_size():
-            random, meters = ranks[rank()]["random"], [ranks[rank()]["meter"]]
-        else:  # a new run, or another number of processes: rank 0 continues with the sums of all
-            random, meters = {}, [part["meter"] for part in ranks] if rank() == 0 else []
-        self.meter.load(meters, self.device())
-        if self.args.resume or world_size() > 1:  # several ranks draw different numbers
-            set_random_state(random, self.args.seed + 1_000_003 * (1 + rank()) + self.epoch + self.batch)
+        elif self.loop.start_from:
+            self.start_from(self.loop.start_from)
+        self.meter.load([part["meter"] for part in ranks])
+        if self.loop.resume or world_size() > 1:  # each rank draws its own random numbers
+            random = ranks[rank()]["random"] if len(ranks) == world_size() else {}
+            set_random_state(random, self.loop.seed + 1_000_003 * (1 + rank()) + self.epoch + self.batch)
         self.write_config()
-        self.counted = time.monotonic()
+        self.counted = self.saved = time.monotonic()
 
-    def start_from(self, path: Path) -> None:
-        """Take the networks' weights from another run; of the network that has an EMA, the EMA."""
-        state = load_checkpoint(path / "best.pt" if (path / "best.pt").is_file() else path)["state"]
+    def start_from(self, path: str) -> None:
+        """Load the networks' weights from another run: of the network that has an EMA, the EMA. Raises UserError."""
+        state = load_result(path)["state"]
         main = "model" if "model" in self.state else "generator"
-        if "ema" in state:
-            state[main] = state["ema"]["model"]
-        networks = {name: item for name, item in self.state.items() if isinstance(item, torch.nn.Module)}
+        networks = self.networks()
         if isinstance(self.state.get("ema"), EMA):
             networks["ema"], state["ema"] = self.state["ema"].model, state.get(main)
         for name, network in networks.items():
             if state.get(name) is None:
-                raise UserError(
-                    f"--start-from {path}: it has no weights of the {name}; name a run folder of this script"
-                )
+                remedy = "name a run folder of this script"
+                raise UserError(f"--start-from {path}: it has no weights of the {name}; {remedy}")
             try:
                 network.load_state_dict(state[name])
             except RuntimeError as error:
@@ -145,8 +166,8 @@ class Run:
                 raise UserError(f"--start-from {path}: its {name} is another network: {reason}") from error
 
     def load_state(self, checkpoint: dict[str, Any]) -> None:
-        for name, then in checkpoint["classes"].items():
-            now = self.classes().get(name, "gone")
+        for name, then in checkpoint["types"].items():
+            now = self.types().get(name, "gone")
             if now != then and not isinstance(self.state.get(name), torch.nn.Module):
                 remedy = "undo the edit, or start a new run"
                 raise UserError(f"{name}: {self.folder} was trained with {then}, the code now has {now}; {remedy}")
@@ -157,7 +178,7 @@ class Run:
             reason = " ".join(str(error).split())
             raise UserError(f"{self.folder} does not match the code, which has changed since: {reason}") from error
 
-    def end_epoch(self, row: dict[str, float]) -> dict[str, float]:
+    def end_epoch(self, row: Metrics) -> Metrics:
         """Close the current epoch: `row`, its metrics, becomes a row of the history, which is returned."""
         self.count_seconds()
         self.seconds.append(0.0)
@@ -171,7 +192,7 @@ class Run:
         rows = [row for row in self.history if score in row]
         if not rows:
             raise UserError(f"no epoch has the metric {score}, which chooses the best one; validate() must return it")
-        return max(rows, key=lambda row: row[score])["epoch"]
+        return int(max(rows, key=lambda row: row[score])["epoch"])
 
     def count_seconds(self) -> None:
         """Add the time since the last call to the current epoch's seconds, which a resumed run continues."""
@@ -181,30 +202,23 @@ class Run:
 
     def write_metrics(self) -> None:
         """metrics.csv: a row per epoch; curve.csv: a row per report; seconds.csv: the time that each epoch took."""
-        if not self.history:
-            return
-        self.write_csv("metrics.csv", self.history)
-        self.write_csv("curve.csv", self.curve)
         seconds = [{"epoch": i + 1, "seconds": f"{self.seconds[i]:.2f}"} for i in range(self.epoch)]
-        self.write_csv("seconds.csv", seconds)
-
-    def write_csv(self, name: str, rows: list[dict[str, Any]]) -> None:
-        """Metrics that came or went leave empty cells."""
-        text = io.StringIO()
-        names = dict.fromkeys(name for row in rows for name in row)
-        writer = csv.DictWriter(text, fieldnames=names, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        write_atomically(self.folder / name, text.getvalue().encode())
+        tables: dict[str, list] = {"metrics.csv": self.history, "curve.csv": self.curve, "seconds.csv": seconds}
+        for name, rows in tables.items() if self.history else ():
+            text = io.StringIO()
+            columns = dict.fromkeys(column for row in rows for column in row)  # a metric may begin or end later
+            writer = csv.DictWriter(text, fieldnames=columns, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+            write_atomically(self.folder / name, text.getvalue().encode())
 
     def write_config(self) -> None:
-        """config.json: the options, and what is needed to trace a figure to its code and machine."""
-        config = {"options": self.options(), "classes": self.classes(), "device": str(self.device()), **environment()}
+        """config.json: the options, and what is needed to trace a result to its code and machine."""
+        config = {"options": self.options(), "types": self.types(), "device": str(self.device()), **environment()}
         before = read_config(self.folder).get("commit")
-        if self.args.resume and before and config["commit"]:  # every commit that trained this run
-            config["commit"] = (
-                before if config["commit"] in before.split(", then ") else f"{before}, then {config['commit']}"
-            )
+        if self.loop.resume and before and config["commit"]:  # every commit that trained this run
+            known = config["commit"] in before.split(", then ")
+            config["commit"] = before if known else f"{before}, then {config['commit']}"
         write_atomically(self.folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
 
 

@@ -1,7 +1,7 @@
-"""Without a GPU: could each training step be a CUDA graph, and is a step noticed that could not?
+"""Without a GPU: can each training step be a CUDA graph, and is a step detected that cannot?
 
 The steps run on `meta` tensors, which stand for the GPU's: they have shapes and no values, so that every read on the
-host fails. `engine.capture.Recorder` records each operation, as it does in the first steps on a GPU.
+host fails. `engine.recorder.Recorder` records each operation, as it does in the first steps on a GPU.
 """
 
 import contextlib
@@ -19,15 +19,15 @@ import train_gan
 import train_likelihood
 import utils
 from datasets import Batches
-from engine import capture, flags, frozen
-from engine.capture import NotCapturable, is_capturable, prepare, require_same
+from engine import captured, flags, recorder
+from engine.captured import COMPARED, CapturedStep
 from engine.errors import UserError
-from engine.frozen import COMPARED, FrozenStep
+from engine.recorder import NotCapturable, is_capturable, prepare, require_same
 
 META = torch.device("meta")
 
 
-class Recorder(capture.Recorder):
+class Recorder(recorder.Recorder):
     """Fused updates have no kernel for meta tensors; they return nothing, so they need not run."""
 
     def run(self, function, args, kwargs):
@@ -56,7 +56,7 @@ def build(tmp_path, capsys):
         state, train_step, _ = script.build(args, META, Batches(images, labels, args.batch_size, "cpu"))
         batches = Batches(images, labels, args.batch_size, META, black=getattr(args, "black", 0.0))
         run = utils.Run(args, state)
-        run.meter = utils.Meter()
+        run.meter = utils.Meter(META)
         return run, train_step, batches
 
     return build
@@ -69,7 +69,7 @@ def record(run, train_step, batches, steps=COMPARED):
         prepare(optimizer, META)
     step = utils.make_step(run, train_step, batches)
     schedules = [item for item in run.state.values() if isinstance(item, torch.optim.lr_scheduler.LRScheduler)]
-    rows = torch.zeros(run.args.batch_size, dtype=torch.int64, device=META)
+    rows = torch.zeros(run.loop.batch_size, dtype=torch.int64, device=META)
     recorders = []
     for _ in range(1 + steps):
         with Recorder(META) as recorder:
@@ -93,17 +93,16 @@ CASES = {
     **{f"{script.__name__} {recipe}": (script, ["--recipe", recipe])
        for script in (train_gan, train_cgan) for recipe in script.RECIPES},
     "gan large": (train_gan, ["--recipe", "best", "--networks", "large"]),
-    "gan saturating": (train_gan, ["--generator-loss", "saturating"]),
+    "gan saturating": (train_gan, ["--loss", "saturating"]),
+    "gan relativistic": (train_gan, ["--loss", "relativistic", "--r1", "1"]),
     **{
         f"{model} {recipe}": (train_likelihood, ["--model", model, "--recipe", recipe])
         for model in ("vae", "rbm", "hmm")
         for recipe in ("lecture", "best")
     },
-    "vae paper": (train_likelihood, ["--model", "vae", "--recipe", "paper"]),
-    "rbm paper": (train_likelihood, ["--model", "rbm", "--recipe", "paper"]),
     "iwae": (train_likelihood, ["--importance-samples", "5"]),
     "rnn fixed": (train_likelihood, ["--model", "rnn", "--binarise", "fixed"]),
-    "cgan no mismatched": (train_cgan, ["--recipe", "best", "--mismatched", "0"]),
+    "cgan no wrong label": (train_cgan, ["--recipe", "best", "--wrong-label", "0"]),
 }  # fmt: skip
 
 
@@ -115,7 +114,7 @@ def test_every_recipes_step_is_the_same_operations_on_the_same_tensors(build, na
     require_all_same(recorders)
 
 
-# Faults that a graph would freeze -------------------------------------------------------------------------------------
+# Faults that a graph would repeat -------------------------------------------------------------------------------------
 
 
 class Faults:
@@ -171,7 +170,7 @@ FAULTS = [name for name in vars(Faults) if not name.startswith("_")]
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_fault_is_noticed(build, name):
+def test_a_fault_is_detected(build, name):
     run, train_step, batches = build(train_classifier, "--model", "mlp")
     faults = Faults(run)
 
@@ -187,7 +186,7 @@ def test_a_fault_is_noticed(build, name):
 
 @pytest.mark.parametrize("period", range(2, COMPARED + 1))
 @pytest.mark.parametrize("phase", range(COMPARED))
-def test_whatever_happens_every_few_steps_is_noticed_in_any_phase(period, phase):
+def test_whatever_happens_every_few_steps_is_detected_in_any_phase(period, phase):
     def recorded(i):
         with Recorder(META) as recorder:
             x = torch.zeros(2, device=META)
@@ -240,7 +239,7 @@ def test_a_state_saved_for_a_graph_resumes_without_one():
         prepare(optimizer, torch.device("cpu"))
         weight.grad = torch.ones(3)
         optimizer.step() if options else None
-        saved = capture.portable_state(optimizer)
+        saved = recorder.portable_state(optimizer)
         assert type(saved["param_groups"][0]["lr"]) is float
         assert not saved["param_groups"][0]["capturable"]
         assert isinstance(optimizer.param_groups[0]["lr"], torch.Tensor)  # the optimizer itself is unchanged
@@ -304,7 +303,7 @@ def graphed_counter(fake_cuda, optimizer, batch_size=2):
 
 
 def graphed_step(step, optimizer, batch_size=2, begun=False):
-    return FrozenStep(step, [optimizer], batch_size, torch.device("cpu"), compiled=False, graph=True, begun=begun)
+    return CapturedStep(step, [optimizer], batch_size, torch.device("cpu"), compiled=False, graph=True, begun=begun)
 
 
 def call(graphed, times):
@@ -323,7 +322,7 @@ def test_every_call_is_one_step_on_its_own_rows_and_most_are_replays(fake_cuda):
     assert position.steps == 20
     assert FakeGraph.captures == 1
     assert FakeGraph.replays == 19  # the first step is eager
-    del seen[1 : 1 + COMPARED + 1]  # the rehearsal and the capture
+    del seen[1 : 1 + COMPARED + 1]  # the warm-up check and the capture
     assert seen == [[i, i] for i in range(20)]
 
 
@@ -341,7 +340,7 @@ def test_a_run_that_has_begun_replays_its_first_step_too(fake_cuda):
     assert FakeGraph.replays == 5
 
 
-def test_a_rehearsal_leaves_no_trace(fake_cuda):
+def test_the_warm_up_check_leaves_no_trace(fake_cuda):
     """Weights, the optimizer's averages, sums, overlapping views and random numbers are as before."""
     weight, memory = torch.ones(4, requires_grad=True), torch.arange(6.0)
     optimizer = torch.optim.Adam([weight], lr=0.1, fused=True)
@@ -361,7 +360,7 @@ def test_a_rehearsal_leaves_no_trace(fake_cuda):
         return [each.clone() for each in (weight.detach(), memory, *state.values(), torch.get_rng_state())]
 
     graphed = graphed_step(step, optimizer)
-    graphed.capture = lambda function: lambda *inputs: None
+    graphed.record_graph = lambda function: lambda *inputs: None
     call(graphed, 1)
     before = everything()
     call(graphed, 1)
@@ -391,11 +390,11 @@ def test_a_momentum_that_changes_once_per_epoch_is_captured_again(fake_cuda, cap
 
 
 def test_where_the_compiler_fails_the_graph_is_of_the_eager_step(fake_cuda, monkeypatch, capsys):
-    """And its momentum is frozen, as in any graph, so that a change is noticed."""
+    """And its momentum is a recorded number, as in any graph, so that a change is detected."""
     optimizer = sgd()
     graphed, position, _ = graphed_counter(fake_cuda, optimizer)
     graphed.compiled = True
-    monkeypatch.setattr(frozen, "compile_step", lambda *_: 1 / 0)
+    monkeypatch.setattr("engine.compiler.compile_step", lambda *_: 1 / 0)
     for epoch in range(2):
         optimizer.param_groups[0]["momentum"] = 0.5 + epoch / 10
         call(graphed, 10)
@@ -452,7 +451,7 @@ def test_a_failed_capture_names_its_cause(fake_cuda, monkeypatch):
 
     replaced = []
     monkeypatch.setattr(torch.cuda, "graph", failing)
-    monkeypatch.setattr("engine.frozen.replace_generator", lambda device, state: replaced.append(device))
+    monkeypatch.setattr("engine.captured.replace_generator", lambda device, state: replaced.append(device))
     with pytest.raises(UserError, match="not permitted when stream is capturing; add --no-cuda-graph"):
         call(graphed, 20)
     assert replaced == [torch.device("cpu")]
@@ -475,17 +474,15 @@ def test_metrics_that_differ_at_capture_are_refused(fake_cuda):
 def train_on_fake_cuda(fake_cuda, tmp_path, monkeypatch):
     """A function that trains a counter and a weight in tmp_path/run, as on CUDA; returns the optimizer."""
 
-    load_meter = utils.Meter.load
-
     def train(resume=None, **options):
         position, weight = Position(), torch.zeros(1, requires_grad=True)
         optimizer = torch.optim.Adam([weight], lr=0.1, fused=True)
         run = start(
             tmp_path / "run", {"position": position, "optimizer": optimizer}, batch_size=1, resume=resume, **options
         )
-        run.device = lambda: torch.device("cuda")  # which make_step asks
+        run.device = lambda: torch.device("cuda")  # which `capture` asks
 
-        class Graphed(FrozenStep):
+        class Graphed(CapturedStep):
             def __init__(self, step, optimizers, batch_size, device, **how):
                 super().__init__(step, optimizers, batch_size, torch.device("cpu"), **how)
                 fake_cuda(self, position)
@@ -494,8 +491,8 @@ def train_on_fake_cuda(fake_cuda, tmp_path, monkeypatch):
             position.steps += 1
             return {"loss": torch.zeros(())}
 
-        monkeypatch.setattr(utils, "FrozenStep", Graphed)
-        monkeypatch.setattr(utils.Meter, "load", lambda meter, states, _: load_meter(meter, states, "cpu"))
+        monkeypatch.setattr(captured, "CapturedStep", Graphed)
+        monkeypatch.setattr(utils, "Meter", lambda device, meter=utils.Meter: meter("cpu"))
         utils.train(run, train_step, ten_images(batch_size=1))
         return optimizer
 
@@ -521,6 +518,5 @@ def test_an_optimizer_that_cannot_be_captured_runs_eagerly_and_is_said(tmp_path,
     run.device = lambda: torch.device("cuda")
     run.meter = utils.Meter()
     step = utils.make_step(run, lambda images, labels: {"loss": torch.zeros(())}, ten_images(batch_size=2))
-    assert not isinstance(step, FrozenStep)
     assert capsys.readouterr().out.count("every step runs eagerly: Adagrad") == 1
     step(torch.tensor([1, 2]))

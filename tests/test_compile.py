@@ -26,37 +26,33 @@ from datasets import Batches, load
 from engine import compiler, flags
 from engine.errors import UserError
 
-CASES = {
+CASES = {  # each has operations that no other has
     "mlp lecture": (train_classifier, ["--model", "mlp"]),
     "mlp best": (train_classifier, ["--model", "mlp", "--recipe", "best"]),
-    "cnn lecture": (train_classifier, ["--model", "cnn"]),
     "cnn best": (train_classifier, ["--model", "cnn", "--recipe", "best"]),
     "resnet best": (train_classifier, ["--model", "resnet", "--recipe", "best"]),
-    "cnn fast": (train_classifier, ["--recipe", "fast"]),
     "maxout paper": (train_classifier, ["--recipe", "paper"]),
-    **{
-        f"{script.__name__} {recipe}": (script, ["--recipe", recipe])
-        for script in (train_gan, train_cgan)
-        for recipe in script.RECIPES
-    },
-    "relativistic gan": (train_gan, ["--recipe", "best", "--adversarial-loss", "relativistic"]),
-    "large gan best": (train_gan, ["--recipe", "best", "--networks", "large"]),
-    **{f"{model} {recipe}": (train_likelihood, ["--model", model, "--recipe", recipe])
-       for model in ("vae", "rbm", "rnn", "hmm") for recipe in ("lecture", "best")},
-    "vae paper": (train_likelihood, ["--model", "vae", "--recipe", "paper"]),
-    "rbm paper": (train_likelihood, ["--model", "rbm", "--recipe", "paper"]),
-}  # fmt: skip
+    "gan lecture": (train_gan, []),
+    "gan best": (train_gan, ["--recipe", "best"]),
+    "gan paper": (train_gan, ["--recipe", "paper"]),
+    "relativistic gan": (train_gan, ["--recipe", "best", "--networks", "large", "--loss", "relativistic"]),
+    "cgan best": (train_cgan, ["--recipe", "best"]),
+    "cgan paper": (train_cgan, ["--recipe", "paper"]),
+    **{f"{model} lecture": (train_likelihood, ["--model", model]) for model in ("vae", "rbm", "rnn", "hmm")},
+    "iwae": (train_likelihood, ["--model", "vae", "--recipe", "best", "--importance-samples", "5"]),
+    "rbm cd": (train_likelihood, ["--model", "rbm", "--recipe", "best", "--persistent-chains", "0"]),
+    "rnn best": (train_likelihood, ["--model", "rnn", "--recipe", "best"]),
+}
 QUICK = ["mlp lecture"]
-STEPS = 200
+STEPS = 20  # more would not see more: rounding in double precision stays below 1e-14, and a fault shows at once
 
 
 def losses(case, folder, compiled):
-    """The losses of each of the first steps, the step, and the state after them."""
+    """The losses of each of the first steps, and the state after them."""
     script, words = CASES[case]
     words = [*words, "--dataset", "digits", "--device", "cpu", "--output-dir", str(folder)]
     words += ["--compile"] if compiled else []
     args = flags.parse_args(script.get_args_parser(), script.RECIPES, script.VARIANTS, words)
-    args.classes = [str(digit) for digit in range(10)]
     torch.manual_seed(0)
     images, labels = load("digits", None)
     batches = Batches(images, labels, args.batch_size, "cpu", black=getattr(args, "black", 0.0))
@@ -65,15 +61,14 @@ def losses(case, folder, compiled):
     run.meter = utils.Meter()
     schedules = [item for item in state.values() if isinstance(item, torch.optim.lr_scheduler.LRScheduler)]
     step, means = utils.make_step(run, train_step, batches), []
-    rows = (rows for epoch in itertools.count() for (rows,) in batches.rows(epoch) if len(rows) == args.batch_size)
+    rows = (rows for epoch in itertools.count() for rows in batches.rows(epoch) if len(rows) == args.batch_size)
     for batch in itertools.islice(rows, STEPS):
-        names = step(batch)
+        step(batch)
         for schedule in schedules:
             schedule.step()
-        means.append([run.meter.sums[name].item() / len(batch) for name in names if name.startswith("loss")])
-        run.meter.reset()
+        means.append([value for name, value in run.meter.report().items() if name.startswith("loss")])
     run.lock.release()
-    return torch.tensor(means), step, state
+    return torch.tensor(means), state
 
 
 @pytest.fixture
@@ -88,15 +83,15 @@ def double_precision(monkeypatch):
 @pytest.mark.parametrize(
     "case", [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
 )
-def test_the_compiled_step_is_the_eager_step_but_for_rounding(double_precision, case, tmp_path):
-    """Losses of 200 steps, and the state after them."""
-    eager, _, eager_state = losses(case, tmp_path / "eager", False)
-    compiled, step, compiled_state = losses(case, tmp_path / "compiled", True)
-    assert step.frozen is not step.step
+def test_the_compiled_step_is_the_eager_step_but_for_rounding(double_precision, case, tmp_path, capsys):
+    """Losses of the first steps, and the state after them."""
+    eager, eager_state = losses(case, tmp_path / "eager", False)
+    compiled, compiled_state = losses(case, tmp_path / "compiled", True)
+    assert "\ncompiled in" in capsys.readouterr().out
     assert compiled[0].ne(compiled[-1]).all()  # it learns
-    torch.testing.assert_close(compiled, eager, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(compiled, eager, rtol=1e-9, atol=1e-9)
     for (name, a), (_, b) in zip(tensors(plain(compiled_state)), tensors(plain(eager_state)), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def plain(state):

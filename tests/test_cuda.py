@@ -16,8 +16,8 @@ import train_classifier
 import train_gan
 import utils
 from datasets import Batches
+from engine.captured import COMPARED, CapturedStep
 from engine.errors import UserError
-from engine.frozen import COMPARED, FrozenStep
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -152,7 +152,7 @@ def test_what_only_capture_notices_names_its_cause(tmp_path):
         torch.cuda.synchronize()
         return ()
 
-    step = FrozenStep(waiting, [], 2, torch.device("cuda"), compiled=False, graph=True, begun=True)
+    step = CapturedStep(waiting, [], 2, torch.device("cuda"), compiled=False, graph=True, begun=True)
     with pytest.raises(UserError, match=r"capturing.*--no-cuda-graph"):
         step(torch.zeros(2, device="cuda"))
     drawn = torch.zeros(2, device="cuda")
@@ -161,7 +161,7 @@ def test_what_only_capture_notices_names_its_cause(tmp_path):
         drawn.copy_(torch.rand(2, device="cuda"))
         return ()
 
-    step = FrozenStep(drawing, [], 2, torch.device("cuda"), compiled=False, graph=True, begun=True)
+    step = CapturedStep(drawing, [], 2, torch.device("cuda"), compiled=False, graph=True, begun=True)
     step(torch.zeros(2, device="cuda"))  # a notebook can go on
     assert drawn.any()
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from engine.capture import Recorder, require_same
 
 from datasets import load
-from engine.capture import Recorder, require_same
 from measures.likelihood import draw_states
 from models.hmm import HMM
 from models.rbm import RBM

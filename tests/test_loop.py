@@ -3,6 +3,7 @@
 import argparse
 import csv
 import math
+import os
 import signal
 
 import pytest
@@ -10,12 +11,11 @@ import torch
 from helpers import load
 from PIL import Image
 
-import train_classifier
 import utils
 from datasets import Batches
-from engine import checkpoint, optim, pictures
+from engine import checkpoint, plots
 from engine.errors import Stopped, UserError
-from engine.optim import EMA, MaxoutSchedule
+from engine.optim import EMA
 
 
 class Position(torch.nn.Module):
@@ -27,22 +27,10 @@ class Position(torch.nn.Module):
 
 
 def start(folder, state, **options):
-    defaults = {
-        "epochs": 2,
-        "batch_size": 2,
-        "amp": False,
-        "auto_resume": False,
-        "compile": False,
-        "cuda_graph": True,
-        "seed": 0,
-        "log_interval": 3,
-        "save_interval": 1000.0,
-        "dry_run": False,
-        "script": "x.py",
-        "resume": None,
-    }
-    args = argparse.Namespace(**{**defaults, **options}, output_dir=str(folder))
-    return utils.Run(args, state)
+    return utils.Run(
+        argparse.Namespace(**{"epochs": 2, "batch_size": 2, "log_interval": 3, **options}, output_dir=str(folder)),
+        state,
+    )
 
 
 def ten_images(batch_size):
@@ -158,24 +146,6 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_ema_follows_its_formula():
-    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
-    ema = EMA(model, decay=0.5)
-    expected = {name: value.clone() for name, value in model.state_dict().items()}
-    for update in range(12):
-        for value in [*model.parameters(), model[1].running_mean]:
-            torch.nn.init.normal_(value)
-        model[1].num_batches_tracked += 3
-        ema.update()
-        decay = min(0.5, (1 + update) / (10 + update))
-        for name, value in model.state_dict().items():
-            if value.is_floating_point():
-                expected[name] = decay * expected[name] + (1 - decay) * value
-    expected["1.num_batches_tracked"] = model[1].num_batches_tracked
-    torch.testing.assert_close(dict(ema.model.state_dict()), expected)
-    assert not ema.model.training
-
-
 def test_the_loop_updates_every_ema_after_each_step(tmp_path):
     network = torch.nn.Linear(1, 1)
     state = {"network": network, "ema": EMA(network, decay=0.9), "slow": EMA(network, decay=0.99)}
@@ -196,54 +166,6 @@ def test_the_loop_updates_every_ema_after_each_step(tmp_path):
         torch.testing.assert_close(state[name].model.weight, expected[name])
 
 
-def test_maxout_schedule_is_the_papers():
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1, momentum=0.5)
-    schedule = MaxoutSchedule(optimizer, decay=1.000004, epoch_length=4)
-    optimizer.step()
-    for step in range(1, 1500):
-        schedule.step()
-        group = optimizer.param_groups[0]
-        assert group["lr"] == pytest.approx(0.1 / 1.000004**step)
-        assert group["momentum"] == pytest.approx(0.5 + 0.2 * min(1, step // 4 / 249))  # once per epoch
-
-
-def test_cosine_schedule_rises_for_a_tenth_and_ends_at_zero():
-    args = argparse.Namespace(epochs=10, schedule="cosine")
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
-    schedule = optim.build_schedule(args, optimizer, epoch_length=10)
-    rates = []
-    for _ in range(100):
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        schedule.step()
-    assert rates[:10] == pytest.approx([0.2 * step for step in range(1, 11)])
-    assert max(rates) == 2.0
-    assert rates[55] == pytest.approx(1.0)
-    assert rates == sorted(rates[:11]) + sorted(rates[11:], reverse=True)
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-12)
-
-
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_losses_are_the_slides(smoothing):
-    logits, labels = torch.randn(6, 10), torch.randint(10, (6,))
-    args = argparse.Namespace(label_smoothing=smoothing, classes=list("0123456789"))
-    t = train_classifier.target_probabilities(args, "cpu")[labels]
-    z = logits.exp() / logits.exp().sum(1, keepdim=True)
-    p = 1 / (1 + (-logits).exp())
-    by_hand = {
-        "cross-entropy": -(t * z.log()).sum(1).mean(),
-        "bce": -(t * p.log() + (1 - t) * (1 - p).log()).sum(1).mean(),
-        "mse": ((t - z) ** 2).mean(),
-        "mae": (t - z).abs().mean(),
-    }
-    for name, loss in train_classifier.LOSSES.items():
-        torch.testing.assert_close(loss(logits, t), by_hand[name])
-    torch.testing.assert_close(
-        train_classifier.LOSSES["cross-entropy"](logits, t),
-        torch.nn.functional.cross_entropy(logits, labels, label_smoothing=smoothing),
-    )
-
-
 def test_a_weight_that_is_not_finite_is_never_saved_though_the_loss_is_fine(tmp_path):
     network = torch.nn.Linear(2, 2)
     run = start(tmp_path / "run", {"network": network}, save_interval=0.0)
@@ -260,18 +182,18 @@ def test_a_weight_that_is_not_finite_is_never_saved_though_the_loss_is_fine(tmp_
 
 def test_a_grid_shows_pixels_as_they_are_row_by_row(tmp_path):
     images = torch.tensor([0.0, 0.25, 0.5, 0.75, 0.5]).view(5, 1, 1, 1).expand(5, 1, 28, 28)
-    pictures.save_grid(images, tmp_path / "grid.png", columns=3)
-    picture = Image.open(tmp_path / "grid.png")
-    assert picture.size == (3 * 56, 2 * 56)
+    plots.save_grid(images, tmp_path / "grid.png", columns=3)
+    image = Image.open(tmp_path / "grid.png")
+    assert image.size == (3 * 56, 2 * 56)
     places = [(0, 0), (56, 0), (112, 0), (0, 56), (56, 56), (112, 56)]
-    assert [picture.getpixel(place) for place in places] == [0, 64, 128, 191, 128, 0]
+    assert [image.getpixel(place) for place in places] == [0, 64, 128, 191, 128, 0]
 
 
 def test_the_gif_goes_through_the_epochs_and_ends_with_the_last(tmp_path):
     for epoch in range(1, 8):
         image = torch.full((1, 1, 28, 28), epoch / 10)
-        pictures.save_grid(image, tmp_path / "samples" / f"epoch-{epoch:04d}.png", columns=1)
-    pictures.save_gif(tmp_path, most=4)
+        plots.save_grid(image, tmp_path / "samples" / f"epoch-{epoch:04d}.png", columns=1)
+    plots.save_gif(tmp_path, most=4)
     with Image.open(tmp_path / "samples.gif") as gif:
         shown = []
         for frame in range(gif.n_frames):
@@ -394,10 +316,116 @@ def test_a_metric_may_come_or_go_between_save_and_resume(tmp_path):
     assert (folder / "curves.png").is_file()
 
 
-def test_reports_continue_where_rank_0_left_off_when_several_ranks_become_one():
-    of_one = {"sums": {"x": 10.0}, "counts": {"x": 10}, "reported": {"x": (10.0, 10)}}
-    of_another = {"sums": {"x": 4.0}, "counts": {"x": 1}, "reported": {}}
+def test_rank_0_continues_with_all_sums_when_several_ranks_become_one():
     meter = utils.Meter()
-    meter.load([of_one, of_another], torch.device("cpu"))
-    assert meter.means() == {"x": 14 / 11}
-    assert meter.means_since_report() == {"x": 4.0}
+    ranks = [{"x": (10.0, 9), "y": (1.0, 1)}, {"x": (4.0, 1)}]
+    meter.load([{"since_report": since, "epoch": {"x": (86.0, 90)}} for since in ranks])
+    assert meter.report() == {"x": 1.4, "y": 1}
+    assert meter.end_epoch() == {"x": 1.0, "y": 1}
+
+
+# The mode of the network, the clock, and the files --------------------------------------------------------------------
+
+
+def test_training_goes_on_in_train_mode_after_a_validation_in_eval_mode(tmp_path):
+    network = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Dropout())
+    network[0].eval()  # as a user may hold a layer's statistics fixed
+    modes = []
+
+    def train_step(images, labels):
+        modes.append(network.training)
+        return {}
+
+    def validate():
+        with utils.evaluating(network):
+            modes.append(network.training)
+        return {}
+
+    utils.train(start(tmp_path / "run", {"network": network}), train_step, ten_images(batch_size=10), validate)
+    assert modes == [True, False] * 2
+
+
+def test_the_loop_saves_every_so_many_seconds_since_the_last_save(tmp_path, monkeypatch):
+    """With a clock of the test's own: a step takes 4 seconds, and a checkpoint is due after 10."""
+    clock, position, saved = [0.0], Position(), []
+    monkeypatch.setattr("engine.run.time.monotonic", lambda: clock[0])
+    run = start(tmp_path / "run", {"position": position}, epochs=1, save_interval=10.0)
+    save = run.save
+    monkeypatch.setattr(run, "save", lambda *name: saved.append(run.batch) or save(*name))
+
+    def train_step(images, labels):
+        clock[0] += 4
+        return {}
+
+    utils.train(run, train_step, Batches(*blank_images(20), 2, "cpu"))
+    assert saved == [0, 3, 6, 9, 0]  # before the first step; after 12 s, 12 s and 12 s; at the end of the epoch
+
+
+def test_a_checkpoint_is_on_the_disk_before_its_name_points_to_it(tmp_path, monkeypatch):
+    done = []
+    for name in ("fsync", "replace"):
+        original = getattr(os, name)
+        monkeypatch.setattr(
+            checkpoint.os,
+            name,
+            lambda *args, name=name, original=original: done.append((name, size(args[0]))) or original(*args),
+        )
+
+    def size(file):
+        return os.fstat(file).st_size if isinstance(file, int) else os.path.getsize(file)
+
+    checkpoint.write_atomically(tmp_path / "file", b"content")
+    assert done == [("fsync", 7), ("replace", 7)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_after_the_step_with_plots_and_a_second_one_ends_at_once(tmp_path, number):
+    run = start(tmp_path / "run", {"position": Position()})
+
+    def train_step(images, labels):
+        signal.raise_signal(number)
+        return {"loss": torch.zeros(())}
+
+    with pytest.raises(Stopped, match="--resume"):
+        utils.train(run, train_step, ten_images(batch_size=2), sample=lambda: torch.zeros(10, 1, 28, 28))
+    assert load(tmp_path / "run" / "checkpoint.pt")["batch"] == 1
+
+    def impatient(images, labels):
+        signal.raise_signal(number)
+        signal.raise_signal(number)
+        raise AssertionError("the second signal was ignored")
+
+    with pytest.raises(KeyboardInterrupt):
+        utils.train(start(tmp_path / "other", {"position": Position()}), impatient, ten_images(batch_size=2))
+
+
+def test_a_run_that_is_stopped_leaves_curves_and_the_samples_so_far(tmp_path):
+    run = start(tmp_path / "run", {"position": Position()})
+
+    def train_step(images, labels):
+        if (run.epoch, run.batch) == (1, 2):
+            signal.raise_signal(signal.SIGINT)
+        return {"loss": torch.zeros(())}
+
+    with pytest.raises(Stopped):
+        utils.train(run, train_step, ten_images(batch_size=2), sample=lambda: torch.zeros(10, 1, 28, 28))
+    assert (tmp_path / "run" / "curves.png").is_file()
+    assert (tmp_path / "run" / "samples.gif").is_file()
+
+
+def test_a_validation_metric_that_is_not_finite_is_named_and_never_saved(tmp_path):
+    run = start(tmp_path / "run", {"position": Position()})
+    with pytest.raises(UserError, match="val_loss is not finite at or shortly before the end of epoch 1"):
+        utils.train(run, lambda images, labels: {}, ten_images(batch_size=2), lambda: {"val_loss": math.nan})
+    assert load(tmp_path / "run" / "checkpoint.pt")["epoch"] == 0
+
+
+def test_images_from_a_file_are_read_outside_the_captured_step(tmp_path, monkeypatch):
+    """`on_device = False`: the loop calls `take` itself, and the step gets images and labels."""
+    batches, captured = ten_images(batch_size=2), []
+    batches.on_device = False
+    monkeypatch.setattr(utils, "capture", lambda step, run: captured.append(step) or step)
+    run = start(tmp_path / "run", {"position": Position()}, epochs=1)
+    utils.train(run, lambda images, labels: {"label": labels.float().mean()}, batches)
+    assert run.history[0]["label"] == 4.5
+    assert captured[0](torch.zeros(2, 1, 1, 1), torch.ones(2)) == ("label",)

@@ -32,19 +32,21 @@ WITHOUT_CHANCE = """
 import contextlib, runpy, sys
 sys.path.insert(0, {root!r})
 import torch
-import models.gan
+import models.cgan, models.gan
 from engine.distributed import rank, world_size
 torch.nn.Dropout.forward = lambda self, x: x
 torch.autocast = lambda *args, **options: contextlib.nullcontext()
-drawn, calls = models.gan.draw_noise, 0
-def draw_noise(n, kind, device, generator=None):
-    global calls
-    if generator:
-        return drawn(n, kind, device, generator)
-    calls += 1
-    noise = drawn(n * world_size(), kind, device, torch.Generator().manual_seed(calls))
-    return noise.tensor_split(world_size())[rank()]
-models.gan.draw_noise = draw_noise
+calls = 0
+def for_all_ranks(noise):
+    def whole_noise(self, n, generator=None, device=None):
+        global calls
+        if generator:
+            return noise(self, n, generator, device)
+        calls += 1
+        return noise(self, n * world_size(), torch.Generator().manual_seed(calls)).tensor_split(world_size())[rank()]
+    return whole_noise
+for kind in (models.gan.Generator, models.cgan.ConditionalGenerator):
+    kind.noise = for_all_ranks(kind.noise)
 sys.argv[0] = {script!r}
 runpy.run_path({script!r}, run_name="__main__")
 """
@@ -85,10 +87,7 @@ import utils
 from datasets import Batches
 from engine.device import pick_device
 from engine.distributed import rank
-args = argparse.Namespace(
-    epochs=1, batch_size=4, amp=False, compile=False, cuda_graph=True, seed=0, log_interval=1, save_interval=1000.0,
-    dry_run=False, script="x.py", output_dir="run", resume=None,
-)
+args = argparse.Namespace(epochs=1, batch_size=4, log_interval=1, output_dir="run")
 device = pick_device("cpu")
 torch.manual_seed(0)
 seen, drawn = [], []

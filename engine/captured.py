@@ -1,35 +1,55 @@
-"""The frozen step: repeated without Python, as compiled code, as a CUDA graph, or both.
+"""The captured step: replayed without Python, as compiled code, as a CUDA graph, or both.
 
 It repeats the operations of the step that was recorded, on the same tensors and with the same Python numbers. Whatever
-Python would have decided differently in a later step is lost. The step is therefore rehearsed first: it runs several
-times and is compared, operation by operation; if it differs, it is refused. Then what the rehearsal wrote is undone.
+Python would have decided differently in a later step is lost. A warm-up check therefore comes first: the step runs
+several times, and is refused if its operations differ. Then everything that these warm-up steps wrote is rolled back.
 """
 
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.optim import Optimizer
 
-from engine.capture import NotCapturable, Recorder, Undo, prepare, require_same
-from engine.compiler import compile_step
 from engine.device import random_state, set_random_state
+from engine.distributed import world_size
 from engine.errors import UserError
+from engine.recorder import NotCapturable, Recorder, Undo, is_capturable, prepare, require_same
+
+if TYPE_CHECKING:
+    from engine.run import Run
 
 COMPARED = 5  # steps in a row: enough to see `if i % 5 == 0`
 
 
-class FrozenStep:
-    """`step(*tensors)`, frozen. Returns what `step` returned when it was recorded.
+def capture(step: Callable, run: "Run") -> Callable:
+    """`step`, which takes tensors, as a captured step if `run` asks for one and it can be; otherwise `step` itself."""
+    loop, device, optimizers = run.loop, run.device(), run.optimizers()
+    graph = device.type == "cuda" and loop.cuda_graph
+    if not (loop.compile or graph):
+        return step
+    if world_size() > 1:
+        print("every step runs eagerly: there are several processes")
+        return step
+    for optimizer in optimizers:
+        if not is_capturable(optimizer):
+            print(f"every step runs eagerly: {type(optimizer).__name__} keeps its state on the CPU")
+            return step
+    return CapturedStep(step, optimizers, loop.batch_size, device, compiled=loop.compile, graph=graph, begun=run.begun)
+
+
+class CapturedStep:
+    """`step(*tensors)`, captured. Returns what `step` returned when it was recorded.
 
     compiled: by Inductor (--compile). graph: as a CUDA graph, of the compiled step if there is one.
     begun: whether the run has made a step. If not, the first one runs eagerly, because it allocates the optimizer's
-        state. Whatever is frozen later, a resumed run therefore repeats the very steps of one that was not stopped.
+        state. Whenever the step is captured later, a resumed run therefore repeats the steps of an uninterrupted one.
 
-    A short last batch runs eagerly. When a frozen setting of an optimizer changes, the step is frozen again; if one
-    keeps changing within a few steps, all steps run eagerly. Random numbers are new in every step. Raises UserError.
+    A short last batch runs eagerly. When a setting of an optimizer changes that the recording holds, the step is
+    captured again; if one keeps changing within a few steps, all steps run eagerly. Random numbers are new in every
+    step. Raises UserError if the step cannot be captured.
     """
 
     def __init__(
@@ -43,10 +63,13 @@ class FrozenStep:
         begun: bool,
     ):
         self.step, self.optimizers, self.batch_size, self.device = step, optimizers, batch_size, device
-        self.compiled, self.graph, self.begun = compiled, graph, begun
-        self.frozen, self.result, self.settings, self.calls, self.eager = None, None, None, 0, False
-        self.short_lived = 0  # how many frozen steps in a row have been repeated only a few times
-        self.momenta = [torch.zeros((), device=device) for optimizer in optimizers for _ in optimizer.param_groups]
+        self.compiled, self.graph, self.begun, self.eager = compiled, graph, begun, False
+        self.captured: Callable | None = None
+        self.settings: list[Any] | None = None  # of the optimizers, as recorded
+        self.result: Any = None
+        self.calls = 0  # of the captured step
+        self.short_lived = 0  # how many captured steps in a row were replayed only a few times
+        self.momenta = [torch.zeros((), device=device) for _ in self.groups()]
         for optimizer in optimizers:
             prepare(optimizer, device)
 
@@ -54,44 +77,46 @@ class FrozenStep:
         if self.eager or not self.begun or len(inputs[0]) != self.batch_size:
             self.begun = True
             return self.step(*inputs)
-        if self.settings != (settings := self.frozen_settings()):
+        if self.settings != (settings := self.recorded_settings()):
             self.short_lived = self.short_lived + 1 if self.settings and self.calls <= COMPARED else 0
             if self.short_lived == 2:  # the first may belong to a run that was resumed just before a change
                 print("every step runs eagerly: a setting of the optimizer changes too often", flush=True)
                 self.eager = True
                 return self.step(*inputs)
-            self.settings, self.calls, self.frozen = settings, 0, None
-        if self.frozen is None:
-            self.freeze(inputs)
+            self.settings, self.calls, self.captured = settings, 0, None
+        if self.captured is None:
+            self.captured = self.capture(inputs)
         self.calls += 1
-        self.frozen(*inputs)
+        self.captured(*inputs)
         return self.result
 
-    def freeze(self, inputs: Sequence[torch.Tensor]) -> None:
-        """Rehearse the step, freeze it, and restore what that changed."""
+    def capture(self, inputs: Sequence[torch.Tensor]) -> Callable:
+        """Check the step, capture it, and roll back what that changed."""
         self.inputs = [tensor.clone() for tensor in inputs]  # a graph reads these very tensors
         random, undo = random_state(), Undo()
         try:
             with side_stream(self.graph):
-                self.rehearse(undo)
+                self.warm_up(undo)
                 function = self.compile() if self.compiled else self.step
         except NotCapturable as error:
             raise UserError(self.refusal(error)) from error
         finally:
             undo()
             set_random_state(random, fresh_seed=0)
-        self.frozen = self.capture(function) if self.graph else function
+        return self.record_graph(function) if self.graph else function
 
-    def rehearse(self, undo: Undo) -> None:
-        """Run the step several times, and raise NotCapturable if they differ."""
-        recorders = []
+    def warm_up(self, undo: Undo) -> None:
+        """Run the step several times, and raise NotCapturable if its operations differ."""
+        first = None
         for _ in range(COMPARED):
             with Recorder(self.device, undo) as recorder:
                 self.result = self.step(*self.inputs)
-            recorders.append(recorder)
-            require_same(recorders[0], recorder)
+            first = first or recorder
+            require_same(first, recorder)
 
     def compile(self) -> Callable:
+        from engine.compiler import compile_step  # imports torch's compiler, which takes a second
+
         print("compiling the training step", flush=True)
         started = time.monotonic()
         momenta = {
@@ -104,28 +129,28 @@ class FrozenStep:
             function(*self.inputs)
         except Exception as error:  # no compiler, no Triton, an operation that Inductor lacks, another torch
             lines = str(error).splitlines() or [type(error).__name__]
-            reason = next((line for line in lines if " error: " in line), lines[0])  # a compiler's own words
+            reason = next((line for line in lines if " error: " in line), lines[0])  # the compiler's own message
             print(f"not compiled: {reason}", flush=True)
             self.compiled, self.eager = False, not self.graph
-            self.settings = self.frozen_settings()  # now with the momentum
+            self.settings = self.recorded_settings()  # now with the momentum
             return self.step
         print(f"compiled in {time.monotonic() - started:.0f} s", flush=True)
         return function
 
-    def capture(self, function: Callable) -> Callable:
+    def record_graph(self, function: Callable) -> Callable:
         graph, random = torch.cuda.CUDAGraph(), random_state()
         try:
             with torch.cuda.graph(graph):
                 result = function(*self.inputs)
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError as error:  # raised when capture ends; what broke it is the error before
+        except RuntimeError as error:  # raised when the recording ends; its cause is the error before
             replace_generator(self.device, random)
             raise UserError(self.refusal(str(error.__context__ or error).splitlines()[0])) from error
         if not self.compiled and result != self.result:
             raise UserError(self.refusal(f"it returned {result} after {self.result}"))
 
-        def replay(*inputs):
+        def replay(*inputs: torch.Tensor) -> None:
             for own, given in zip(self.inputs, inputs):
                 own.copy_(given)
             graph.replay()
@@ -141,8 +166,8 @@ class FrozenStep:
     def groups(self) -> list[dict[str, Any]]:
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
-    def frozen_settings(self) -> list[Any]:
-        """The settings of the optimizers that stay as they were when the step was frozen.
+    def recorded_settings(self) -> list[Any]:
+        """The settings of the optimizers that the captured step holds as numbers.
 
         A compiled step reads SGD's momentum from a tensor, which this keeps up to date.
         """

@@ -11,13 +11,13 @@ from engine.errors import UserError
 
 
 class NotCapturable(UserError):
-    """The step would be frozen wrongly, or cannot be frozen at all. The text is the reason."""
+    """The step would be captured wrongly, or cannot be captured at all. The text is the reason."""
 
 
 class Recorder(TorchDispatchMode):
     """Records each operation of a step: its name, its Python numbers, and the tensors it reads.
 
-    device: where every tensor must be. Raises NotCapturable at an operation that a frozen step cannot repeat.
+    device: where every tensor must be. Raises NotCapturable at an operation that a captured step cannot repeat.
     undo: copies of the tensors that were written to, as they were before.
     """
 

@@ -1,4 +1,4 @@
-"""Pictures of a run: curves, grids of samples, and their GIF."""
+"""Plots and images of a run: curves, grids of samples, and their GIF."""
 
 import io
 from pathlib import Path
@@ -12,7 +12,7 @@ if TYPE_CHECKING:  # matplotlib, torchvision and Pillow take a while to import a
     from matplotlib.figure import Figure
 
 
-def draw_curves(history: list[dict], curve: list[dict], path: Path) -> None:
+def plot_curves(history: list[dict], curve: list[dict], path: Path) -> None:
     """One panel per metric: reports during training as a line, validation after each epoch as dots."""
     from matplotlib.figure import Figure
 
@@ -40,9 +40,9 @@ def draw_curves(history: list[dict], curve: list[dict], path: Path) -> None:
 
 
 def save_figure(figure: "Figure", path: Path) -> None:
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=120)
-    write_atomically(path, picture.getvalue())
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=120)
+    write_atomically(path, image.getvalue())
 
 
 def save_grid(images: torch.Tensor, path: Path, columns: int) -> None:
@@ -51,15 +51,15 @@ def save_grid(images: torch.Tensor, path: Path, columns: int) -> None:
     from torchvision.utils import make_grid
 
     grid = make_grid(images.float().cpu(), nrow=columns, padding=0)[0]  # it repeats a grey channel three times
-    picture = Image.fromarray((grid * 255).round().to(torch.uint8).numpy())
+    image = Image.fromarray((grid * 255).round().to(torch.uint8).numpy())
     content = io.BytesIO()
-    picture.resize((2 * picture.width, 2 * picture.height), Image.Resampling.NEAREST).save(content, format="png")
+    image.resize((2 * image.width, 2 * image.height), Image.Resampling.NEAREST).save(content, format="png")
     path.parent.mkdir(exist_ok=True)
     write_atomically(path, content.getvalue())
 
 
 def save_gif(folder: Path, most: int = 40) -> None:
-    """Write samples.gif from up to `most` of the pictures in samples/, evenly spaced, the last one included."""
+    """Write samples.gif from up to `most` of the images in samples/, evenly spaced, the last one included."""
     from PIL import Image
 
     paths = sorted((folder / "samples").glob("epoch-*.png"))

@@ -1,0 +1,83 @@
+"""What train_gan.py and train_cgan.py share: their losses, the initial weights, the R1 penalty, and their flags."""
+
+from argparse import BooleanOptionalAction
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engine.flags import ArgumentParser, number, training_parser
+
+
+def d_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """-log D(x) - log(1 - D(G(z))). With logits l, -log D = softplus(-l), which is finite where D rounds to 0."""
+    return F.softplus(-real).mean() + F.softplus(fake).mean()
+
+
+# What D minimises and what G minimises, given the logits of real and of fake images, [N, 1] each.
+LOSSES: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
+    "non-saturating": (d_loss, lambda real, fake: F.softplus(-fake).mean()),  # G maximises log D(G(z))
+    "saturating": (d_loss, lambda real, fake: -F.softplus(fake).mean()),  # G minimises log(1 - D(G(z)))
+    # Pairs: D maximises log sigmoid(l(x) - l(G(z))), G the opposite (R3GAN, Huang et al. 2024, arXiv 2501.05441)
+    "relativistic": (
+        lambda real, fake: 2 * F.softplus(fake - real).mean(),
+        lambda real, fake: F.softplus(real - fake).mean(),
+    ),
+}
+
+
+def adversarial_parser(*args) -> ArgumentParser:
+    """The flags that both scripts share. args: as for `training_parser`."""
+    parser = training_parser(*args)
+    add = parser.group("what to train")
+    add("--loss", choices=list(LOSSES), default="non-saturating", help="what D and G minimise")
+    add("--noise", choices=["unit", "centred"], default="unit", help="z uniform on [0, 1), or with mean 0, variance 1")
+    add("--init", choices=["torch", "he", "paper"], default="torch", help="initial weights")
+    add = parser.group("how to train")
+    add("--r1", type=number(float, 0), default=0.0, help="weight of the penalty on D's gradient at real images (R1)")
+    add("--simultaneous", action=BooleanOptionalAction, default=False, help="update G before D changes")
+    add("--schedule", choices=["constant", "maxout"], default="constant", help="learning rate over time")
+    return parser
+
+
+@torch.no_grad()
+def init_weights(generator: nn.Module, discriminator: nn.Module, kind: str, pixel_means: Tensor) -> None:
+    """Initialise the linear layers; biases start at 0. `torch` keeps torch's weights.
+
+    `he`: G's weights are N(0, 2 / fan-in) (He et al. 2015, arXiv 1502.01852), so that its first images differ with z.
+    With torch's smaller weights they are nearly one image, and D's gradient moves all of them as one.
+    `paper`: G's weights are U(-.05, .05), D's U(-.005, .005), and G's images start at `pixel_means`, the
+    training images' [1, 28, 28] in [0, 1] (Goodfellow et al. 2014). Layers that take labels keep torch's weights: with
+    these small ones, one-hot vectors would hardly count.
+    """
+    if kind == "he":
+        for layer in linear_layers(generator):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            nn.init.zeros_(layer.bias)
+    elif kind == "paper":
+        for network, limit in ((generator, 0.05), (discriminator, 0.005)):
+            of_labels = linear_layers(getattr(network, "from_y", nn.Identity()))
+            for layer in linear_layers(network):
+                if layer not in of_labels:
+                    nn.init.uniform_(layer.weight, -limit, limit)
+                    nn.init.zeros_(layer.bias)
+        for layer in linear_layers(generator)[-1:]:
+            if len(layer.bias) == pixel_means.numel():
+                layer.bias.copy_(pixel_means.flatten().clamp(1e-3, 1 - 1e-3).logit())
+
+
+def linear_layers(network: nn.Module) -> list[nn.Linear]:
+    return [module for module in network.modules() if isinstance(module, nn.Linear)]
+
+
+def r1_penalty(discriminator: nn.Module, images: Tensor, *labels: Tensor) -> Tensor:
+    """R1: the mean of |d logit / d x|^2 over real images x (Mescheder et al. 2018, arXiv 1801.04406).
+
+    It regularises D. Taken over every fourth image of the batch: an unbiased estimate, noisier, at a quarter of the
+    cost.
+    """
+    x = images[::4].detach().requires_grad_()
+    logits = discriminator(x, *(given[::4] for given in labels))
+    (gradient,) = torch.autograd.grad(logits.sum(), x, create_graph=True)
+    return gradient.flatten(1).square().sum(1).mean()

@@ -1,0 +1,200 @@
+"""Losses, optimizers, schedules and the EMA: each flag has the effect that its help states."""
+
+import argparse
+
+import pytest
+import torch
+from helpers import DIGITS, load, train
+
+import train_classifier
+import train_likelihood
+from engine import optim
+from engine.errors import UserError
+from engine.optim import EMA, MaxoutSchedule
+
+
+def test_ema_follows_its_formula():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+    ema = EMA(model, decay=0.5)
+    expected = {name: value.clone() for name, value in model.state_dict().items()}
+    for update in range(12):
+        for value in [*model.parameters(), model[1].running_mean]:
+            torch.nn.init.normal_(value)
+        model[1].num_batches_tracked += 3
+        ema.update()
+        decay = min(0.5, (1 + update) / (10 + update))
+        for name, value in model.state_dict().items():
+            if value.is_floating_point():
+                expected[name] = decay * expected[name] + (1 - decay) * value
+    expected["1.num_batches_tracked"] = model[1].num_batches_tracked
+    torch.testing.assert_close(dict(ema.model.state_dict()), expected)
+    assert not ema.model.training
+
+
+def test_maxout_schedule_is_the_papers():
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1, momentum=0.5)
+    schedule = MaxoutSchedule(optimizer, decay=1.000004, epoch_length=4)
+    optimizer.step()
+    for step in range(1, 1500):
+        schedule.step()
+        group = optimizer.param_groups[0]
+        assert group["lr"] == pytest.approx(0.1 / 1.000004**step)
+        assert group["momentum"] == pytest.approx(0.5 + 0.2 * min(1, step // 4 / 249))  # once per epoch
+
+
+def test_cosine_schedule_rises_for_a_tenth_and_ends_at_zero():
+    args = argparse.Namespace(epochs=10, schedule="cosine", optimizer="sgd")
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
+    schedule = optim.build_schedule(args, optimizer, epoch_length=10)
+    rates = []
+    for _ in range(100):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates[:10] == pytest.approx([0.2 * step for step in range(1, 11)])
+    assert max(rates) == 2.0
+    assert rates[55] == pytest.approx(1.0)
+    assert rates == sorted(rates[:11]) + sorted(rates[11:], reverse=True)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_losses_are_the_slides(smoothing):
+    logits, labels = torch.randn(6, 10), torch.randint(10, (6,))
+    args = argparse.Namespace(label_smoothing=smoothing, classes=list("0123456789"))
+    t = train_classifier.target_probabilities(args, "cpu")[labels]
+    z = logits.exp() / logits.exp().sum(1, keepdim=True)
+    p = 1 / (1 + (-logits).exp())
+    by_hand = {
+        "cross-entropy": -(t * z.log()).sum(1).mean(),
+        "bce": -(t * p.log() + (1 - t) * (1 - p).log()).sum(1).mean(),
+        "mse": ((t - z) ** 2).mean(),
+        "mae": (t - z).abs().mean(),
+    }
+    for name, loss in train_classifier.LOSSES.items():
+        torch.testing.assert_close(loss(logits, t), by_hand[name])
+    torch.testing.assert_close(
+        train_classifier.LOSSES["cross-entropy"](logits, t),
+        torch.nn.functional.cross_entropy(logits, labels, label_smoothing=smoothing),
+    )
+
+
+def test_the_maxout_schedule_never_falls_below_its_floor():
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1, momentum=0.5)
+    schedule = MaxoutSchedule(optimizer, decay=2.0, epoch_length=4)
+    optimizer.step()
+    rates = []
+    for _ in range(20):
+        schedule.step()
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([max(1e-6, 0.1 / 2**step) for step in range(1, 21)])
+
+
+def test_burdas_schedule_is_the_papers():
+    """Section 5: the learning rate is 10^(-i/7) of its first value for 3^i epochs, i = 0 ... 7, of 3,280 in all."""
+    args = argparse.Namespace(epochs=3280, schedule="burda", optimizer="adam")
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    schedule = optim.build_schedule(args, optimizer, epoch_length=1)
+    rates = []
+    for _ in range(3280):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates == pytest.approx([10 ** (-i / 7) for i in range(8) for _ in range(3**i)])
+
+
+def test_the_maxout_schedule_needs_sgd():
+    with pytest.raises(UserError, match="add --optimizer sgd"):
+        train(*DIGITS, "--schedule", "maxout")
+
+
+FLAGS = {
+    "sgd": (["--momentum", "0.3", "--weight-decay", "0.2"], torch.optim.SGD, {"momentum": 0.3, "weight_decay": 0.2}),
+    "adam": (
+        ["--betas", "0.4", "0.6", "--eps", "0.1", "--weight-decay", "0.2"],
+        torch.optim.Adam,
+        {"betas": (0.4, 0.6), "eps": 0.1, "weight_decay": 0.2, "decoupled_weight_decay": False},
+    ),
+    "adamw": (
+        ["--betas", "0.4", "0.6", "--eps", "0.1", "--weight-decay", "0.2"],
+        torch.optim.AdamW,
+        {"betas": (0.4, 0.6), "eps": 0.1, "weight_decay": 0.2, "decoupled_weight_decay": True},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_every_flag_of_an_optimizer_reaches_it(name):
+    words, kind, expected = FLAGS[name]
+    args = train_classifier.get_args_parser().parse_args(["--optimizer", name, "--lr", "0.7", *words])
+    optimizer = optim.build_optimizer(args, [torch.zeros(1, requires_grad=True)])
+    assert type(optimizer) is kind
+    (group,) = optimizer.param_groups
+    found = {key: tuple(group[key]) if key == "betas" else group[key] for key in ("lr", *expected)}
+    assert found == {"lr": 0.7, **expected}
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """The weights after a few steps of the MLP on the digits."""
+    return weights_after(tmp_path_factory.mktemp("plain"))
+
+
+def weights_after(folder, *words):
+    train(*DIGITS, "--model", "mlp", "--dry-run", *words, "--output-dir", folder / "run")
+    return load(folder / "run" / "checkpoint.pt")["state"]["model"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--augment", "--label-smoothing 0.3", "--black 0", "--activation tanh", "--batch-norm", "--loss mae",
+        "--seed 1", "--lr 0.01", "--betas 0 0", "--eps 0.1", "--optimizer adamw --weight-decay 9", "--weight-decay 9",
+        "--batch-size 33",
+    ],
+)  # fmt: skip
+def test_every_flag_changes_the_weights(words, plain, tmp_path):
+    changed = weights_after(tmp_path, *words.split())
+    assert not torch.allclose(changed["linear1.weight"], plain["linear1.weight"], atol=1e-6)
+
+
+def test_elastic_distortion_is_more_than_augmentation(tmp_path):
+    affine, elastic = (weights_after(tmp_path / name, "--augment", "--elastic", name) for name in ("0", "3"))
+    assert not torch.allclose(affine["linear1.weight"], elastic["linear1.weight"], atol=1e-6)
+
+
+def test_max_norm_limits_the_norm_of_each_units_incoming_weights(tmp_path):
+    weights = weights_after(tmp_path, "--max-norm", "0.1", "--lr", "0.01")
+    assert weights["linear1.weight"].norm(dim=1).max() <= 0.1001
+
+
+def test_fixed_binarisation_sets_the_pixels_once_and_dynamic_at_every_visit(monkeypatch, tmp_path):
+    seen = {}
+    for how in ("fixed", "dynamic", "none"):
+        images = seen[how] = []
+        monkeypatch.setattr(train_likelihood, "build_likelihood_model", lambda *args, images=images: Watched(images))
+        words = [*DIGITS, "--model", "vae", "--binarise", how, "--batch-size", "1437", "--epochs", "2"]
+        train_likelihood.main([*words, "--output-dir", str(tmp_path / how)])
+    sums = {how: [x.sum((1, 2, 3)).sort().values for x in images] for how, images in seen.items()}
+    assert torch.equal(*sums["fixed"])
+    assert not torch.equal(*sums["dynamic"])
+    for how in ("fixed", "dynamic"):
+        assert {*seen[how][0].unique().tolist()} == {0.0, 1.0}
+        assert seen[how][0].mean() == pytest.approx(seen["none"][0].mean().item(), abs=0.005)  # sampled, no threshold
+    assert len(seen["none"][0].unique()) > 100
+
+
+class Watched(torch.nn.Module):
+    """A likelihood model that keeps the images it is trained on."""
+
+    def __init__(self, seen):
+        super().__init__()
+        self.quick = {}
+        self.seen, self.weight = seen, torch.nn.Parameter(torch.zeros(1))
+
+    def loss(self, images):
+        self.seen.append(images.clone())
+        return self.weight.sum()
+
+    def sample(self, n, generator):
+        return torch.zeros(n, 1, 28, 28)
