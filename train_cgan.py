@@ -12,10 +12,10 @@ import torch.nn.functional as F
 import utils
 from datasets import DATASETS, SHOW_DIGITS, Batches, class_names, hold_out, load, short_name
 from engine import distributed, errors, flags, optim
+from engine.adversarial import init_weights, r1_penalty
 from engine.device import pick_device
 from measures.watch import Watch
 from models.cgan import ConditionalDiscriminator, ConditionalGenerator
-from models.gan import draw_noise, init_weights, r1_penalty
 
 RECIPES = {
     # 25 epochs on all 60,000 images; the lecture's published scripts.
@@ -47,14 +47,14 @@ def get_args_parser():
 def build(args, device, batches):
     """The objects to train, by name, the step that trains them, and the generator that draws the samples."""
     classes = len(args.classes)
-    generator = ConditionalGenerator(args.dropout_g, classes)
+    generator = ConditionalGenerator(args.dropout_g, classes, args.noise)
     discriminator = ConditionalDiscriminator(args.dropout_d, classes)
     init_weights(generator, discriminator, args.init, batches.pixel_means())
     state = optim.adversarial_state(args, generator.to(device), discriminator.to(device), len(batches), decay=1.00004)
     optimizer_g, optimizer_d = state["optimizer_g"], state["optimizer_d"]
 
     def train_step(images, labels):
-        fakes = generator(draw_noise(len(images), args.noise, device), labels)  # G(z|y)
+        fakes = generator(generator.noise(len(images), device=device), labels)  # G(z|y)
 
         # (1) update D: maximise log D(x|y) + log(1 - D(G(z|y)|y)); with logits l, -log D = softplus(-l), never infinite
         shown = [(images, labels), (fakes.detach(), labels)]
@@ -94,16 +94,7 @@ def main(argv=None):
     train_set, val_set = hold_out(*distributed.rank_0_first(lambda: load(args.dataset, args.data_dir)), args.val_size)
     batches = Batches(*train_set, args.batch_size, device, black=0.0, seed=args.seed)
     state, train_step, sampler = build(args, device, batches)
-    classes = len(args.classes)
-    n = max(10, -(-10_000 // classes))
-    z = draw_noise(n, args.noise, "cpu", torch.Generator().manual_seed(args.seed)).to(device)
-    z, labels = z.repeat_interleave(classes, dim=0), torch.arange(classes, device=device).repeat(n)  # z as each class
-
-    def draw(n):
-        with utils.evaluating(sampler):
-            return sampler(z[:n], labels[:n])
-
-    watch = Watch(draw, val_set[0], judge=args.dataset in SHOW_DIGITS, labels=labels)
+    watch = Watch(sampler, val_set[0], args.seed, digits=args.dataset in SHOW_DIGITS)
     run = utils.Run(args, state, name=f"cgan-{short_name(args.dataset)}")
     return utils.train(run, train_step, batches, watch.validate, "val_log_likelihood", watch.grid, watch.warn)
 

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 import utils
 from datasets import DATASETS, SHOW_DIGITS, Batches, class_names, hold_out, load, short_name
 from engine import distributed, errors, flags, optim
+from engine.adversarial import init_weights, r1_penalty
 from engine.device import pick_device
 from measures.watch import Watch
 from models import GANS
-from models.gan import draw_noise, init_weights, r1_penalty
 
 RECIPES = {
     # 25 epochs on all 60,000 images; the lecture's published scripts.
@@ -47,14 +47,15 @@ def get_args_parser():
 
 def build(args, device, batches):
     """The objects to train, by name, the step that trains them, and the generator that draws the samples."""
-    generator, discriminator = (network() for network in GANS[args.networks])
+    build_generator, build_discriminator = GANS[args.networks]
+    generator, discriminator = build_generator(noise=args.noise), build_discriminator()
     init_weights(generator, discriminator, args.init, batches.pixel_means())
     state = optim.adversarial_state(args, generator.to(device), discriminator.to(device), len(batches), decay=1.000004)
     optimizer_g, optimizer_d = state["optimizer_g"], state["optimizer_d"]
     relativistic = args.adversarial_loss == "relativistic"  # R3GAN (Huang et al. 2024, arXiv 2501.05441)
 
     def train_step(images, labels):
-        fakes = generator(draw_noise(len(images), args.noise, device))  # G(z)
+        fakes = generator(generator.noise(len(images), device=device))  # G(z)
 
         # (1) update D: maximise log D(x) + log(1 - D(G(z))); with logits l, -log D = softplus(-l), never infinite
         real, fake = discriminator(torch.cat([images, fakes.detach()])).float().chunk(2)
@@ -102,13 +103,7 @@ def main(argv=None):
     train_set, val_set = hold_out(*distributed.rank_0_first(lambda: load(args.dataset, args.data_dir)), args.val_size)
     batches = Batches(*train_set, args.batch_size, device, black=0.0, seed=args.seed)
     state, train_step, sampler = build(args, device, batches)
-    z = draw_noise(10_000, args.noise, "cpu", torch.Generator().manual_seed(args.seed)).to(device)
-
-    def draw(n):
-        with utils.evaluating(sampler):
-            return sampler(z[:n])
-
-    watch = Watch(draw, val_set[0], judge=args.dataset in SHOW_DIGITS)
+    watch = Watch(sampler, val_set[0], args.seed, digits=args.dataset in SHOW_DIGITS)
     run = utils.Run(args, state, name=f"gan-{short_name(args.dataset)}")
     return utils.train(run, train_step, batches, watch.validate, "val_log_likelihood", watch.grid, watch.warn)
 

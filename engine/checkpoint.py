@@ -72,9 +72,16 @@ def has_checkpoint(folder: str | Path) -> bool:
 def load_checkpoint(path: str | Path, warn: bool = True) -> dict[str, Any]:
     """Read a run folder's checkpoint.pt, or one checkpoint file, onto the CPU. Raises UserError.
 
-    If checkpoint.pt is damaged, falls back to previous.pt with a warning.
+    If checkpoint.pt is damaged, falls back to previous.pt with a warning. Options that old files lack are filled in.
     """
-    path = Path(path)
+    checkpoint = load_valid(Path(path), warn)
+    options = checkpoint["options"]
+    options.setdefault("kind", options["script"].removeprefix("train_").removesuffix(".py"))
+    options.setdefault("classes", list("0123456789"))
+    return checkpoint
+
+
+def load_valid(path: Path, warn: bool) -> dict[str, Any]:
     if not path.is_dir():
         return read_checkpoint(path, NETWORK)
     try:

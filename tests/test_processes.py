@@ -36,15 +36,15 @@ import models.gan
 from engine.distributed import rank, world_size
 torch.nn.Dropout.forward = lambda self, x: x
 torch.autocast = lambda *args, **options: contextlib.nullcontext()
-drawn, calls = models.gan.draw_noise, 0
-def draw_noise(n, kind, device, generator=None):
+drawn, calls = models.gan.uniform_noise, 0
+def uniform_noise(n, prior, generator, device):
     global calls
     if generator:
-        return drawn(n, kind, device, generator)
+        return drawn(n, prior, generator, device)
     calls += 1
-    noise = drawn(n * world_size(), kind, device, torch.Generator().manual_seed(calls))
+    noise = drawn(n * world_size(), prior, torch.Generator().manual_seed(calls), device)
     return noise.tensor_split(world_size())[rank()]
-models.gan.draw_noise = draw_noise
+models.gan.uniform_noise = models.cgan.uniform_noise = uniform_noise
 sys.argv[0] = {script!r}
 runpy.run_path({script!r}, run_name="__main__")
 """
