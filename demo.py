@@ -1,4 +1,4 @@
-"""Draw a digit and watch networks read it; pick a digit and watch a generator draw it. In the browser, on this machine.
+"""Draw a digit and watch networks classify it; pick a digit and watch a generator write it. In the browser, locally.
 
 pip install -r requirements-demo.txt
 python demo.py                                    # the networks of weights/
@@ -8,15 +8,18 @@ python demo.py runs/mlp-mnist weights/cnn.pt      # your own, side by side
 import html
 import os
 import threading
+from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 
 from datasets import DataError, read_photo
 from engine import flags
 from engine.errors import UserError, run_script
-from evaluate import ROOT, classify, load_model
-from measures.samples import draw_between
+from engine.provenance import ROOT
+from measures.samples import is_conditional, sample_between
+from measures.trained import classify, load_model
 
 CANVAS = 336  # pixels; twelve for each of the network's 28
 PICK_THE_BRUSH = (
@@ -25,14 +28,14 @@ PICK_THE_BRUSH = (
 )
 
 
-def get_args_parser():
-    parser = flags.ArgumentParser(prog="demo.py", description=__doc__.splitlines()[0])
+def get_args_parser() -> flags.ArgumentParser:
+    parser = flags.ArgumentParser("demo.py", str(__doc__))
     parser.add_argument("run", metavar="RUN", nargs="*", help="run folders, or files of weights/ (None: all of these)")
     parser.add_argument("--port", type=flags.number(int, 0, 65535), default=7860, help="of http://127.0.0.1; 0: any")
     return parser
 
 
-def read_drawing(classifiers, drawing):
+def read_drawing(classifiers: dict[str, Any], drawing: Any) -> list[Any]:
     """The 28x28 that the networks see, and the probabilities that each gives, as HTML. drawing: the canvas, or None."""
     try:
         seen = read_photo(drawing["composite"])
@@ -42,7 +45,7 @@ def read_drawing(classifiers, drawing):
     return [enlarge(seen[0, 0] / 255), *answers]
 
 
-def bars(title, model, probabilities):
+def bars(title: str, model: Any, probabilities: list[float]) -> str:
     """A bar for each class; the highest is highlighted."""
     rows = f"<b>{html.escape(title)}</b>"
     for name, p in zip(model.options["classes"], probabilities):
@@ -53,12 +56,12 @@ def bars(title, model, probabilities):
     return rows
 
 
-def enlarge(image):
-    """A picture for the page, of an image [28, 28] with pixels from 0 to 1."""
+def enlarge(image: torch.Tensor) -> Any:
+    """uint8 [224, 224] for the page, of an image [28, 28] with pixels from 0 to 1."""
     return (image * 255).round().to(torch.uint8).repeat_interleave(8, 0).repeat_interleave(8, 1).numpy()
 
 
-def add_canvas(gr, page, classifiers):
+def add_canvas(gr: Any, page: Any, classifiers: dict[str, Any]) -> None:
     gr.Markdown("## Draw a digit")
     with gr.Row():
         with gr.Column(scale=0, min_width=CANVAS + 100):
@@ -72,26 +75,24 @@ def add_canvas(gr, page, classifiers):
     canvas.change(partial(read_drawing, classifiers), canvas, [seen, *answers], show_progress="hidden")
 
 
-def add_generator(gr, page, i, name, model):
-    gr.Markdown(f"## {name} draws")
-    conditional, classes = model.options["script"] == "train_cgan.py", model.options["classes"]
-    choices = [(each, number) for number, each in enumerate(classes)]
+def add_generator(gr: Any, page: Any, i: int, name: str, model: Any) -> None:
+    gr.Markdown(f"## Samples of {name}")
+    choices = [(each, number) for number, each in enumerate(model.options["classes"])]
+    shown = dict(value=min(7, len(choices) - 1), visible=is_conditional(model), elem_id=f"digit-{i}")
     with gr.Row():
         with gr.Column():
-            number = gr.Radio(
-                choices, value=min(7, len(classes) - 1), label="digit", visible=conditional, elem_id=f"digit-{i}"
-            )
+            number = gr.Radio(choices, label="digit", **shown)
             seed = gr.Number(0, label="seed", precision=0, minimum=0, elem_id=f"seed-{i}")
             other = gr.Number(1, label="seed at the end of the walk", precision=0, minimum=0)
             t = gr.Slider(0, 1, 0, step=0.01, label="walk from one z to the other")
-        picture = gr.Image(label="sample", elem_id=f"sample-{i}", width=260, height=260)
+        image = gr.Image(label="sample", elem_id=f"sample-{i}", width=260, height=260)
     controls = [seed, other, t, number]
-    show = lambda *values: enlarge(draw_between(model, model.options, *values))  # noqa: E731
+    show = lambda *values: enlarge(sample_between(model, *values))  # noqa: E731
     for trigger in (page.load, *(control.change for control in controls)):
-        trigger(show, controls, picture, show_progress="hidden")
+        trigger(show, controls, image, show_progress="hidden")
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     args = get_args_parser().parse_args(argv)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:
@@ -100,15 +101,15 @@ def main(argv=None):
         raise UserError("demo.py needs Gradio; install it: pip install -r requirements-demo.txt") from error
     runs = args.run or sorted(str(path.relative_to(ROOT)) for path in (ROOT / "weights").glob("*.pt"))
     models = {run: load_model(run) for run in runs}
-    classifiers = {run: model for run, model in models.items() if model.options["script"] == "train_classifier.py"}
+    classifiers = {run: model for run, model in models.items() if not hasattr(model, "sample")}
     with gr.Blocks(title="Deep Learning Bootcamp", analytics_enabled=False) as page:
         if classifiers:
             add_canvas(gr, page, classifiers)
         for i, name in enumerate(run for run in models if run not in classifiers):
             add_generator(gr, page, i, name, models[name])
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # no fonts from elsewhere
-    where = dict(server_name="127.0.0.1", server_port=args.port or None, share=False, prevent_thread_lock=True)
-    _, url, _ = page.launch(**where, quiet=True, theme=theme)
+    where: dict[str, Any] = dict(server_name="127.0.0.1", server_port=args.port or None, prevent_thread_lock=True)
+    _, url, _ = page.launch(**where, share=False, quiet=True, theme=theme)
     print(f"open {url} in a browser; Ctrl-C stops the page", flush=True)
     try:
         threading.Event().wait()

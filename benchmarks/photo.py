@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 from datasets import load, read_photo
 from engine.provenance import environment
-from measures.judge import load_judge
+from measures.reference import load_reference
 
 PAGE, DIGIT = 600, 150
 WHITE, BLACK = (245, 243, 238), (35, 35, 45)  # paper and ink
@@ -221,7 +221,7 @@ def save(page, path, condition, rng):
 
 def measure(condition, digits, labels, folder, seed):
     """How many of the digits are read right in this condition, read wrong, and refused."""
-    judge, draw, wrong, refused = load_judge("cpu"), {**CONDITIONS, **SAVED}[condition], 0, 0
+    judge, draw, wrong, refused = load_reference("cpu"), {**CONDITIONS, **SAVED}[condition], 0, 0
     for i, (digit, label) in enumerate(zip(digits, labels)):
         rng, path = np.random.default_rng([seed, i]), Path(folder) / f"{condition.replace(' ', '-')}-{i}-{label}.jpg"
         save(draw(digit, rng), path, condition, rng)
@@ -250,7 +250,7 @@ def main():
     args = parser.parse_args()
     images, labels = load("mnist", args.data_dir, train=False)
     chosen = np.random.default_rng(args.seed).choice(len(images), args.count, replace=False)
-    original = (load_judge("cpu").read(images[chosen] / 255)[1] == labels[chosen]).double().mean().item()
+    original = (load_reference("cpu").read(images[chosen] / 255)[1] == labels[chosen]).double().mean().item()
     print(f"{'MNIST itself':24} {original:7.1%}")
     rows, names = {}, [args.condition] if args.condition else [*CONDITIONS, *SAVED]
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(args.processes) as pool:

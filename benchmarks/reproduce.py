@@ -127,7 +127,7 @@ KEPT = {
     },
     "vae-lecture": {
         "evaluation/samples.png": "assets/vae-lecture.png",
-        "evaluation/latent_walk.png": "assets/vae-latent-walk.png",
+        "evaluation/interpolation-seed0.png": "assets/vae-latent-walk.png",
     },
     "rbm-lecture": {
         "evaluation/samples.png": "assets/rbm-lecture.png",
@@ -136,7 +136,6 @@ KEPT = {
     "rnn-lecture": {"evaluation/samples.png": "assets/rnn-lecture.png"},
     "hmm-lecture": {
         "evaluation/samples.png": "assets/hmm-lecture.png",
-        "evaluation/states.png": "assets/hmm-states.png",
         "evaluation/real_images.png": "assets/real.png",
     },
     "gan-lecture": {"samples/epoch-0025.png": "assets/gan-lecture.png"},

@@ -30,8 +30,8 @@ from engine.device import pick_device
 from engine.errors import run_script
 from engine.provenance import environment
 from measures.generator import class_measures
-from measures.judge import load_judge
-from measures.samples import draw, evaluation_noise
+from measures.reference import load_reference
+from measures.samples import decode, latent_noise
 from models import GANS
 from models.gan import LargeDiscriminator, PaperGenerator
 from models.maxout import Maxout
@@ -49,8 +49,8 @@ WAYS = {
 class StackedGenerator(PaperGenerator):
     """100-1200-1200-2352. Input: noise z [N, 100]. Output: images [N, 3, 28, 28] with pixels in [0, 1]."""
 
-    def __init__(self):
-        super().__init__()
+    def __init__(self, noise="unit"):
+        super().__init__(noise)
         self.model[-2] = nn.Linear(1200, 3 * 28 * 28)
 
     def forward(self, z):
@@ -89,7 +89,7 @@ def train(way, seed, options):
     folder = Path(options.output_dir) / f"{way}-{options.epochs}-epochs-{seed}"
     parser = train_gan.get_args_parser()
     parser.prog = "benchmarks/stacked_mnist.py"
-    parser.set_defaults(script=parser.prog)
+    parser.set_defaults(script=parser.prog, kind="stacked-gan")
     shared = ["--networks", "stacked", "--val-size", "0", "--data-dir", options.data_dir, "--device", options.device]
     shared += ["--epochs", str(options.epochs), "--seed", str(seed), "--auto-resume", "--output-dir", str(folder)]
     args = flags.parse_args(parser, train_gan.RECIPES, VARIANTS, [*WAYS[way].split(), *shared])
@@ -98,11 +98,11 @@ def train(way, seed, options):
     images, labels = load("mnist", args.data_dir)
     batches = Batches(*stack(images, labels, len(images), args.seed), args.batch_size, device, 0.0, seed=args.seed)
     state, train_step, generator = train_gan.build(args, device, batches)
-    z = evaluation_noise(100, vars(args), seed)
+    z = latent_noise(generator, 100, seed)
 
     def draw_numbers():  # the three digits of a sample side by side
         with utils.evaluating(generator):
-            return draw(generator, z).transpose(1, 2).flatten(2)[:, None]
+            return decode(generator, z).transpose(1, 2).flatten(2)[:, None]
 
     run = utils.Run(args, state)
     utils.train(run, train_step, batches, draw=draw_numbers)
@@ -122,14 +122,14 @@ def main(argv=None):
     GANS["stacked"] = (StackedGenerator, StackedDiscriminator)
 
     results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
-    judge = load_judge("cpu")
+    judge = load_reference("cpu")
     images, labels = load("mnist", options.data_dir)
     real = read_numbers(judge, stack(images, labels, SAMPLES, 0)[0] / 255)
     for way in [options.only] if options.only else WAYS:
         row = {"options": WAYS[way], "epochs": options.epochs, "seeds": [], "training_seconds": []}
         for seed in range(options.seeds):
             generator, args, seconds = train(way, seed, options)
-            samples = draw(generator, evaluation_noise(SAMPLES, vars(args), seed))
+            samples = decode(generator, latent_noise(generator, SAMPLES, seed))
             row["seeds"].append(mode_measures(read_numbers(judge, samples)))
             row["training_seconds"].append(seconds)
             print(f"{way}, seed {seed}: {row['seeds'][-1]}, {seconds / 60:.1f} minutes", flush=True)

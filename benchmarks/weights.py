@@ -21,6 +21,7 @@ import evaluate
 from engine.checkpoint import seal, write_atomically
 from engine.errors import UserError, run_script
 from engine.folder import read_config
+from models import KINDS
 
 WEIGHTS = ROOT / "weights"
 SUMS = WEIGHTS / "SHA256SUMS"  # as `sha256sum --check` reads it
@@ -36,7 +37,7 @@ def main():
     if not (args.run / "evaluation" / "metrics.json").is_file():
         raise UserError(f"{args.run} has not been evaluated: python evaluate.py {args.run}")
     network, checkpoint = evaluate.load_network(args.run, "cpu")
-    _, name = evaluate.NETWORKS[checkpoint["options"]["script"]]
+    name, _ = KINDS[checkpoint["options"]["kind"]]
     weights = {key: value.half() if args.half and value.is_floating_point() else value
                for key, value in network.state_dict().items()}  # fmt: skip
     kept = {

@@ -43,7 +43,7 @@ def adversarial_parser(*args) -> ArgumentParser:
 
 @torch.no_grad()
 def init_weights(generator: nn.Module, discriminator: nn.Module, kind: str, pixel_means: Tensor) -> None:
-    """Initialise the linear layers; biases start at 0. `torch` keeps torch's weights.
+    """Initialise the linear layers; biases start at 0. Other layers keep torch's weights; `torch` keeps all.
 
     `he`: G's weights are N(0, 2 / fan-in) (He et al. 2015, arXiv 1502.01852), so that its first images differ with z.
     With torch's smaller weights they are nearly one image, and D's gradient moves all of them as one.
@@ -54,21 +54,26 @@ def init_weights(generator: nn.Module, discriminator: nn.Module, kind: str, pixe
     if kind == "he":
         for layer in linear_layers(generator):
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-            nn.init.zeros_(layer.bias)
+            zero_bias(layer)
     elif kind == "paper":
         for network, limit in ((generator, 0.05), (discriminator, 0.005)):
             of_labels = linear_layers(getattr(network, "from_y", nn.Identity()))
             for layer in linear_layers(network):
                 if layer not in of_labels:
                     nn.init.uniform_(layer.weight, -limit, limit)
-                    nn.init.zeros_(layer.bias)
+                    zero_bias(layer)
         for layer in linear_layers(generator)[-1:]:
-            if len(layer.bias) == pixel_means.numel():
+            if layer.bias is not None and layer.out_features == pixel_means.numel():
                 layer.bias.copy_(pixel_means.flatten().clamp(1e-3, 1 - 1e-3).logit())
 
 
 def linear_layers(network: nn.Module) -> list[nn.Linear]:
     return [module for module in network.modules() if isinstance(module, nn.Linear)]
+
+
+def zero_bias(layer: nn.Linear) -> None:
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
 
 
 def r1_penalty(discriminator: nn.Module, images: Tensor, *labels: Tensor) -> Tensor:

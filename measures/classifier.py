@@ -1,4 +1,4 @@
-"""What a classifier gets right and wrong: figures, and pictures of its mistakes and filters."""
+"""What a classifier gets right and wrong: values, and plots of its mistakes and filters."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,11 +16,11 @@ DIGITS = "0123456789"  # the names of the classes, unless told
 def classification_measures(
     logits: torch.Tensor, labels: torch.Tensor, names: Sequence[str] = DIGITS
 ) -> dict[str, Any]:
-    """Accuracy, errors, cross-entropy, and figures per class, of logits [N, classes] and labels [N] on the CPU."""
+    """Accuracy, errors, cross-entropy, and values per class, of logits [N, classes] and labels [N] on the CPU."""
     from sklearn.metrics import classification_report, confusion_matrix
 
     predictions = logits.argmax(1)
-    numbers = list(range(len(names)))
+    numbers = range(len(names))
     report = classification_report(labels, predictions, labels=numbers, output_dict=True, zero_division=0)
     return {
         "test_images": len(labels),
@@ -32,12 +32,15 @@ def classification_measures(
     }
 
 
-def print_report(measures: dict[str, Any]) -> None:
-    width = max(map(len, ["class", *measures["per_class"]]))
-    print(f"{'class':>{width}}  precision  recall      f1  images")
-    for name, row in measures["per_class"].items():
-        figures = f"{row['precision']:9.4f}  {row['recall']:6.4f}  {row['f1-score']:6.4f}  {row['support']:6.0f}"
-        print(f"{name:>{width}}  {figures}")
+def print_report(
+    logits: torch.Tensor, labels: torch.Tensor, measures: dict[str, Any], names: Sequence[str] = DIGITS
+) -> None:
+    """scikit-learn's table of the classes, and one line for all. measures: those of the same logits [N, classes]."""
+    from sklearn.metrics import classification_report
+
+    numbers = range(len(names))
+    given: dict[str, Any] = {"labels": numbers, "target_names": names, "digits": 4, "zero_division": 0}
+    print(classification_report(labels, logits.argmax(1), **given))
     print(
         f"test accuracy {measures['test_accuracy']:.2%}: {measures['test_errors']} errors in {measures['test_images']} "
         f"images, cross-entropy {measures['test_loss']:.4f}"
@@ -48,7 +51,7 @@ def shorten(name: str, most: int) -> str:
     return name if len(name) <= most else name[: most - 1] + "…"
 
 
-def draw_confusion(matrix: list[list[int]], names: Sequence[str] = DIGITS) -> "Figure":
+def plot_confusion(matrix: list[list[int]], names: Sequence[str] = DIGITS) -> "Figure":
     from matplotlib.figure import Figure
     from sklearn.metrics import ConfusionMatrixDisplay
 
@@ -69,7 +72,7 @@ def draw_confusion(matrix: list[list[int]], names: Sequence[str] = DIGITS) -> "F
     return figure
 
 
-def draw_mistakes(
+def plot_mistakes(
     images: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor, names: Sequence[str] = DIGITS
 ) -> "Figure":
     """The 30 most confident mistakes. images: uint8 [N, 1, 28, 28]; logits: [N, classes]; labels: [N]; on the CPU."""
@@ -92,10 +95,10 @@ def draw_mistakes(
     return figure
 
 
-def draw_filters(model: nn.Module) -> "Figure | None":
+def plot_filters(model: nn.Module) -> "Figure | None":
     """Weights into the first layer's first 64 units: a CNN's kernels, or an MLP's weights as 28x28 images.
 
-    None if the first layer has no such picture.
+    None if the first layer has other weights.
     """
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""What generated images look like beside real ones: FID, KID, neighbours and classes in the judge's features."""
+"""Generated images compared with real ones: FID, KID, neighbours and classes, by the reference classifier."""
 
 import math
 import warnings
@@ -8,8 +8,8 @@ import torch
 from tqdm import tqdm
 
 from engine.errors import UserError
-from measures.judge import Judge
 from measures.parzen import parzen_measures
+from measures.reference import ReferenceClassifier
 
 NEIGHBOURS = 5
 
@@ -20,7 +20,7 @@ def feature_distances(features: torch.Tensor, real_features: torch.Tensor) -> di
     from torchmetrics.image.kid import KernelInceptionDistance
 
     warnings.filterwarnings("ignore", message="Metric `Kernel Inception Distance` will save all")
-    identity = torch.nn.Identity()
+    identity: Any = torch.nn.Identity()
     identity.num_features = features.shape[1]
     fid = FrechetInceptionDistance(feature=identity)
     kid = KernelInceptionDistance(feature=identity, subset_size=min(1000, len(features), len(real_features)))
@@ -45,7 +45,8 @@ def neighbour_measures(features: torch.Tensor, real_features: torch.Tensor, k: i
         NearestNeighbors(n_neighbors=k, algorithm="brute").fit(points).kneighbors()[0][:, -1] for points in (fake, real)
     )
     around = torch.zeros(len(fake))  # in how many real balls each sample lies
-    covered, recalled = [], []
+    covered: list[bool] = []
+    recalled: list[bool] = []
     for distances in pairwise_distances_chunked(real, fake, working_memory=200):  # blocks of rows of [M, N], in order
         radius = real_radius[len(covered) : len(covered) + len(distances), None]
         around += torch.from_numpy((distances < radius).sum(0))
@@ -60,34 +61,35 @@ def neighbour_measures(features: torch.Tensor, real_features: torch.Tensor, k: i
 
 
 def class_measures(labels: torch.Tensor, classes: int = 10) -> dict[str, Any]:
-    """The share of each class in `labels` [N], and the Kullback-Leibler divergence from equal shares, in nats."""
-    shares = labels.bincount(minlength=classes) / len(labels)
-    return {"class_histogram": shares.tolist(), "class_kl": (math.log(classes) + shares.xlogy(shares).sum()).item()}
+    """The fraction of each class in `labels` [N], and the Kullback-Leibler divergence from equal ones, in nats."""
+    fractions = labels.bincount(minlength=classes) / len(labels)
+    divergence = math.log(classes) + fractions.xlogy(fractions).sum()
+    return {"class_histogram": fractions.tolist(), "class_kl": divergence.item()}
 
 
 def measure_images(
     images: torch.Tensor,
     labels: torch.Tensor | None,
-    judge: Judge,
+    classifier: ReferenceClassifier,
     reference: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     classes: int = 10,
 ) -> dict[str, Any]:
     """All measures of generated or real images [N, 1, 28, 28] with pixels in [0, 1].
 
-    labels: the classes they should show, or None. reference: validation images, test images, and test labels. What the
-    judge reads is compared with the classes only if there are ten of them, as of digits. Raises UserError if there are
-    too few images.
+    labels: the classes they should show, or None. reference: validation images, test images, and test labels. The
+    classifier's predictions are compared with the classes only if there are ten, as of digits. Raises UserError if
+    there are too few images.
     """
     validation_images, test_images, test_labels = reference
-    conditional = labels is not None and classes == 10
+    asked = labels if classes == 10 else None
     counts = [len(images), len(test_images)]
-    if conditional:
-        counts += [*labels.bincount(minlength=10).tolist(), *test_labels.bincount(minlength=10).tolist()]
+    if asked is not None:
+        counts += [*asked.bincount(minlength=10).tolist(), *test_labels.bincount(minlength=10).tolist()]
     if min(counts) <= NEIGHBOURS:
         remedy = f"it takes more than {NEIGHBOURS} of each class in each part"
         raise UserError(f"{min(counts)} images are too few to measure a generator by; {remedy}")
-    features, digits = judge.read(images)
-    test_features, _ = judge.read(test_images)
+    features, digits = classifier.read(images)
+    test_features, _ = classifier.read(test_images)
     parts = {
         "Parzen": lambda: parzen_measures(images, validation_images, test_images),
         "FID, KID": lambda: feature_distances(features, test_features),
@@ -100,12 +102,34 @@ def measure_images(
             measures.update(measure())
     if classes == 10:
         measures.update(class_measures(digits))
-    if conditional:
-        measures["conditional_accuracy"] = (digits == labels).double().mean().item()
+    if asked is not None:
+        measures["conditional_accuracy"] = (digits == asked).double().mean().item()
         measures["class_coverage"] = [
-            neighbour_measures(features[labels == digit], test_features[test_labels == digit])["coverage"]
+            neighbour_measures(features[asked == digit], test_features[test_labels == digit])["coverage"]
             for digit in range(10)
         ]
+    return measures
+
+
+def beside_real_images(
+    samples: torch.Tensor,
+    labels: torch.Tensor | None,
+    train_set: tuple[torch.Tensor, torch.Tensor],
+    test_set: tuple[torch.Tensor, torch.Tensor],
+    classifier: ReferenceClassifier,
+    classes: int = 10,
+) -> dict[str, Any]:
+    """`measure_images` of samples, and, as `real`, of up to 10,000 training images. The sets: uint8 images, and labels.
+
+    Validation images, which choose Parzen's sigma, are the first 1,000 of the last sixth of the training images, as in
+    Goodfellow et al. 2014: the last 10,000 of MNIST's 60,000. The real images come from the others.
+    """
+    (train_images, train_labels), (test_images, test_labels) = train_set, test_set
+    cut = len(train_images) * 5 // 6
+    reference = train_images[cut:][:1000] / 255, test_images / 255, test_labels
+    measures = measure_images(samples, labels, classifier, reference, classes)
+    real_labels = None if labels is None else train_labels[:cut][:10_000]
+    measures["real"] = measure_images(train_images[:cut][:10_000] / 255, real_labels, classifier, reference, classes)
     return measures
 
 

@@ -1,87 +1,98 @@
-"""Samples of a trained generative model, from random numbers that training never draws."""
+"""Samples of a trained generative model, from random numbers that training never uses.
 
+A model is asked what it can do; models/__init__.py lists the methods.
+"""
+
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
-from models.gan import draw_noise
-
-# Plus --seed, which is smaller: training never draws the noise that is scored. A generator on the CPU uses only the low
+# Plus --seed, which is smaller: training never uses the noise that is scored. A generator on the CPU uses only the low
 # 32 bits of its seed.
 NOISE_SEED = 2**31
+Inputs = tuple[torch.Tensor, ...]
 
 
-def evaluation_noise(n: int, options: dict[str, Any], seed: int) -> torch.Tensor:
-    """Noise z [n, 100] for a GAN's generator. options: of its run."""
-    return draw_noise(n, options["noise"], "cpu", torch.Generator().manual_seed(NOISE_SEED + seed))
+def device_of(network: torch.nn.Module) -> torch.device:
+    return next(network.parameters()).device
+
+
+def is_conditional(network: Any) -> bool:
+    return getattr(network, "conditional", False)
+
+
+def latent_noise(network: Any, n: int, seed: int) -> torch.Tensor:
+    """Noise z [n, d] of a latent model, the same on every device."""
+    return network.noise(n, torch.Generator().manual_seed(NOISE_SEED + seed), "cpu")
 
 
 @torch.no_grad()
-def draw(network: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
-    """Images [N, 1, 28, 28] on the CPU, from noise z [N, 100] and, for a conditional generator, labels [N]."""
-    device = next(network.parameters()).device
+def decode(network: Any, *inputs: torch.Tensor) -> torch.Tensor:
+    """Images [N, 1, 28, 28] on the CPU, from noise z [N, d] and, for a conditional generator, labels [N]."""
+    device = device_of(network)
     blocks = zip(*(tensor.split(1000) for tensor in inputs))
-    return torch.cat([network(*(part.to(device) for part in block)).cpu() for block in blocks])
+    return torch.cat([network.decode(*(part.to(device) for part in block)).cpu() for block in blocks])
 
 
-def draw_samples(
-    network: nn.Module, labels: torch.Tensor, options: dict[str, Any], seed: int
+@torch.no_grad()
+def sample_images(
+    network: Any, labels: torch.Tensor, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """A sample for each label [N], images on the CPU, and the labels and the noise if the model uses them."""
-    if options["script"] == "train_likelihood.py":
-        device = next(network.parameters()).device
+    """An image for each label [N], on the CPU; the labels and the noise, or None for those that the model lacks."""
+    if not hasattr(network, "decode"):
+        device = device_of(network)
         generator = torch.Generator(device).manual_seed(NOISE_SEED + seed)
         parts = tqdm(labels.split(1000), desc="samples", leave=False, disable=None)  # None: in a terminal only
         return torch.cat([network.sample(len(part), generator).cpu() for part in parts]), None, None
-    z = evaluation_noise(len(labels), options, seed)
-    if options["script"] == "train_gan.py":
-        return draw(network, z), None, z
-    return draw(network, z, labels), labels, z
+    z = latent_noise(network, len(labels), seed)
+    given: Inputs = (labels,) if is_conditional(network) else ()
+    return decode(network, z, *given), *(given or (None,)), z
 
 
-def draw_walks(
-    network: nn.Module, options: dict[str, Any], seed: int, digits: Sequence[int] | None
-) -> dict[str, torch.Tensor]:
-    """Name -> images of a GAN [rows, columns, 1, 28, 28]: along straight lines through the noise, and z as all classes.
+def walks(network: Any, seed: int, digits: Sequence[int] | None = None) -> dict[str, torch.Tensor]:
+    """Name -> images [rows, columns, 1, 28, 28] of a latent model; {} of any other.
 
-    interpolation: ten points on each line. A conditional generator draws a line for each class, or ten lines of those
-    with the numbers `digits`. same_noise: a row for each of ten z, a column for each class. {} for other models.
+    interpolation: ten points on each straight line through z. A conditional generator gets a line for each class, or
+    ten lines of those with the numbers `digits`. same_noise: a row for each of ten z, a column for each class.
     """
-    if options["script"] == "train_likelihood.py":
+    if not hasattr(network, "decode"):
         return {}
-    conditional = options["script"] == "train_cgan.py"
-    classes = network.classes if conditional else 10
-    lines = 10 if digits else classes
-    starts, ends = evaluation_noise(2 * lines, options, seed).chunk(2)
-    steps = torch.linspace(0, 1, 10).view(1, 10, 1)
-    z = starts[:, None].lerp(ends[:, None], steps).flatten(0, 1)
+    conditional = is_conditional(network)
+    lines = network.classes if conditional and not digits else 10
+    starts, ends = latent_noise(network, 2 * lines, seed).chunk(2)
+    z = starts[:, None].lerp(ends[:, None], torch.linspace(0, 1, 10).view(1, 10, 1)).flatten(0, 1)
     if not conditional:
-        return {"interpolation": draw(network, z).unflatten(0, (10, 10))}
-    labels = torch.arange(classes)
-    of_lines = torch.tensor(digits)[torch.arange(10) * len(digits) // 10] if digits else labels
-    walks = {"interpolation": draw(network, z, of_lines.repeat_interleave(10)).unflatten(0, (lines, 10))}
+        return {"interpolation": decode(network, z).unflatten(0, (10, 10))}
+    of_lines = spread(lines, digits or range(network.classes))
+    grids = {"interpolation": decode(network, z, of_lines.repeat_interleave(10)).unflatten(0, (lines, 10))}
     if not digits:
-        z = evaluation_noise(10, options, seed).repeat_interleave(classes, dim=0)
-        walks["same_noise"] = draw(network, z, labels.repeat(10)).unflatten(0, (10, classes))
-    return walks
+        z = latent_noise(network, 10, seed).repeat_interleave(network.classes, dim=0)
+        labels = torch.arange(network.classes).repeat(10)
+        grids["same_noise"] = decode(network, z, labels).unflatten(0, (10, network.classes))
+    return grids
 
 
-@torch.no_grad()
-def draw_between(
-    network: nn.Module, options: dict[str, Any], seed: int, other_seed: int, t: float, label: int = 0
-) -> torch.Tensor:
+def sample_between(network: Any, seed: int, other_seed: int, t: float, label: int = 0) -> torch.Tensor:
     """One image [28, 28], from noise that lies `t` of the way from one seed's to the other's.
 
-    label: of a conditional generator. An RBM, an RNN and an HMM have no such noise: they draw from the first seed.
+    label: for a conditional generator. A model without latent noise (RBM, RNN, HMM) samples from the first seed.
     """
-    if hasattr(network, "decode"):  # a VAE
-        generators = (torch.Generator().manual_seed(NOISE_SEED + each) for each in (seed, other_seed))
-        z = torch.lerp(*(torch.randn(1, network.latent, generator=generator) for generator in generators), t)
-        return network.decode(z)[0, 0]
-    if options["script"] == "train_likelihood.py":
-        return draw_samples(network, torch.zeros(1), options, seed)[0][0, 0]
-    z = torch.lerp(*(evaluation_noise(1, options, each) for each in (seed, other_seed)), t)
-    return draw(network, z, *([torch.tensor([label])] if options["script"] == "train_cgan.py" else []))[0, 0]
+    if not hasattr(network, "decode"):
+        return sample_images(network, torch.zeros(1), seed)[0][0, 0]
+    z = torch.lerp(latent_noise(network, 1, seed), latent_noise(network, 1, other_seed), t)
+    labels: Inputs = (torch.tensor([label]),) if is_conditional(network) else ()
+    return decode(network, z, *labels)[0, 0]
+
+
+def spread(n: int, numbers: Sequence[int]) -> torch.Tensor:
+    """n labels, equally many of each number, in order."""
+    return torch.tensor(numbers)[torch.arange(n) * len(numbers) // n]
+
+
+def columns_of(n: int) -> int:
+    """The number of columns of a grid without empty cells that is as square as n allows, but at most twice too wide."""
+    root = math.ceil(n**0.5)
+    return next((columns for columns in range(root, 2 * root) if n % columns == 0), root)

@@ -1,9 +1,10 @@
 """Conditional generative adversarial networks (Mirza & Osindero 2014, arXiv 1411.1784; slide "Conditional GAN")."""
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor, nn
 
+from models.gan import uniform_noise
 from models.maxout import Maxout
 
 
@@ -12,24 +13,39 @@ class ConditionalGenerator(nn.Module):
 
     Input: noise z [N, 100] and labels [N]. Output: images [N, 1, 28, 28] with pixels in [0, 1].
 
-    dropout: share of the hidden units that training drops; none in eval mode, in which samples are drawn.
-    classes: how many different labels there are.
+    dropout: fraction of the hidden units that training drops; eval mode, for sampling, drops none.
+    classes: how many different labels there are. noise: the prior of z, `unit` or `centred` (see `uniform_noise`).
     """
 
-    def __init__(self, dropout: float = 0.5, classes: int = 10):
+    conditional = True
+
+    def __init__(self, dropout: float = 0.5, classes: int = 10, noise: str = "unit"):
         super().__init__()
-        self.classes = classes
+        self.classes, self.prior = classes, noise
         self.from_z = nn.Linear(100, 200)
         self.from_y = nn.Linear(classes, 1000)
         self.joint = nn.Linear(200 + 1000, 1200)
         self.output = nn.Linear(1200, 28 * 28)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, z, labels):
+    def forward(self, z: Tensor, labels: Tensor) -> Tensor:
         z = self.dropout(F.relu(self.from_z(z)))
         y = self.dropout(F.relu(self.from_y(one_hot(labels, self.classes, z.dtype))))
         hidden = self.dropout(F.relu(self.joint(torch.cat([z, y], dim=1))))
         return self.output(hidden).sigmoid().view(-1, 1, 28, 28)
+
+    def noise(self, n: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu") -> Tensor:
+        """z [n, 100] from the prior, for training and for sampling alike."""
+        return uniform_noise(n, self.prior, generator, device)
+
+    def decode(self, z: Tensor, labels: Tensor) -> Tensor:
+        return self(z, labels)
+
+    @torch.no_grad()
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """n images of all classes in turn."""
+        z = self.noise(n, generator, self.output.weight.device)
+        return self(z, torch.arange(n, device=z.device) % self.classes)
 
 
 class ConditionalDiscriminator(nn.Module):
@@ -37,7 +53,7 @@ class ConditionalDiscriminator(nn.Module):
 
     Input: images [N, 1, 28, 28] with pixels in [0, 1], and labels [N]. Output: logits [N, 1]; their sigmoid is D(x|y).
 
-    dropout: share of the units dropped before the joint layer and before the last.
+    dropout: fraction of the units dropped before the joint layer and before the last.
     classes: how many different labels there are.
     """
 
@@ -49,16 +65,12 @@ class ConditionalDiscriminator(nn.Module):
         self.joint = Maxout(240 + 50, 240, k=4, p=dropout)
         self.output = nn.Sequential(nn.Dropout(dropout), nn.Linear(240, 1))
 
-    def forward(self, x, labels):
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
         x = self.from_x(x.flatten(1))
         y = self.from_y(one_hot(labels, self.classes, x.dtype))
         return self.output(self.joint(torch.cat([x, y], dim=1)))
 
-    def probability(self, x, labels):
-        """D(x|y); [N, 1]."""
-        return self(x, labels).sigmoid()
 
-
-def one_hot(labels: torch.Tensor, classes: int, dtype: torch.dtype) -> torch.Tensor:
+def one_hot(labels: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
     """[N, classes]. Not F.one_hot, which checks the labels on a CPU: a step that reads a value cannot be compiled."""
     return torch.eye(classes, dtype=dtype, device=labels.device)[labels]

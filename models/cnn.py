@@ -3,8 +3,8 @@
 from collections.abc import Callable
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
+from torch import nn
 
 
 def conv_output_size(i: int, k: int, s: int = 1, p: int = 0) -> int:

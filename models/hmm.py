@@ -5,7 +5,7 @@ from torch import Generator, Tensor, nn
 
 
 class HMM(nn.Module):
-    """A chain of hidden states from the top row to the bottom one, in which each state draws one row of pixels.
+    """A chain of hidden states from the top row to the bottom one, in which each state writes one row of pixels.
 
     Input: binarised images [N, 1, T, W], T time steps of W pixels. The parameters are the logits of what Rabiner calls
     pi_i = P(s_1 = i), A_ij = P(s_t+1 = j | s_t = i), and b_i(x) = prod_d p_id^x_d (1 - p_id)^(1 - x_d).
@@ -32,58 +32,35 @@ class HMM(nn.Module):
         """log b_i(x_t), [T, N, S] in nats: sum_d x_d l_d - log(1 + e^l_d), where l is the logit of p."""
         return images[:, 0].transpose(0, 1) @ self.emission.T - nn.functional.softplus(self.emission).sum(1)
 
-    def forward_pass(self, images: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        """The scaled forward algorithm (Rabiner, section V.A). Returns, for each row t,
-
-        alpha_t(i) = P(s_t = i | x_1 ... x_t) and b_i(x_t) / P(x_t | x_1 ... x_t-1), both [N, S],
-
-        and then log P(x), [N] in nats.
-        """
+    def log_prob(self, images: Tensor) -> Tensor:
+        """log P(x), [N] in nats, by the scaled forward algorithm (Rabiner, section V.A)."""
         pi, A, log_b = self.initial.softmax(0), self.transition.softmax(1), self.log_b(images)
         peak = log_b.amax(2, keepdim=True).detach()  # divided by the largest b, exp does not underflow
-        alphas, scaled, log_p = [], [], peak.sum((0, 2))
+        before, log_p = pi, peak.sum((0, 2))  # P(s_t = i | x_1 ... x_t-1); for t = 1 it is pi
         for b in (log_b - peak).exp():
-            alpha = (alphas[-1] @ A if alphas else pi) * b
+            alpha = before * b
             c = alpha.sum(1, keepdim=True)  # P(x_t | x_1 ... x_t-1) / e^peak
-            alphas.append(alpha / c)
-            scaled.append(b / c)
+            before = (alpha / c) @ A
             log_p = log_p + c.log().squeeze(1)
-        return alphas, scaled, log_p
+        return log_p
 
     def loss(self, images: Tensor) -> Tensor:
         """-log P(x), in nats per image; a scalar."""
         with torch.autocast(images.device.type, enabled=False):  # bfloat16 is too coarse for T products in a row
-            return -self.forward_pass(images)[2].mean()
+            return -self.log_prob(images).mean()
 
     @torch.no_grad()
     def log_likelihood(self, images: Tensor) -> Tensor:
         """log P(x), [N] in nats."""
-        return torch.cat([self.forward_pass(x)[2] for x in images.split(500)])
-
-    @torch.no_grad()
-    def baum_welch(self, images: Tensor) -> Tensor:
-        """One step of EM over all `images`, in place (Rabiner, section III.C). Returns the mean log P(x) before it."""
-        A, starts, moves, visits, ink, total = self.transition.softmax(1), 0, 0, 0, 0, 0
-        for x in images.split(500):
-            alphas, scaled, log_p = self.forward_pass(x)
-            beta, total = torch.ones_like(alphas[0]), total + log_p.sum()
-            for t in reversed(range(self.height)):
-                gamma, b = alphas[t] * beta, scaled[t] * beta  # gamma_t(i) = P(s_t = i | x), [N, S]
-                visits, ink = visits + gamma.sum(0), ink + gamma.T @ x[:, 0, t]
-                moves = moves + A * (alphas[t - 1].T @ b) if t > 0 else moves  # sum_x P(s_t-1 = i, s_t = j | x), [S, S]
-                beta = b @ A.T
-            starts = starts + gamma.sum(0)
-        self.initial.copy_((starts + 1e-6).log())  # tiny counts keep every probability above 0, for images to come
-        self.transition.copy_((moves + 1e-6).log())
-        self.emission.copy_(((ink + 0.01) / (visits[:, None] + 0.02)).logit())
-        return total / len(images)
+        return torch.cat([self.log_prob(x) for x in images.split(500)])
 
     @torch.no_grad()
     def viterbi(self, images: Tensor) -> Tensor:
         """The most probable path s_1 ... s_T of each image, int64 [N, T] (Rabiner, section III.B)."""
         if len(images) > 50:  # [50, S, S] at once
             return torch.cat([self.viterbi(x) for x in images.split(50)])
-        (delta, *log_b), back = self.log_b(images), []
+        back: list[Tensor] = []
+        delta, *log_b = self.log_b(images)
         delta = delta + self.initial.log_softmax(0)  # log P of the best path that ends in each state, [N, S]
         for b in log_b:
             delta, best = (delta.unsqueeze(2) + self.transition.log_softmax(1)).max(1)
@@ -95,8 +72,15 @@ class HMM(nn.Module):
 
     @torch.no_grad()
     def sample(self, n: int, generator: Generator | None = None) -> Tensor:
-        """Draw n state paths and return the pixel probabilities of their states, [n, 1, T, W]."""
+        """The pixel probabilities of the states on n sampled paths, [n, 1, T, W]."""
         path = [torch.multinomial(self.initial.softmax(0).expand(n, -1), 1, generator=generator)]
         while len(path) < self.height:
             path.append(torch.multinomial(self.transition.softmax(1)[path[-1][:, 0]], 1, generator=generator))
         return self.emission[torch.cat(path, 1)].sigmoid().unsqueeze(1)
+
+    @torch.no_grad()
+    def images_of(self, images: Tensor, generator: Generator | None = None) -> dict[str, Tensor]:
+        """paths: images, each above the pixel probabilities of the states on its most probable path."""
+        parts = images[:50].split(10)
+        best = [self.emission.sigmoid()[self.viterbi(part)].unsqueeze(1) for part in parts]
+        return {"paths": torch.cat([torch.cat(pair) for pair in zip(parts, best)])}

@@ -1,7 +1,7 @@
 """Maxout networks (Goodfellow et al. 2013, arXiv 1302.4389) and their norm limit."""
 
 import torch
-import torch.nn as nn
+from torch import Tensor, nn
 
 
 class Maxout(nn.Module):
@@ -19,7 +19,7 @@ class Maxout(nn.Module):
         layers = [nn.Dropout(p)] if dropout else []
         self.model = nn.Sequential(*layers, nn.Linear(in_features, out_features * k))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         pieces = self.model(x).view(-1, self.out_features, self.k)  # [N, out, k]
         return pieces.max(dim=-1).values
 
@@ -41,7 +41,7 @@ class MaxoutMLP(nn.Module):
             nn.init.uniform_(layer.weight, -0.005, 0.005)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         x = x.flatten(1)
         if self.training:
             x = x * torch.empty_like(x).bernoulli_(0.8)

@@ -6,8 +6,8 @@ import torch
 from torch import Generator, Tensor, nn
 
 
-def draw(p: Tensor, generator: Generator | None = None) -> Tensor:
-    return (torch.rand(p.shape, device=p.device, generator=generator) < p).float()  # Bernoulli(p)
+def bernoulli(p: Tensor, generator: Generator | None = None) -> Tensor:
+    return (torch.rand(p.shape, device=p.device, generator=generator) < p).float()
 
 
 def softplus(x: Tensor) -> Tensor:
@@ -21,7 +21,9 @@ class RBM(nn.Module):
     continue from step to step (0: start at the data). pixel_means: [1, 28, 28]; b and AIS start at their logits b_0.
     """
 
-    likelihood = "estimate"
+    likelihood, quick = "estimate", {"temperatures": 1000}
+    base_bias: Tensor
+    chains: Tensor
 
     def __init__(self, visible=784, hidden=500, gibbs_steps=1, persistent_chains=0, pixel_means: Tensor | None = None):
         super().__init__()
@@ -30,7 +32,7 @@ class RBM(nn.Module):
         self.weight = nn.Parameter(0.01 * torch.randn(hidden, visible))  # W
         self.visible_bias, self.hidden_bias = nn.Parameter(means.logit()), nn.Parameter(torch.zeros(hidden))  # b, a
         self.register_buffer("base_bias", means.logit())  # b_0
-        self.register_buffer("chains", draw(means.expand(persistent_chains, -1)).bool())
+        self.register_buffer("chains", bernoulli(means.expand(persistent_chains, -1)).bool())
 
     def free_energy(self, v: Tensor) -> Tensor:
         """F(v) = -b v - sum_j log(1 + e^(W_j v + a_j)), so that p(v) = e^-F(v) / Z; [N] in nats."""
@@ -64,9 +66,9 @@ class RBM(nn.Module):
             if beta != betas[i]:
                 log_w += (beta - betas[i]) * (v @ (self.visible_bias - self.base_bias))
                 log_w += (softplus(beta * x) - softplus(betas[i] * x)).sum(1)
-            h = draw((beta * x).sigmoid(), generator)  # p(h_j = 1|v) = sigmoid(W_j v + a_j)
+            h = bernoulli((beta * x).sigmoid(), generator)  # p(h_j = 1|v) = sigmoid(W_j v + a_j)
             bias = torch.lerp(self.base_bias, self.visible_bias, beta)
-            v = draw(torch.addmm(bias, h, self.weight, alpha=beta).sigmoid(), generator)  # p(v_i = 1|h)
+            v = bernoulli(torch.addmm(bias, h, self.weight, alpha=beta).sigmoid(), generator)  # p(v_i = 1|h)
         return v, log_w
 
     def log_partition(self, chains=100, temperatures=14_500, generator=None, samples=None) -> list[tuple[float, float]]:
@@ -77,16 +79,18 @@ class RBM(nn.Module):
         """
         parts = (500, 0, 0.5), (4000, 0.5, 0.9), (10_000, 0.9, 1)  # of the paper's 14,500 temperatures
         betas = torch.cat([torch.linspace(a, b, temperatures * n // 14_500 + 2) for n, a, b in parts]).tolist()
-        v, up = self.anneal(draw(self.base_bias.sigmoid().expand(chains, -1), generator), betas, generator)
+        v, up = self.anneal(bernoulli(self.base_bias.sigmoid().expand(chains, -1), generator), betas, generator)
         v = self.gibbs(v, 1000, generator) if samples is None else samples
         log_w = torch.stack([up, self.anneal(v, betas[::-1], generator)[1]])  # [2, chains]
         log_mean_w = (log_w.logsumexp(1) - math.log(chains)) * log_w.new_tensor([1, -1])
         log_z = softplus(self.base_bias).sum() + len(self.weight) * math.log(2) + log_mean_w  # log Z at beta = 0 first
         return list(zip(log_z.tolist(), (log_w.softmax(1).std(1) * chains**0.5).tolist()))
 
-    def log_likelihood(self, images: Tensor, log_z: float | None = None) -> Tensor:
-        """-F(v) - log Z, [N] in nats. log_z: None estimates it forward, by `log_partition`'s defaults, in minutes."""
-        log_z = self.log_partition(generator=Generator(images.device).manual_seed(0))[0][0] if log_z is None else log_z
+    def log_likelihood(self, images: Tensor, log_z: float | None = None, temperatures=14_500) -> Tensor:
+        """-F(v) - log Z, [N] in nats. log_z: None estimates it forward, by `log_partition`, which may take minutes."""
+        if log_z is None:
+            generator = Generator(images.device).manual_seed(0)
+            log_z = self.log_partition(temperatures=temperatures, generator=generator)[0][0]
         return -self.free_energy(images.flatten(1)).detach() - log_z
 
     def reconstruct(self, images: Tensor) -> Tensor:
@@ -97,5 +101,15 @@ class RBM(nn.Module):
     def sample(self, n: int, generator: Generator | None = None, steps: int = 200) -> Tensor:
         """Anneal n samples in `steps` steps, take `steps` Gibbs steps, return pixel probabilities [n, 1, 28, 28]."""
         betas = [i / steps for i in range(steps + 1)] + [1.0] * steps
-        v, _ = self.anneal(draw(self.base_bias.sigmoid().expand(n, -1), generator), betas, generator)
+        v, _ = self.anneal(bernoulli(self.base_bias.sigmoid().expand(n, -1), generator), betas, generator)
         return self.reconstruct(v.view(n, 1, 28, 28))
+
+    def images_of(self, images: Tensor, generator: Generator | None = None) -> dict[str, Tensor]:
+        """reconstructions: images, each above its reconstruction. gibbs_chains: ten images, and chains from them."""
+        parts, ten = images[:50].split(10), images[:10]
+        rows, v = [ten], ten.flatten(1)
+        for steps in (1, 1, 3, 5, 10, 30, 50, 100, 300, 500):  # 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000 in all
+            v = self.gibbs(v, steps, generator)
+            rows.append(self.reconstruct(v.view_as(ten)))
+        pairs = [torch.cat([part, self.reconstruct(part)]) for part in parts]
+        return {"reconstructions": torch.cat(pairs), "gibbs_chains": torch.cat(rows)}

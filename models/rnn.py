@@ -4,13 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-
-def bernoulli_log_prob(x: Tensor, logits: Tensor) -> Tensor:
-    """log p(x) of pixels x in {0, 1} under p = sigmoid(logits), in nats: x l - log(1 + e^l).
-
-    This form of it does not overflow, and is faster on a CPU than torch's own.
-    """
-    return x * logits - logits.relu() + logits.abs().sigmoid().log()
+from models.vae import bernoulli_log_prob
 
 
 class RNN(nn.Module):
@@ -27,6 +21,9 @@ class RNN(nn.Module):
     """
 
     likelihood = "exact"
+    left_mask: Tensor
+    deeper_mask: Tensor
+    out_mask: Tensor
 
     def __init__(self, hidden=256, units=16, layers=1, depth=1, height=28, width=28, pixel_means: Tensor | None = None):
         super().__init__()
@@ -57,6 +54,7 @@ class RNN(nn.Module):
         """The logits of all pixels, [N, T, width], each given the pixels to its left in `rows` [N, T, width]."""
         h = F.relu(contexts + F.linear(rows, self.left.weight * self.left_mask))
         for layer in self.deeper:
+            assert isinstance(layer, nn.Linear)
             h = h + F.relu(F.linear(h, layer.weight * self.deeper_mask, layer.bias))
         return F.linear(h, self.out.weight * self.out_mask, self.out.bias).float()
 
@@ -78,9 +76,9 @@ class RNN(nn.Module):
 
     @torch.no_grad()
     def complete(self, images: Tensor, rows: int, generator: Generator | None = None) -> Tensor:
-        """Keep the top `rows` of images [N, 1, height, width] and draw the others.
+        """Keep the top `rows` of images [N, 1, height, width] and sample the others.
 
-        Returns what was kept and, for each drawn pixel, its probability given the drawn ones before it.
+        Returns what was kept and, for each sampled pixel, its probability given the pixels before it.
         """
         x = images[:, 0].clone()
         probabilities = x.clone()
@@ -96,5 +94,12 @@ class RNN(nn.Module):
 
     @torch.no_grad()
     def sample(self, n: int, generator: Generator | None = None) -> Tensor:
-        """Draw n images. Returns each pixel's probability given the drawn ones before it, [n, 1, height, width]."""
+        """n images as each pixel's probability given the sampled ones before it, [n, 1, height, width]."""
         return self.complete(self.row_bias.new_zeros(n, 1, self.height, self.width), 0, generator)
+
+    def images_of(self, images: Tensor, generator: Generator | None = None) -> dict[str, Tensor]:
+        """completions: ten images, their upper half, and four samples of the lower half of each."""
+        ten, half = images[:10], images[:10].clone()
+        half[:, :, self.height // 2 :] = 0
+        completed = [self.complete(half, self.height // 2, generator) for _ in range(4)]
+        return {"completions": torch.cat([ten, half, *completed])}

@@ -7,11 +7,11 @@ from torch import Generator, Tensor, nn
 
 
 def bernoulli_log_prob(x: Tensor, logits: Tensor) -> Tensor:
-    """log p(x) of pixels x in {0, 1} under p = sigmoid(logits), summed over the last dimension, in nats.
+    """log p(x) of pixels x in {0, 1} under p = sigmoid(logits), in nats: x l - log(1 + e^l).
 
-    log p(x) = x l - log(1 + e^l). This form of it does not overflow, and is faster on a CPU than torch's own.
+    This form of it does not overflow, and is faster on a CPU than torch's own.
     """
-    return (x * logits - logits.relu() + logits.abs().sigmoid().log()).sum(-1)
+    return x * logits - logits.relu() + logits.abs().sigmoid().log()
 
 
 class VAE(nn.Module):
@@ -25,6 +25,7 @@ class VAE(nn.Module):
     """
 
     likelihood = "lower bound"
+    quick = {"samples": 100}  # noqa: RUF012
 
     def __init__(self, importance_samples=1, latent=50, hidden=200, pixel_means: Tensor | None = None):
         super().__init__()
@@ -34,15 +35,14 @@ class VAE(nn.Module):
         self.encoder = nn.Sequential(nn.Linear(28 * 28, hidden), nn.Tanh(), nn.Linear(hidden, hidden), nn.Tanh())
         self.mean = nn.Linear(hidden, latent)
         self.log_std = nn.Linear(hidden, latent)
-        self.decoder = nn.Sequential(
-            nn.Linear(latent, hidden), nn.Tanh(), nn.Linear(hidden, hidden), nn.Tanh(), nn.Linear(hidden, 28 * 28)
-        )
+        logits = nn.Linear(hidden, 28 * 28)
+        self.decoder = nn.Sequential(nn.Linear(latent, hidden), nn.Tanh(), nn.Linear(hidden, hidden), nn.Tanh(), logits)
         for layer in self.modules():
             if isinstance(layer, nn.Linear):  # Glorot & Bengio 2010, as in the paper
                 nn.init.xavier_uniform_(layer.weight)
                 nn.init.zeros_(layer.bias)
         if pixel_means is not None:
-            self.decoder[-1].bias.data.copy_(pixel_means.flatten().clamp(1e-3, 1 - 1e-3).logit())
+            logits.bias.data.copy_(pixel_means.flatten().clamp(1e-3, 1 - 1e-3).logit())
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The mean and log standard deviation of q(z|x), both [N, latent]."""
@@ -60,7 +60,7 @@ class VAE(nn.Module):
             log_w = self.log_weights(images, mean, log_std, self.importance_samples)  # [k, N]
             return math.log(len(log_w)) - log_w.logsumexp(0).mean()  # L_k = E log 1/k sum_i w_i
         z = mean + log_std.exp() * torch.randn_like(mean)
-        log_p = bernoulli_log_prob(images.flatten(1), self.decoder(z).float())
+        log_p = bernoulli_log_prob(images.flatten(1), self.decoder(z).float()).sum(1)
         kl = (mean**2 + (2 * log_std).exp() - 1 - 2 * log_std).sum(1) / 2  # KL(q(z|x) || p(z))
         return (kl - log_p).mean()  # ELBO = E_q log p(x|z) - KL
 
@@ -68,7 +68,7 @@ class VAE(nn.Module):
         """log w = log p(x, z) - log q(z|x) for k samples z ~ q(z|x) of each image; [k, N] in nats."""
         eps = torch.randn(k, *mean.shape, device=mean.device, generator=generator)
         z = mean + log_std.exp() * eps  # [k, N, latent]
-        log_p = bernoulli_log_prob(images.flatten(1), self.decoder(z).float())  # log p(x|z)
+        log_p = bernoulli_log_prob(images.flatten(1), self.decoder(z).float()).sum(-1)  # log p(x|z)
         return log_p + ((eps**2 - z**2) / 2 + log_std).sum(-1)  # + log p(z) - log q(z|x); both have -1/2 log 2 pi
 
     @torch.no_grad()
@@ -82,13 +82,21 @@ class VAE(nn.Module):
             bounds.append(torch.stack(parts).logsumexp(0) - math.log(samples))
         return torch.cat(bounds)
 
+    def noise(self, n: int, generator: Generator | None = None, device: torch.device | str = "cpu") -> Tensor:
+        """z ~ N(0, I), [n, latent]."""
+        return torch.randn(n, self.latent, device=device, generator=generator)
+
     @torch.no_grad()
     def sample(self, n: int, generator: Generator | None = None) -> Tensor:
-        """Draw z ~ N(0, I) and return the pixel probabilities p(x|z), [n, 1, 28, 28]."""
-        device = self.mean.weight.device
-        return self.decode(torch.randn(n, self.latent, device=device, generator=generator))
+        """The pixel probabilities p(x|z) for z ~ N(0, I), [n, 1, 28, 28]."""
+        return self.decode(self.noise(n, generator, self.mean.weight.device))
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor) -> Tensor:
         """The pixel probabilities p(x|z) at the mean z of q(z|x), [N, 1, 28, 28]."""
         return self.decode(self.encode(images)[0])
+
+    def images_of(self, images: Tensor, generator: Generator | None = None) -> dict[str, Tensor]:
+        """reconstructions: images, each above its reconstruction."""
+        parts = images[:50].split(10)
+        return {"reconstructions": torch.cat([torch.cat([part, self.reconstruct(part)]) for part in parts])}

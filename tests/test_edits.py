@@ -97,9 +97,9 @@ def test_an_example_of_a_clipped_gradient_shows_its_norm(copy):
 READ = """
 import torch
 from datasets import load
-from measures.judge import load_judge
+from measures.reference import load_reference
 images, labels = load("mnist", {data!r}, train=False)
-print((load_judge("cpu").read(images / 255)[1] == labels).double().mean().item())
+print((load_reference("cpu").read(images / 255)[1] == labels).double().mean().item())
 """
 
 

@@ -22,9 +22,9 @@ from datasets import DataError, class_names, hold_out, read_image, short_name
 from datasets import load as load_data
 from datasets.folder import list_images
 from engine.errors import UserError
-from measures.classifier import classification_measures, draw_confusion, draw_mistakes, print_report
+from measures.classifier import classification_measures, plot_confusion, plot_mistakes, print_report
 from measures.generator import measure_images
-from measures.judge import load_judge
+from measures.reference import load_reference
 
 CPU = ["--device", "cpu", "--model", "mlp"]
 
@@ -108,7 +108,7 @@ def test_the_other_scripts_take_a_folder_too(few, script, name):
 
 
 def test_a_generator_is_measured_without_what_only_digits_can_be_asked():
-    judge, images = load_judge("cpu"), torch.rand(30, 1, 28, 28)
+    judge, images = load_reference("cpu"), torch.rand(30, 1, 28, 28)
     reference = images[:10], torch.rand(20, 1, 28, 28), torch.arange(20) % 3
     measures = measure_images(images, torch.arange(30) % 3, judge, reference, classes=3)
     assert {"fid", "kid", "coverage", "parzen_log_likelihood"} <= measures.keys()
@@ -144,15 +144,15 @@ def test_figures_show_the_names_whatever_they_hold():
     logits = torch.eye(3)[[0, 1, 1, 0]] * 5
     metrics = classification_measures(logits, labels, names)
     assert [row["support"] for row in metrics["per_class"].values()] == [2, 1, 1]
-    print_report(metrics)
-    figure = draw_confusion(metrics["confusion_matrix"], names)
+    print_report(logits, labels, metrics, names)
+    figure = plot_confusion(metrics["confusion_matrix"], names)
     figure.savefig(io.BytesIO())
     for axis in (figure.axes[0].xaxis, figure.axes[0].yaxis):
         assert [label.get_text() for label in axis.get_ticklabels()] == [*names[:2], "a class with quite …"]
     assert figure.axes[0].get_xticklabels()[0].get_rotation() == 90
-    plain = draw_confusion(torch.eye(10).tolist())
+    plain = plot_confusion(torch.eye(10).tolist())
     assert [label.get_text() for label in plain.axes[0].get_xticklabels()] == list("0123456789")
-    mistakes = draw_mistakes(torch.zeros(4, 1, 28, 28, dtype=torch.uint8), logits, labels, names)
+    mistakes = plot_mistakes(torch.zeros(4, 1, 28, 28, dtype=torch.uint8), logits, labels, names)
     mistakes.savefig(io.BytesIO())
     titles = {axis.get_title() for axis in mistakes.axes}
     assert {title.split(" (")[0] + title.split("true")[1] for title in titles} == {"a$\\frac$ $x", "$x a class wi…"}

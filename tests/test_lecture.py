@@ -20,11 +20,11 @@ def step():
     return model, train_step, images, labels
 
 
-def test_forward_path_loss_backward_path_and_update_are_the_slides(step):
+def test_forward_pass_loss_backward_pass_and_update_are_the_slides(step):
     model, train_step, images, labels = step
     w = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
-    # Forward path: each layer's output is relu(W x + b); L = -sum_k t_k log Z_k with Z = softmax.
+    # Forward pass: each layer's output is relu(W x + b); L = -sum_k t_k log Z_k with Z = softmax.
     h1 = (images.flatten(1) @ w["linear1.weight"].T + w["linear1.bias"]).clamp(min=0)
     h2 = (h1 @ w["linear2.weight"].T + w["linear2.bias"]).clamp(min=0)
     h3 = (h2 @ w["linear3.weight"].T + w["linear3.bias"]).clamp(min=0)
@@ -33,7 +33,7 @@ def test_forward_path_loss_backward_path_and_update_are_the_slides(step):
     t = torch.eye(10)[labels]
     loss = -(t * z.log()).sum(1).mean()
 
-    # Backward path: dL/dW = dL/dY dY/dW. For softmax and cross-entropy dL/dY = (Z - t) / N, and dY/dW is the input.
+    # Backward pass: dL/dW = dL/dY dY/dW. For softmax and cross-entropy dL/dY = (Z - t) / N, and dY/dW is the input.
     dy4 = (z - t) / len(images)
     dy3 = (dy4 @ w["linear4.weight"]) * (h3 > 0)
 

@@ -1,16 +1,15 @@
 """models/: the lecture's networks, the paper's Maxout, and the registries."""
 
-import ast
 import math
-from pathlib import Path
+import re
 
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from helpers import ROOT
 
-import models
-from models import ACTIVATIONS, CLASSIFIERS, build_classifier
+from models import ACTIVATIONS, CLASSIFIERS, build_classifier, build_network
 from models.cnn import CNN, conv_output_size
 from models.maxout import Maxout, MaxoutMLP, limit_column_norms, linear_layers
 from models.mlp import MLP
@@ -50,17 +49,6 @@ class LectureMLP(nn.Module):
         return self.linear4(x)
 
 
-class LectureMaxout(nn.Module):
-    def __init__(self, n_in, n_out, k, dropout):
-        super().__init__()
-        self.n_out, self.k = n_out, k
-        layers = [nn.Dropout(0.5)] if dropout else []
-        self.model = nn.Sequential(*layers, nn.Linear(n_in, n_out * k))
-
-    def forward(self, x):
-        return self.model(x).view(x.shape[0], self.n_out, self.k).max(-1)[0]
-
-
 LECTURE = {"mlp": LectureMLP, "cnn": LectureCNN}
 
 
@@ -69,20 +57,33 @@ def test_number_of_parameters_is_the_slides(model, count):
     assert sum(p.numel() for p in model().parameters()) == count
 
 
+@pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
 @pytest.mark.parametrize("name", LECTURE)
-def test_the_lectures_weights_load_and_give_the_lectures_logits(name):
-    lecture, ours = LECTURE[name]().eval(), build_classifier(name).eval()
+def test_the_lectures_weights_give_the_lectures_logits_with_every_activation(name, activation):
+    lecture, ours = LECTURE[name]().eval(), build_classifier(name, activation).eval()
     ours.load_state_dict(lecture.state_dict(), strict=True)
-    images = torch.randn(5, 1, 28, 28)
-    torch.testing.assert_close(ours(images), lecture(images), rtol=0, atol=0)
+    images = 5 * torch.randn(3, 1, 28, 28)
+    torch.testing.assert_close(ours(images), lecture(images, ACTIVATIONS[activation or "relu"]), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("dropout", [False, True])
-def test_the_lectures_maxout_weights_load_and_give_equal_outputs(dropout):
-    lecture, ours = LectureMaxout(12, 7, 5, dropout).eval(), Maxout(12, 7, k=5, dropout=dropout).eval()
-    ours.load_state_dict(lecture.state_dict(), strict=True)
-    x = torch.randn(4, 12)
-    torch.testing.assert_close(ours(x), lecture(x), rtol=0, atol=0)
+def test_the_residual_network_is_its_definition():
+    """y = x + ReLU(BN(CONV(x))) twice after each CONV-BN-ReLU with stride 2; then the mean over the image (He 2015)."""
+    network = build_classifier("resnet").eval()
+    for norm in (module for module in network.modules() if isinstance(module, nn.BatchNorm2d)):
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
+    images = torch.randn(3, 1, 28, 28)
+    parts = list(
+        network.state_dict().values()
+    )  # for each block: the kernel, and BN's scale, shift, mean, variance, count
+    x = images
+    for i in range(9):
+        kernel, scale, shift, mean, variance, _ = parts[6 * i : 6 * i + 6]
+        stride = 2 if i % 3 == 0 else 1
+        y = F.conv2d(x, kernel, stride=stride, padding=kernel.shape[-1] // 2)
+        y = F.batch_norm(y, mean, variance, scale, shift).relu()
+        x = y if stride == 2 else x + y
+    torch.testing.assert_close(network(images), x.mean((2, 3)) @ parts[-2].T + parts[-1])
 
 
 # Convolution ----------------------------------------------------------------------------------------------------------
@@ -104,7 +105,7 @@ def test_conv_output_size_follows_the_three_formulas_of_the_slides():
     assert conv_output_size(7, 3, p=1) == 7  # the slide's example: 7x7 in, 7x7 out
 
 
-# Activations ----------------------------------------------------------------------------------------------------------
+# Activations and batch normalisation ----------------------------------------------------------------------------------
 
 FORMULAS = {
     "relu": [lambda x: max(0, x)],
@@ -126,27 +127,11 @@ def test_activation_follows_the_slides_formula(name):
         torch.testing.assert_close(ACTIVATIONS[name](x), expected)
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("name", LECTURE)
-def test_activation_is_applied_after_each_hidden_layer(name, activation):
-    lecture, ours = LECTURE[name]().eval(), build_classifier(name, activation).eval()
-    ours.load_state_dict(lecture.state_dict())
-    images = 5 * torch.randn(3, 1, 28, 28)
-    torch.testing.assert_close(ours(images), lecture(images, ACTIVATIONS[activation]))
-
-
-# Batch normalisation --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", LECTURE)
-def test_batch_norm_adds_only_bn1_to_bn3_to_the_state_dict(name):
-    plain, normed = (build_classifier(name, batch_norm=on).state_dict().keys() for on in (False, True))
+@pytest.mark.parametrize("model", [MLP, CNN])
+def test_batch_norm_is_three_layers_between_layer_and_activation(model):
+    plain, normed = (model(batch_norm=on).state_dict().keys() for on in (False, True))
     assert plain <= normed
     assert {key.split(".")[0] for key in normed - plain} == {"bn1", "bn2", "bn3"}
-
-
-@pytest.mark.parametrize("model", [MLP, CNN])
-def test_batch_norm_stands_between_layer_and_activation(model):
     seen = []
     network = model(activation=lambda x: seen.append(x.transpose(0, 1).flatten(1)) or F.relu(x), batch_norm=True)
     network(torch.randn(32, 1, 28, 28))
@@ -156,49 +141,65 @@ def test_batch_norm_stands_between_layer_and_activation(model):
         assert channels.var(1).median() > 0.9
 
 
-@pytest.mark.parametrize("name", LECTURE)
-def test_batch_norm_network_learns_one_batch(name):
-    network = build_classifier(name, batch_norm=True)
-    optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
-    images, labels = torch.randn(20, 1, 28, 28), torch.arange(20) % 10
-    start = {key: value.clone() for key, value in network.state_dict().items()}
-    losses = []
-    for _ in range(8):
-        losses.append(F.cross_entropy(network(images), labels))
-        optimizer.zero_grad()
-        losses[-1].backward()
-        optimizer.step()
-    assert losses[-1] < losses[0] / 2
-    assert all(not torch.equal(start[f"bn{i}.weight"], network.state_dict()[f"bn{i}.weight"]) for i in (1, 2, 3))
-
-
 # Registry -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", CLASSIFIERS)
-def test_every_registered_model_gives_ten_logits_per_image(name):
-    network = build_classifier(name)
-    assert network.train()(torch.randn(7, 1, 28, 28)).shape == (7, 10)
-    assert network.eval()(torch.randn(1, 1, 28, 28)).shape == (1, 10)
+def test_every_classifier_gives_a_logit_for_each_class_and_takes_each_image_alone(name):
+    network, images = build_classifier(name, classes=3), torch.randn(7, 1, 28, 28)
+    assert network.train()(images).shape == (7, 3)
+    assert network.eval()(images).shape == (7, 3)
+    torch.testing.assert_close(network(images[2:3]), network(images)[2:3], rtol=1e-4, atol=1e-5)
 
 
-def test_every_registered_model_judges_each_image_alone():
-    images = torch.randn(7, 1, 28, 28)
-    for name in CLASSIFIERS:
-        network = build_classifier(name).eval()
-        torch.testing.assert_close(network(images[2:3]), network(images)[2:3], rtol=1e-4, atol=1e-5)
+class WithoutClasses(nn.Module):
+    def __init__(self):
+        super().__init__()
+
+
+class Broken(nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.fc = nn.Linear(784, classes, colour="red")
 
 
 @pytest.mark.parametrize(
-    ("option", "words"),
+    ("name", "option", "error", "words"),
     [
-        ({"batch_norm": True}, "--batch-norm; omit it, or add --no-batch-norm if the recipe sets it$"),
-        ({"activation": "tanh"}, "--activation; omit it$"),
+        ("maxout", {"batch_norm": True}, ValueError,
+         "the model maxout has no option --batch-norm; omit it, or add --no-batch-norm if the recipe sets it"),
+        ("maxout", {"activation": "tanh"}, ValueError, "the model maxout has no option --activation; omit it"),
+        ("mine", {}, ValueError, "the model mine has no argument classes; add it to its __init__"),
+        ("broken", {}, TypeError, r".* got an unexpected keyword argument 'colour'"),
+        ("gone", {}, ValueError, "there is no gone in models/__init__.py; it has mlp, cnn, .*"),
     ],
-)
-def test_option_that_a_model_lacks_is_an_error_naming_the_flag(option, words):
-    with pytest.raises(ValueError, match=f"maxout has no option {words}"):
-        build_classifier("maxout", **option)
+)  # fmt: skip
+def test_what_a_model_does_not_take_is_an_error_naming_the_remedy(name, option, error, words, monkeypatch):
+    monkeypatch.setitem(CLASSIFIERS, "mine", WithoutClasses)
+    monkeypatch.setitem(CLASSIFIERS, "broken", Broken)
+    with pytest.raises(error) as caught:
+        build_classifier(name, **option)
+    assert re.fullmatch(words, str(caught.value))
+
+
+def test_the_network_of_a_run_is_built_from_its_options():
+    classes = ["circle", "square"]
+    assert build_network({"kind": "gan", "networks": "lecture", "noise": "centred"}).noise(1000).min() < -1
+    assert build_network({"kind": "cgan", "classes": classes, "noise": "unit"}).classes == 2
+    options = {"kind": "classifier", "model": "mlp", "activation": None, "batch_norm": False, "classes": classes}
+    assert build_network(options)(torch.zeros(1, 1, 28, 28)).shape == (1, 2)
+    old = {"kind": "likelihood", "model": "rnn", "hidden": 8, "units": None, "states": None}  # --units is gone
+    assert build_network(old).gru.hidden_size == 8
+    with pytest.raises(ValueError, match="there is no diffusion in models/__init__.py; it has classifier, gan"):
+        build_network({"kind": "diffusion"})
+    with pytest.raises(ValueError, match="the model hmm has no option --hidden; omit it"):
+        build_network({"kind": "likelihood", "model": "hmm", "hidden": 8})
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn", "resnet", "maxout", "vae", "rbm", "hmm"])
+def test_the_file_can_be_copied_on_its_own(name):
+    text = (ROOT / "models" / f"{name}.py").read_text("utf-8")
+    assert set(re.findall(r"^(?:from|import) (\w+)", text, re.MULTILINE)) <= {"torch", "collections", "math"}
 
 
 # Maxout ---------------------------------------------------------------------------------------------------------------
@@ -206,6 +207,7 @@ def test_option_that_a_model_lacks_is_an_error_naming_the_flag(option, words):
 
 def test_maxout_is_the_largest_of_k_consecutive_pieces():
     layer, x = Maxout(6, 4, k=3, dropout=False), torch.randn(5, 6)
+    assert list(layer.state_dict()) == ["model.0.weight", "model.0.bias"]  # the lecture's names
     weight, bias = layer.model[0].weight, layer.model[0].bias
     for n in range(5):
         for unit in range(4):
@@ -215,6 +217,7 @@ def test_maxout_is_the_largest_of_k_consecutive_pieces():
 
 def test_maxout_drops_inputs_in_training_alone():
     layer, x = Maxout(100, 5, p=0.5), torch.ones(1, 100)
+    assert list(layer.state_dict()) == ["model.1.weight", "model.1.bias"]  # the lecture's names
     assert not torch.equal(layer.train()(x), layer(x))
     assert torch.equal(layer.eval()(x), layer(x))
 
@@ -251,18 +254,3 @@ def test_limit_column_norms_shortens_long_rows_and_leaves_short_ones_alone():
         torch.testing.assert_close(F.cosine_similarity(layer.weight, old), torch.ones(len(old)))
         assert layer.weight.requires_grad
         assert layer.weight.grad_fn is None
-
-
-# Files that can be lifted out -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("path", sorted(Path(models.__file__).parent.glob("*.py")), ids=lambda path: path.name)
-def test_a_model_file_imports_torch_and_other_models_alone(path):
-    nodes = list(ast.walk(ast.parse(path.read_text())))
-    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
-    names += ["." * node.level + (node.module or "") for node in nodes if isinstance(node, ast.ImportFrom)]
-    found = {name.split(".")[0] for name in names}
-    assert "torch" in found
-    assert found <= {"torch", "models", "collections", "inspect", "math", "typing"}
-    if path.name in ("mlp.py", "cnn.py", "maxout.py"):  # these can be copied on their own
-        assert "models" not in found

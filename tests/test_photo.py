@@ -7,7 +7,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 import photo as pages
 from datasets import DataError, read_photo
-from measures.judge import load_judge
+from measures.reference import load_reference
 
 STROKES = {  # the corners of each stroke, in a box of 20 x 20
     5: [[(15, 1), (6, 1)], [(6, 5), (5, 9), (11, 8), (15, 12), (14, 17), (9, 19), (4, 17)]],  # the bar stands apart
@@ -31,7 +31,7 @@ def draw(digit, size=28, width=2.4):
 
 @pytest.fixture(scope="module")
 def judge():
-    return load_judge("cpu")
+    return load_reference("cpu")
 
 
 @pytest.fixture

@@ -1,7 +1,8 @@
-"""The judge: one fixed classifier of MNIST digits, which reads what generators draw.
+"""The reference classifier of MNIST digits, in whose features generators are measured.
 
 Its weights are weights/cnn.pt, those of `python train_classifier.py --model cnn --recipe best --amp --seed 0`. The
-network is a copy of its own, which edits to models/ leave alone. Figures from different judges cannot be compared.
+network is a separate fixed copy, so edits to models/ do not change it. Values from different reference classifiers
+cannot be compared.
 """
 
 import hashlib
@@ -15,7 +16,7 @@ WEIGHTS = Path(__file__).parent.parent / "weights" / "cnn.pt"
 SHA256 = "db3d0871f108fde500a7224c079faf3fc4ea173fe35b83da2293621296c99ca8"
 
 
-class Judge(nn.Module):
+class ReferenceClassifier(nn.Module):
     """Three convolutions with batch norm. Input: images [N, 1, 28, 28] with pixels in [0, 1]."""
 
     def __init__(self):
@@ -34,22 +35,24 @@ class Judge(nn.Module):
 
     @torch.no_grad()
     def read(self, images: torch.Tensor, block: int = 1000) -> tuple[torch.Tensor, torch.Tensor]:
-        """Features [N, 256] and digits [N] of images [N, 1, 28, 28] on any device; both on the CPU.
+        """Features [N, 256] and predicted digits [N] of images [N, 1, 28, 28] on any device; both on the CPU.
 
         Raises ValueError if a pixel is outside [0, 1].
         """
         low, high = images.aminmax()
         if low < 0 or high > 1:
-            raise ValueError(f"pixels from {low:.3g} to {high:.3g}; the judge reads images with pixels in [0, 1]")
+            found = f"pixels from {low:.3g} to {high:.3g}"
+            raise ValueError(f"{found}; the reference classifier takes images with pixels in [0, 1]")
         parts = [self(part.to(self.fc.weight.device)) for part in images.split(block)]
         return torch.cat([f.cpu() for f, _ in parts]), torch.cat([logits.argmax(1).cpu() for _, logits in parts])
 
 
-def load_judge(device: torch.device | str) -> Judge:
-    """The judge in eval mode. Raises OSError if weights/cnn.pt is missing or not the file that was pinned."""
+def load_reference(device: torch.device | str) -> ReferenceClassifier:
+    """The reference classifier in eval mode. Raises OSError if weights/cnn.pt is missing or not the pinned file."""
     content = WEIGHTS.read_bytes()
     if hashlib.sha256(content).hexdigest() != SHA256:
-        raise OSError(f"{WEIGHTS} is not the judge of this repository (its SHA-256 differs); git checkout {WEIGHTS}")
-    judge = Judge()
-    judge.load_state_dict(torch.load(WEIGHTS, map_location="cpu", weights_only=True)["state"]["model"])
-    return judge.eval().to(device)
+        reason = "is not the reference classifier of this repository (its SHA-256 differs)"
+        raise OSError(f"{WEIGHTS} {reason}; git checkout {WEIGHTS}")
+    classifier = ReferenceClassifier()
+    classifier.load_state_dict(torch.load(WEIGHTS, map_location="cpu", weights_only=True)["state"]["model"])
+    return classifier.eval().to(device)

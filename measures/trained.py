@@ -1,0 +1,87 @@
+"""Trained networks from Python: load_model, classify, sample."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from datasets import to_pixels
+from engine.checkpoint import load_result
+from engine.errors import UserError
+from engine.provenance import ROOT, warn_if_code_changed
+from measures.samples import is_conditional, sample_images, spread
+from models import KINDS, build_network
+
+
+def load_network(run: str | Path, device: torch.device | str) -> tuple[Any, dict[str, Any]]:
+    """The network that is the run's result (of best.pt and the EMA, if there are any), and its checkpoint.
+
+    run: a run folder, a checkpoint, or a file of weights/, also from another working directory. Raises UserError.
+    """
+    if not Path(run).exists() and (ROOT / run).exists():
+        run = ROOT / run
+    checkpoint = load_result(run)
+    warn_if_code_changed(checkpoint, run)
+    options, state = checkpoint["options"], checkpoint["state"]
+    if options["kind"] not in KINDS:
+        known = f"models/__init__.py knows {', '.join(KINDS)}"
+        raise UserError(f"{run} is of the unknown kind {options['kind']}; {known}: add it to KINDS there")
+    name, _ = KINDS[options["kind"]]
+    try:
+        with torch.random.fork_rng([]):  # the first weights, soon replaced, take none of the caller's random numbers
+            network: Any = build_network(options)
+        network.load_state_dict(state[name])
+    except (KeyError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{run} does not match models/, which has changed since: {reason}") from error
+    network.options = options
+    return network.eval().to(device), checkpoint
+
+
+def load_model(run: str | Path, device: torch.device | str = "cpu") -> Any:
+    """The network of a run folder, a checkpoint or a file of weights/, in eval mode; its `options` are the run's.
+
+    A classifier takes images [N, 1, 28, 28] scaled as in training and returns logits; `classify` scales any images.
+    Raises UserError.
+    """
+    return load_network(run, torch.device(device))[0]
+
+
+@torch.no_grad()
+def classify(model: Any, images: Any) -> torch.Tensor:
+    """The probability of each class for each image, [N, classes] on the CPU; `model` is a classifier of load_model.
+
+    images: arrays or tensors with pixels from 0 to 255, 0 to 1 or -1 to 1, white on black, or an image (PIL) with one
+    or more digits in a row. datasets.to_pixels lists the shapes. Raises UserError and DataError.
+    """
+    if hasattr(model, "sample"):
+        raise UserError("this is a generator, not a classifier; classify needs a run of a classifier")
+    black = model.options["black"]
+    pixels = to_pixels(images) * (1 - black) + black
+    device = next(model.parameters()).device
+    logits = [model(part.to(device)).float() for part in pixels.split(1000)]
+    return torch.cat(logits).softmax(1).cpu()
+
+
+def sample(model: Any, n: int, digit: int | str | None = None, seed: int = 0) -> torch.Tensor:
+    """n images [n, 1, 28, 28] with pixels from 0 to 1, on the CPU; `model` is a generator of load_model.
+
+    digit: the class that a conditional generator samples, a name or a number; None: all of them. `evaluate.py RUN
+    --samples n --seed seed` gives the same images. Raises UserError.
+    """
+    if not hasattr(model, "sample"):
+        raise UserError("this is a classifier, not a generator; sample needs a run of a generator")
+    if digit is not None and not is_conditional(model):
+        raise UserError("this model was trained without labels; omit digit, or load a conditional generator")
+    numbers = class_numbers(None if digit is None else [digit], model.options["classes"])
+    return sample_images(model, spread(n, numbers), seed)[0]
+
+
+def class_numbers(asked: Sequence[int | str] | None, classes: Sequence[str]) -> list[int]:
+    """The numbers of the classes that are asked for by name or by number; None: of all. Raises UserError."""
+    numbers = [str(number) for number in range(len(classes))]
+    for name in asked or ():
+        if str(name) not in [*classes, *numbers]:
+            raise UserError(f"--digit {name}: there is no such class; choose from {', '.join(classes)}")
+    return [(list(classes) if str(name) in classes else numbers).index(str(name)) for name in asked or classes]
