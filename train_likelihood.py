@@ -90,8 +90,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     def validate() -> dict[str, float]:
         if not args.val_size:
             return {}
-        with utils.evaluating(network):  # network.quick: less work than for evaluate.py
-            return {"val_log_likelihood": network.log_likelihood(val_images, **network.quick).mean().item()}
+        with utils.evaluating(network):  # `quick`: less work than for evaluate.py
+            quick = getattr(network, "quick", {})
+            return {"val_log_likelihood": network.log_likelihood(val_images, **quick).mean().item()}
 
     def sample() -> Tensor:
         with utils.evaluating(network):

@@ -38,13 +38,13 @@ class Batches:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield the batches of `epoch` from number `start` on, in an order that depends on (seed, epoch) alone."""
-        for (rows,) in self.rows(epoch, start):
+        for rows in self.rows(epoch, start):
             yield self.take(rows)
 
-    def rows(self, epoch: int, start: int = 0) -> Iterator[tuple[torch.Tensor]]:
-        """Yield (row numbers,) of the same batches, int64 [B], for `take`."""
+    def rows(self, epoch: int, start: int = 0) -> Iterator[torch.Tensor]:
+        """Yield the row numbers of the same batches, int64 [B], for `take`."""
         for rows in self.order(epoch).split(self.batch_size)[start:]:
-            yield (rows,)
+            yield rows
 
     def take(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The images and labels of these rows."""
