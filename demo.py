@@ -12,11 +12,11 @@ from functools import partial
 
 import torch
 
-from datasets import DataError, read_photo
 from engine import flags
-from engine.errors import UserError, run_script
+from engine.errors import DataError, UserError, run_script
 from evaluate import ROOT, classify, load_model
 from measures.samples import draw_between
+from photos import read_photo
 
 CANVAS = 336  # pixels; twelve for each of the network's 28
 PICK_THE_BRUSH = (

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 import utils
-from datasets import DATASETS, SHOW_DIGITS, Batches, binarise, class_names, load, read_image, read_photo, to_pixels
+from datasets import DATASETS, SHOW_DIGITS, Batches, binarise, class_names, load, read_image
 from datasets.binarise import TEST_SEED
 from engine import flags, pictures
 from engine.checkpoint import load_checkpoint, write_atomically
@@ -36,6 +36,7 @@ from measures.likelihood import draw_pictures, draw_states, likelihood_measures,
 from measures.samples import NOISE_SEED, draw_samples, draw_walks
 from models import GANS, build_classifier, build_likelihood_model
 from models.cgan import ConditionalGenerator
+from photos import read_photo, to_pixels
 
 ROOT = Path(__file__).resolve().parent
 
@@ -109,7 +110,7 @@ def load_model(run, device="cpu"):
 
 @torch.no_grad()
 def classify(model, images):
-    """The probability of each class, [N, classes], for images as `datasets.to_pixels` takes them.
+    """The probability of each class, [N, classes], for images as `photos.to_pixels` takes them.
 
     Raises DataError, and UserError if the model is not a classifier.
     """

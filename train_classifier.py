@@ -135,7 +135,8 @@ def loss_with_dropout(args, model, batches):
     model, targets = copy.deepcopy(model).train(), target_probabilities(args, batches.labels.device)
     with torch.no_grad():
         losses = [
-            len(labels) * LOSSES[args.loss](model(images), targets[labels]) for images, labels in batches.epoch(0)
+            len(labels) * LOSSES[args.loss](model(images), targets[labels])
+            for images, labels in map(batches.take, batches.rows(0))
         ]
     return sum(losses).item() / len(batches.images)
 

@@ -109,7 +109,7 @@ def train_epoch(run: Run, step: Callable, batches: Any, signals: list[int]) -> N
     args = run.args
     schedules = [item for item in run.state.values() if isinstance(item, LRScheduler)]
     steps = min(len(batches), DRY_RUN_STEPS) if args.dry_run else len(batches)
-    rows = batches.rows if hasattr(batches, "take") else batches.epoch
+    rows = (lambda *at: zip(batches.rows(*at))) if hasattr(batches, "take") else batches.epoch
     saved, first, started = time.monotonic(), run.batch, None
     with progress_bar(run, steps) as bar:
         for batch in itertools.islice(rows(run.epoch, run.batch), steps - run.batch):
@@ -317,5 +317,5 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def predict(model: nn.Module, batches: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the outputs of `model` in eval mode for every image of `batches`, and the labels, in order."""
     with evaluating(model):
-        outputs, labels = zip(*[(model(images), labels) for images, labels in batches.epoch(0)])
+        outputs, labels = zip(*[(model(images), labels) for images, labels in map(batches.take, batches.rows(0))])
     return torch.cat(outputs), torch.cat(labels)

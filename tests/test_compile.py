@@ -65,7 +65,7 @@ def losses(case, folder, compiled):
     run.meter = utils.Meter()
     schedules = [item for item in state.values() if isinstance(item, torch.optim.lr_scheduler.LRScheduler)]
     step, means = utils.make_step(run, train_step, batches), []
-    rows = (rows for epoch in itertools.count() for (rows,) in batches.rows(epoch) if len(rows) == args.batch_size)
+    rows = (rows for epoch in itertools.count() for rows in batches.rows(epoch) if len(rows) == args.batch_size)
     for batch in itertools.islice(rows, STEPS):
         names = step(batch)
         for schedule in schedules:

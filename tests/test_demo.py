@@ -14,8 +14,9 @@ from helpers import ROOT
 
 import demo
 import evaluate
-from datasets import DataError, read_photo
+from engine.errors import DataError
 from measures.judge import load_judge
+from photos import read_photo
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 SEVEN = [(70, 80), (260, 80), (210, 160), (150, 290)]  # corners of the drawn 7, in pixels of the canvas

@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 from helpers import DIGITS, ROOT, assert_one_line, draw_shapes, load, run
 
-FOLDERS = ("datasets", "engine", "measures", "models")
+FOLDERS = ("datasets", "engine", "measures", "models", "photos")
 MLP = [*DIGITS, "--model", "mlp"]
 
 
