@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from datasets import DataError, read_photo
 from engine import flags
-from engine.errors import UserError, run_script
+from engine.errors import DataError, UserError, run_script
 from engine.provenance import ROOT
 from measures.samples import is_conditional, sample_between
 from measures.trained import classify, load_model
+from photos import read_photo
 
 CANVAS = 336  # pixels; twelve for each of the network's 28
 PICK_THE_BRUSH = (

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 import utils
-from datasets import DATASETS, SHOW_DIGITS, Batches, binarise, class_names, load, read_image, read_photo
+from datasets import DATASETS, SHOW_DIGITS, Batches, binarise, class_names, load, read_image
 from datasets.binarise import TEST_SEED
 from engine import flags
 from engine.checkpoint import write_atomically
@@ -37,6 +37,7 @@ from measures.likelihood import likelihood_measures, print_likelihood
 from measures.reference import load_reference
 from measures.samples import NOISE_SEED, columns_of, is_conditional, sample_images, spread, walks
 from measures.trained import class_numbers, classify, load_model, load_network, sample
+from photos import read_photo
 
 __all__ = ["classify", "load_model", "main", "sample"]
 

@@ -35,7 +35,7 @@ RECIPES = {
         simultaneous=True, val_size=10_000, ema=0.9999,
     ),
 }  # fmt: skip
-VARIANTS = {("best", "digits"): dict(epochs=500), ("paper", "digits"): dict(val_size=137)}
+VARIANTS: flags.Variants = {("best", "digits"): dict(epochs=500), ("paper", "digits"): dict(val_size=137)}
 
 
 def get_args_parser() -> flags.ArgumentParser:

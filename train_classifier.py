@@ -40,7 +40,7 @@ RECIPES = {
         schedule="maxout", max_norm=1.9365, black=0.0, val_size=10_000,
     ),
 }  # fmt: skip
-VARIANTS = {
+VARIANTS: flags.Variants = {
     ("lecture", "digits"): dict(epochs=42),  # as many steps as one epoch of MNIST
     ("best", "digits"): dict(epochs=60, batch_size=64, val_size=0),
     ("best", "folder"): dict(batch_size=64, val_size=0),

@@ -33,7 +33,7 @@ RECIPES = {
         momentum=0.5, schedule="maxout", simultaneous=True, val_size=10_000, ema=0.9999,
     ),
 }  # fmt: skip
-VARIANTS = {
+VARIANTS: flags.Variants = {
     ("best", "digits"): dict(epochs=500, val_size=0),
     ("best", "large"): dict(epochs=60, batch_size=200, lr=1e-3, ema=0.9998, val_size=10_000),
     ("paper", "digits"): dict(val_size=137),
@@ -49,8 +49,9 @@ def get_args_parser() -> flags.ArgumentParser:
 
 def build(args: Namespace, device: torch.device, batches: Any) -> tuple[dict[str, Any], utils.TrainStep, nn.Module]:
     """The objects to train, by name, the step that trains them, and the generator that is the result."""
-    new_generator, new_discriminator = GANS[args.networks]
-    generator, discriminator = new_generator(noise=args.noise), new_discriminator()
+    build_generator, build_discriminator = GANS[args.networks]
+    generator: Any = build_generator(noise=args.noise)
+    discriminator = build_discriminator()
     init_weights(generator, discriminator, args.init, batches.pixel_means())
     state = optim.adversarial_state(args, generator.to(device), discriminator.to(device), len(batches), decay=1.000004)
     optimizer_g, optimizer_d = state["optimizer_g"], state["optimizer_d"]

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import utils
 from datasets import DATASETS, Batches, binarise, short_name, split
@@ -25,7 +25,7 @@ RECIPES = {
     "lecture": dict(batch_size=100, schedule="cosine", val_size=0),  # minutes on two CPU cores
     "best": dict(batch_size=100, schedule="cosine", val_size=0),
 }
-VARIANTS = {
+VARIANTS: flags.Variants = {
     ("lecture", "vae"): dict(epochs=50, lr=4e-3),
     ("lecture", "rbm"): dict(epochs=30, optimizer="sgd", lr=0.3, persistent_chains=100, ema=0.999),
     ("lecture", "rnn"): dict(epochs=5, lr=0.012, hidden=128, ema=0.999),
@@ -57,10 +57,10 @@ def get_args_parser() -> flags.ArgumentParser:
     return parser
 
 
-def build(args: Namespace, device: torch.device, batches: Any) -> tuple[dict[str, Any], utils.TrainStep, nn.Module]:
+def build(args: Namespace, device: torch.device, batches: Any) -> tuple[dict[str, Any], utils.TrainStep, Any]:
     """The objects to train, by name, the step that trains them, and the network that is the result."""
     try:
-        model = build_likelihood_model(vars(args), batches.pixel_means().cpu()).to(device)
+        model: Any = build_likelihood_model(vars(args), batches.pixel_means().cpu()).to(device)
     except ValueError as error:
         raise UserError(error) from error
     optimizer = optim.build_optimizer(args, model.parameters())

@@ -72,11 +72,11 @@ class FreeLastLayer(MaxoutMLP):
 class FixedBatches(Batches):
     """The training images are put into batches once; each epoch has the same batches, in another order."""
 
-    def order(self, epoch: int) -> torch.Tensor:
+    def rows(self, epoch: int, start: int = 0):
         rows = torch.arange(len(self.images), device=self.images.device).split(self.batch_size)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         order = torch.randperm(len(rows), generator=generator) if self.shuffle else torch.arange(len(rows))
-        return torch.cat([rows[number] for number in order])
+        return (rows[number] for number in order[start:])
 
 
 CASES = {  # name -> network, batches, flags

@@ -27,9 +27,10 @@ from scipy import ndimage
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from datasets import load, read_photo
+from datasets import load
 from engine.provenance import environment
 from measures.reference import load_reference
+from photos import read_photo
 
 PAGE, DIGIT = 600, 150
 WHITE, BLACK = (245, 243, 238), (35, 35, 45)  # paper and ink

@@ -17,9 +17,10 @@ sys.path.insert(0, str(ROOT))
 import torch
 from torch.nn.functional import pad
 
-from datasets import load, to_pixels
+from datasets import load
 from engine.errors import run_script
 from evaluate import classify, load_model
+from photos import to_pixels
 
 SHIFTS = [(0, 0), (0, -1), (0, 1), (-1, 0), (1, 0), (-1, -1), (-1, 1), (1, -1), (1, 1)]
 VIEWS = (1, 5, 9)

@@ -125,7 +125,7 @@ def ours(case, device, flags, data_dir, folder, steps):
     run = utils.Run(args, state)
     run.meter = utils.Meter()
     with FlopCounterMode(display=False) as counter:
-        train_step(*next(batches.epoch(0)))
+        train_step(*batches.take(next(batches.rows(0))))
     work = {"flops": counter.get_total_flops(), "bytes": sum(map(bytes_moved, run.optimizers()))}
     step = utils.make_step(run, train_step, batches)
 

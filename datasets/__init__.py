@@ -6,54 +6,50 @@ from pathlib import Path
 
 import torch
 
-from datasets.arrays import to_pixels
 from datasets.augment import distort
 from datasets.batches import Batches
 from datasets.binarise import binarise
 from datasets.digits import load_digits
 from datasets.folder import difference, find_folder, folder_classes, load_folder, read_image
-from datasets.mnist import FOLDERS, DataError, load_mnist
-from datasets.photo import read_photo
+from datasets.mnist import FOLDERS, load_mnist
 from engine.distributed import broadcast, rank_0_first
+from engine.errors import DataError
 
 __all__ = [
     "DATASETS",
     "SHOW_DIGITS",
     "Batches",
-    "DataError",
     "binarise",
     "class_names",
     "distort",
     "hold_out",
     "load",
     "read_image",
-    "read_photo",
     "short_name",
     "split",
-    "to_pixels",
 ]
 
 DATASETS = (*FOLDERS, "digits")
 CLOTHES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 CLASSES = {"fashion-mnist": CLOTHES, "kmnist": ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo")}
-SHOW_DIGITS = ("mnist", "digits")  # the judge of measures/judge.py can read these
+SHOW_DIGITS = ("mnist", "digits")  # the reference classifier can read these
 
 Images = tuple[torch.Tensor, torch.Tensor]  # uint8 [N, 1, 28, 28], and int64 labels [N]
 
 
 def load(name: str, data_dir: str, train: bool = True) -> Images:
-    """Training or test part of a data set. Raises DataError."""
+    """Training or test part of a dataset. Raises DataError."""
     if name not in DATASETS:
         return load_folder(require_folder(name, data_dir), train)
     images, labels = load_digits(train) if name == "digits" else load_mnist(name, data_dir, train)
     if labels.min() < 0 or labels.max() > 9:
         found = f"labels from {labels.min()} to {labels.max()}"
-        raise DataError(f"the data set {name} has {found}; they must be from 0 to 9")
+        raise DataError(f"the dataset {name} has {found}; they must be from 0 to 9")
     return images, labels
 
 
 def class_names(name: str, data_dir: str, before: list[str] | None = None) -> list[str]:
-    """The names of a data set's classes, in the order of their labels. Raises DataError.
+    """The names of a dataset's classes, in the order of their labels. Raises DataError.
 
     before: those that a run was trained on, or None. A folder must still have them: its labels are their numbers.
     """
@@ -61,8 +57,8 @@ def class_names(name: str, data_dir: str, before: list[str] | None = None) -> li
         return list(CLASSES.get(name, "0123456789"))
     names = folder_classes(require_folder(name, data_dir))
     if before and names != before:
-        reason = f"has other classes than the run was trained on ({difference(before, names)})"
-        raise DataError(f"{name} {reason}; restore them, or start a new run")
+        reason = f"{name} has other classes than the run was trained on ({difference(before, names)})"
+        raise DataError(f"{reason}; restore them, or start a new run")
     return names
 
 
@@ -70,11 +66,11 @@ def require_folder(name: str, data_dir: str) -> Path:
     if folder := find_folder(name, data_dir):
         return folder
     remedy = f"use one of {', '.join(DATASETS)}, or a folder that holds a folder of images for each class"
-    raise DataError(f"there is no data set {name}, neither here nor in {data_dir}; {remedy}")
+    raise DataError(f"there is no dataset {name}, neither here nor in {data_dir}; {remedy}")
 
 
 def short_name(name: str) -> str:
-    """The data set in the name of a run folder: of a folder, its own name without what file names cannot have."""
+    """The dataset in the name of a run folder: of a folder, its own name without what file names cannot have."""
     return name if name in DATASETS else re.sub(r"[^\w.-]+", "-", Path(name).resolve().name).strip("-.") or "folder"
 
 

@@ -14,17 +14,20 @@ def distort(
     shift: float = 2.0,
     elastic: float = 0.0,
 ) -> torch.Tensor:
-    """Each image [N, C, H, W] under a random affine map of its own, and perhaps bent; same shape.
+    """Each image [N, C, H, W] under a random affine map of its own and an elastic distortion; same shape.
 
     degrees, shear: largest rotation and shear, in degrees. scale: largest relative change of width and of height.
-    shift: largest translation, in pixels. elastic: largest displacement of the points of a 5x5 grid, in pixels; what
-    lies between them follows linearly (in place of the smoothed noise of Simard et al. 2003).
-    Not torchvision's RandomAffine and ElasticTransform, which draw one map per batch.
+    shift: largest translation, in pixels. elastic: largest displacement of the points of a 5x5 grid, in pixels,
+    interpolated linearly between them (in place of the smoothed noise of Simard et al. 2003).
+    Not torchvision's RandomAffine and ElasticTransform, which choose one map per batch.
     """
     n, _, height, width = images.shape
 
-    def uniform(limit, *shape):
+    def uniform(limit: float, *shape: int) -> torch.Tensor:
         return torch.empty(n, *(shape or (1, 1)), device=images.device).uniform_(-limit, limit)
+
+    def centres(side: int) -> torch.Tensor:
+        return torch.linspace(-1, 1, side, device=images.device) * (side - 1) / side
 
     angle = uniform(math.radians(degrees))
     slant = uniform(math.tan(math.radians(shear)))
@@ -32,22 +35,14 @@ def distort(
     cos, sin = angle.cos(), angle.sin()
     # Where each pixel comes from, x and y [N, H, W]. Coordinates run from -1 to 1, so one pixel is 2 / side.
     # Multiplied out instead of F.affine_grid, whose matrix product loses digits in TF32.
-    x, y = pixel_centres(width, images.device).view(1, 1, -1), pixel_centres(height, images.device).view(1, -1, 1)
+    x, y = centres(width).view(1, 1, -1), centres(height).view(1, -1, 1)
     from_x = cos * stretch_x * x + (slant * cos - sin) * stretch_y * y + uniform(shift * 2 / width)
     from_y = sin * stretch_x * x + (slant * sin + cos) * stretch_y * y + uniform(shift * 2 / height)
     if elastic:
         bent = F.interpolate(uniform(elastic, 2, 5, 5), (height, width), mode="bilinear", align_corners=True)
         from_x, from_y = from_x + bent[:, 0] * 2 / width, from_y + bent[:, 1] * 2 / height
-    # Limited to the centres of the border pixels, so that the border, which is background, repeats:
-    # padding_mode="border", which not every device has.
-    grid = torch.stack([limit(from_x, width), limit(from_y, height)], dim=-1)
+    # Clamped to the centres of the edge pixels, so that these are replicated: padding_mode="border", which not every
+    # device has.
+    clamped = [origin.clamp(1 / side - 1, 1 - 1 / side) for origin, side in ((from_x, width), (from_y, height))]
     with torch.autocast(images.device.type, enabled=False):  # bfloat16 is too coarse for coordinates
-        return F.grid_sample(images, grid, align_corners=False)
-
-
-def pixel_centres(side: int, device: torch.device) -> torch.Tensor:
-    return torch.linspace(-1, 1, side, device=device) * (side - 1) / side
-
-
-def limit(coordinates: torch.Tensor, side: int) -> torch.Tensor:
-    return coordinates.clamp(1 / side - 1, 1 - 1 / side)
+        return F.grid_sample(images, torch.stack(clamped, dim=-1), align_corners=False)

@@ -1,18 +1,18 @@
-"""Mini-batches of a data set that lives on the device."""
+"""Mini-batches of a dataset that lives on the device."""
 
 from collections.abc import Iterator
 
 import torch
 
-from datasets.mnist import DataError
+from engine.errors import DataError
 
 
 class Batches:
-    """A whole data set as a uint8 tensor on the device, drawn in batches and normalised one batch at a time.
+    """A whole dataset as a uint8 tensor on the device, shuffled, and normalised one batch at a time.
 
-    images: uint8 [N, C, H, W]; labels: int64 [N]. Batches are float32 images [B, C, H, W], in which a black pixel is
-    `black` and a white one is 1, and labels [B]. The last batch of an epoch may be shorter. Raises DataError if images
-    or labels are something else.
+    images: uint8 [N, C, H, W]; labels: int64 [N]. Raises DataError if they are something else. Batches are float32
+    images [B, C, H, W], in which a black pixel is `black` and a white one is 1, and labels [B]. The last batch of an
+    epoch may be smaller.
     """
 
     def __init__(
@@ -26,25 +26,21 @@ class Batches:
         seed: int = 0,
     ):
         require_images(images, labels)
-        self.images = images.to(device)
-        self.labels = labels.to(device)
-        self.batch_size = batch_size
-        self.black = black
-        self.shuffle = shuffle
-        self.seed = seed
+        self.images, self.labels = images.to(device), labels.to(device)
+        self.batch_size, self.black, self.shuffle, self.seed = batch_size, black, shuffle, seed
 
     def __len__(self) -> int:
         return -(-len(self.images) // self.batch_size)
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield the batches of `epoch` from number `start` on, in an order that depends on (seed, epoch) alone."""
-        for rows in self.rows(epoch, start):
-            yield self.take(rows)
-
     def rows(self, epoch: int, start: int = 0) -> Iterator[torch.Tensor]:
-        """Yield the row numbers of the same batches, int64 [B], for `take`."""
-        for rows in self.order(epoch).split(self.batch_size)[start:]:
-            yield rows
+        """The batches of `epoch` from number `start` on, as row numbers, int64 [B].
+
+        Their order depends on (seed, epoch) alone. It is drawn on the CPU, so that every device sees the same one.
+        """
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        n = len(self.images)
+        order = torch.randperm(n, generator=generator) if self.shuffle else torch.arange(n)
+        return iter(order.to(self.images.device).split(self.batch_size)[start:])
 
     def take(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The images and labels of these rows."""
@@ -55,13 +51,6 @@ class Batches:
         """The mean of each pixel over all images, [C, H, W] in [0, 1], without a float copy of them."""
         return self.images.sum(0).div(255 * len(self.images))
 
-    def order(self, epoch: int) -> torch.Tensor:
-        if not self.shuffle:
-            return torch.arange(len(self.images), device=self.images.device)
-        # Drawn on the CPU, so that every device sees the same order.
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        return torch.randperm(len(self.images), generator=generator).to(self.images.device)
-
 
 def require_images(images: torch.Tensor, labels: torch.Tensor) -> None:
     """Raise DataError unless these are images and labels as `Batches` takes them."""
@@ -70,6 +59,6 @@ def require_images(images: torch.Tensor, labels: torch.Tensor) -> None:
         raise DataError(f"images must be uint8 with pixels from 0 to 255, not {images.dtype}; {remedy}")
     if images.dim() != 4 or len(images) != len(labels):
         shapes = f"images {list(images.shape)} and labels {list(labels.shape)}"
-        raise DataError(f"a data set must be images [N, C, H, W] and labels [N], not {shapes}; reshape them")
+        raise DataError(f"a dataset must be images [N, C, H, W] and labels [N], not {shapes}; reshape them")
     if labels.is_floating_point():
         raise DataError(f"labels must be whole numbers, not {labels.dtype}; convert them: labels.long()")

@@ -4,6 +4,7 @@ The networks see 28x28 grey pixels, so that is what every image becomes. docs/ex
 larger images or for colour.
 """
 
+import glob
 import hashlib
 import os
 import sys
@@ -14,50 +15,45 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from datasets.mnist import DataError
-from datasets.picture import open_picture
+from engine.errors import DataError
+from photos import open_image
 
 SIDE, MODE = 28, "L"  # width and height in pixels; Pillow's name for grey. Colour is "RGB"
+SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 PARTS = {"train", "training", "test", "testing", "val", "valid", "validation"}
 
 
 def load_folder(folder: Path, train: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """The images of train/ or of test/; where there are no such folders, four fifths of each class, or the others.
+    """The images of train/ or of test/. Without these folders, four fifths of each class, or the other fifth.
 
-    Returns uint8 images [N, 1, 28, 28] and int64 labels [N], in an order that mixes the classes and is always the same.
-    Raises DataError.
+    Returns uint8 images [N, C, SIDE, SIDE] and int64 labels [N], in an order that mixes the classes and is always the
+    same. Raises DataError.
     """
     paths, labels = zip(*list_images(folder, train))
     hidden = not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0"  # torchrun's other processes read the same
-    with (
-        ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
-        tqdm(total=len(paths), desc=f"reading {folder}", leave=False, disable=hidden) as bar,
-    ):
-        images = []
-        for image in pool.map(read_image, paths):
-            images.append(image)
-            bar.update()
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        read = pool.map(read_image, paths)
+        images = [*tqdm(read, f"reading {folder}", total=len(paths), leave=False, disable=hidden)]
     what = f"{len(images)} {'training' if train else 'test'} images of {max(labels) + 1} classes"
-    print(f"{folder}: {what}, each brought to {SIDE}x{SIDE} {'grey ' * (MODE == 'L')}pixels", flush=True)
+    print(f"{folder}: {what}, each scaled to {SIDE}x{SIDE} {'grey ' * (MODE == 'L')}pixels", flush=True)
     return torch.cat(images), torch.tensor(labels)
 
 
 def read_image(path: str | Path) -> torch.Tensor:
-    """A picture of any size and mode as a network sees it: uint8 [1, C, SIDE, SIDE]. Raises DataError.
+    """An image of any size and mode as a network sees it: uint8 [1, C, SIDE, SIDE]. Raises DataError.
 
-    Its proportions stay: a picture that is not square gets margins of its own border's brightness.
+    The aspect ratio stays: an image that is not square gets margins as bright as its own border.
     """
     from PIL import Image
 
-    picture = open_picture(path, 4 * SIDE).convert(MODE)
-    scale = SIDE / max(picture.size)
-    width, height = (max(1, round(scale * length)) for length in picture.size)
-    pixels = np.atleast_3d(picture)  # [H, W, C]
+    image = open_image(path, 4 * SIDE).convert(MODE)
+    width, height = (max(1, round(SIDE / max(image.size) * length)) for length in image.size)
+    pixels = np.atleast_3d(np.asarray(image))  # [H, W, C]
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     square = Image.new(MODE, (SIDE, SIDE), tuple(np.median(border, axis=0).astype(int).tolist()))
-    small = picture.resize((width, height), Image.Resampling.BILINEAR)  # Pillow's filters are antialiased
+    small = image.resize((width, height), Image.Resampling.BILINEAR)  # Pillow's filters are antialiased
     square.paste(small, ((SIDE - width) // 2, (SIDE - height) // 2))
-    return torch.tensor(np.atleast_3d(square)).permute(2, 0, 1).unsqueeze(0)
+    return torch.tensor(np.atleast_3d(np.asarray(square))).permute(2, 0, 1).unsqueeze(0)
 
 
 def find_folder(name: str, data_dir: str) -> Path | None:
@@ -75,20 +71,16 @@ def folder_classes(folder: Path) -> list[str]:
         if not name.isprintable():
             raise DataError(f"{folder} has a class with the name {name!r}; rename its folder")
     if train != test:
-        remedy = "give both parts the same subfolders"
-        raise DataError(
-            f"{folder / 'test'} does not have the same classes as train ({difference(train, test)}); {remedy}"
-        )
+        reason = f"{folder / 'test'} does not have the same classes as train ({difference(train, test)})"
+        raise DataError(f"{reason}; give both parts the same subfolders")
     return train
 
 
 def difference(before: list[str], now: list[str]) -> str:
-    """What two lists of classes do not share, in words."""
-    words = []
-    for word, names in (("missing", sorted({*before} - {*now})), ("new", sorted({*now} - {*before}))):
-        if names:
-            words.append(f"{word}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}")
-    return "; ".join(words)
+    """How two lists of classes differ, in words."""
+    changes = {"missing": sorted({*before} - {*now}), "new": sorted({*now} - {*before})}
+    lists = {word: ", ".join(names[:5]) + ", ..." * (len(names) > 5) for word, names in changes.items() if names}
+    return "; ".join(f"{word}: {names}" for word, names in lists.items())
 
 
 def parts(folder: Path) -> tuple[Path, Path]:
@@ -109,28 +101,26 @@ def subfolders(folder: Path) -> list[str]:
 def list_images(folder: Path, train: bool) -> list[tuple[str, int]]:
     """The path and the label of each image of a part. Raises DataError if a class has none.
 
-    The order is that of a hash of the names. It mixes the classes, because --val-size takes the last images. A folder
-    of one level is split by it too, so that an image stays in its part when others are added.
+    Sorted by a hash of the names: it mixes the classes, because --val-size takes the last images. A folder without
+    train/ and test/ is split by it too, so that an image stays in its part when others are added.
     """
-    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset  # takes a second to import
-
-    def is_image(path):
-        name = os.path.basename(path).lower()
-        return name.endswith(IMG_EXTENSIONS) and not name.startswith(".")
-
-    part, chosen = parts(folder)[0 if train else 1], []
+    part = parts(folder)[0 if train else 1]
+    least = 2 if part == folder else 1
+    chosen: list[tuple[bytes, str, int]] = []
     for label, name in enumerate(folder_classes(folder)):
-        found = make_dataset(part, {name: label}, is_valid_file=is_image, allow_empty=True)
-        found = sorted((name_hash(path, part), path, label) for path, label in found)
-        least = 1 if part != folder else 2
+        found = sorted((name_hash(path, part), path, label) for path in image_files(part / name))
         if len(found) < least:
-            images = f"{len(found)} images ({', '.join(IMG_EXTENSIONS)})"
+            images = f"{len(found)} images ({', '.join(SUFFIXES)})"
             raise DataError(f"{part / name} holds {images}, but needs at least {least}; add some, or remove the folder")
-        if part == folder:
-            cut = max(1, round(len(found) / 5))
-            found = found[cut:] if train else found[:cut]
-        chosen += found
+        cut = max(1, round(len(found) / 5)) if part == folder else 0
+        chosen += found[cut:] if train or not cut else found[:cut]
     return [(path, label) for _, path, label in sorted(chosen)]
+
+
+def image_files(folder: Path) -> list[str]:
+    """All images in or below a folder, except hidden ones."""
+    paths = glob.iglob(f"{glob.escape(str(folder))}/**/*", recursive=True)
+    return [path for path in paths if path.lower().endswith(SUFFIXES) and os.path.isfile(path)]
 
 
 def name_hash(path: str, part: Path) -> bytes:

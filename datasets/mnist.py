@@ -2,24 +2,26 @@
 
 import gzip
 import hashlib
+import io
 import os
-import socket
 import tempfile
+import urllib.request
 import zlib
 from http.client import HTTPException
 from pathlib import Path
 
-import numpy as np
 import torch
 
+from engine.errors import DataError
+
 FOLDERS = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST"}
-MIRRORS = {  # the same files that torchvision downloads, over https only
-    "MNIST": ["https://ossci-datasets.s3.amazonaws.com/mnist/"],
-    "FashionMNIST": ["https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/"],
-    "KMNIST": ["https://codh.rois.ac.jp/kmnist/dataset/kmnist/"],
+MIRRORS = {
+    "MNIST": "https://ossci-datasets.s3.amazonaws.com/mnist/",
+    "FashionMNIST": "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/",
+    "KMNIST": "https://codh.rois.ac.jp/kmnist/dataset/kmnist/",
 }
-TIMEOUT = 60  # seconds without an answer; torchvision would wait forever
-LARGEST = {"train": 60_000, "t10k": 10_000}  # images in each part of all three
+TIMEOUT = 60  # seconds without an answer
+LARGEST = 16 + 60_000 * 784  # bytes: the header and the pixels of the training images
 
 # MNIST: the SHA-256 of the uncompressed content. The other two: that of the published gzipped files. They are read from
 # their .gz only, because an unpacked file cannot be verified.
@@ -39,121 +41,73 @@ SHA256 = {
 }
 
 
-class DataError(OSError):
-    """A data set that cannot be used. The message names the file and the remedy."""
-
-
 def load_mnist(name: str, data_dir: str, train: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Read one part of the data set `name` below `data_dir`; download it first if it is missing.
+    """Read one part of the dataset `name` below `data_dir`; download what is missing first.
 
     Returns uint8 images [N, 1, 28, 28] and int64 labels [N]. Raises DataError.
     """
-    root, folder, part = Path(data_dir), FOLDERS[name], "train" if train else "t10k"
-    if not all(find_idx(root, stem) for stem in part_stems(folder, part)):
-        download(folder, root)
-    return read_part(root, folder, part)
+    root, stems = Path(data_dir), part_stems(FOLDERS[name], "train" if train else "t10k")
+    if not all(find_idx(root, stem) for stem in stems):
+        download(FOLDERS[name], root)
+    images, labels = (read_idx(root, stem) for stem in stems)
+    return images[16:].view(-1, 1, 28, 28), labels[8:].long()  # after the IDX headers
 
 
-def part_stems(folder, part):
+def part_stems(folder: str, part: str) -> list[str]:
     return [f"{folder}/raw/{part}-images-idx3-ubyte", f"{folder}/raw/{part}-labels-idx1-ubyte"]
 
 
-def names_of(stem):
-    """The names below the root that the file `stem` may have, in order of preference."""
-    return [stem + ".gz"] if stem + ".gz" in SHA256 else [stem, stem + ".gz"]
+def find_idx(root: Path, stem: str) -> Path | None:
+    """The file `root`/`stem`, raw (if that can be verified) or gzipped, or None."""
+    names = [stem, f"{stem}.gz"] if stem in SHA256 else [f"{stem}.gz"]
+    return next((root / name for name in names if os.path.isfile(root / name)), None)
 
 
-def find_idx(root, stem):
-    """The file `root`/`stem`, raw or gzipped, or None."""
-    return next((root / name for name in names_of(stem) if os.path.isfile(root / name)), None)
-
-
-def read_part(root, folder, part):
-    images_stem, labels_stem = part_stems(folder, part)
-    images = read_idx(root, images_stem, item_shape=(28, 28), most=LARGEST[part])
-    labels = read_idx(root, labels_stem, item_shape=(), most=LARGEST[part])
-    if len(images) != len(labels):
-        raise DataError(
-            f"{find_idx(root, images_stem)} holds {len(images)} images but {find_idx(root, labels_stem).name} "
-            f"{len(labels)} labels; they do not belong together; delete both to download them again"
-        )
-    if labels.max() > 9:
-        raise DataError(f"{find_idx(root, labels_stem)} holds a label above 9; delete it to download it again")
-    return images.unsqueeze(1), labels.long()
-
-
-def read_idx(root, stem, item_shape, most):
-    """Read the IDX file `root`/`stem` or its .gz: uint8 [N, *item_shape], N from 1 to `most`.
-
-    Never unpacks more than the header promises. Raises DataError on anything but a whole, unaltered file.
-    """
-    path = find_idx(root, stem)
-    remedy = "delete it to download it again"
-    item_size = int(np.prod(item_shape))
-    header_size = 4 + 4 * (1 + len(item_shape))
-    magic = bytes([0, 0, 0x08, 1 + len(item_shape)])  # 0x08: unsigned byte
-    altered = DataError(f"{path} is not the published file (its SHA-256 differs); {remedy}")
+def read_idx(root: Path, stem: str) -> torch.Tensor:
+    """The whole IDX file `root`/`stem`, uint8 [bytes]. Raises DataError unless it is the published one."""
+    path, remedy = find_idx(root, stem) or root / stem, "delete it to download it again"
     try:
-        with open(path, "rb") as packed, gzip.open(packed) if path.suffix == ".gz" else packed as file:
-            if stem + ".gz" in SHA256:
-                # At most what it can be: gzip makes nothing much larger.
-                whole = packed.read(header_size + most * item_size + 2**16)
-                if hashlib.sha256(whole).hexdigest() != SHA256[stem + ".gz"]:
-                    raise altered
-                packed.seek(0)
-            header = file.read(header_size)
-            count, *shape = np.frombuffer(header[4:], dtype=">u4").tolist() if len(header) == header_size else [0]
-            if header[:4] == magic and shape == list(item_shape) and 0 < count <= most:
-                content = file.read(count * item_size + 1)
-            else:
-                content = None
-    except DataError:
-        raise
-    except (OSError, EOFError, zlib.error) as error:
+        with open(path, "rb") as file:
+            data = file.read(LARGEST + 2**16)  # gzip makes nothing much larger
+    except OSError as error:
         raise DataError(f"{path} cannot be read ({error}); {remedy}") from error
-    if content is None:
-        raise DataError(f"{path} is not an IDX file of up to {most} items of shape {item_shape}; {remedy}")
-    if len(content) != count * item_size:
-        raise DataError(f"{path} does not hold the {count} items that its header promises; {remedy}")
-    if stem in SHA256 and hashlib.sha256(header + content).hexdigest() != SHA256[stem]:
-        raise altered
-    return torch.from_numpy(np.frombuffer(bytearray(content), dtype=np.uint8)).view(count, *item_shape)
+    content = unpack(data, stem, path.suffix == ".gz", path, remedy)
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
 
 
-def download(folder, root):
-    """Download the data set with torchvision into a temporary folder, and move it into place once verified."""
-    stems = part_stems(folder, "train") + part_stems(folder, "t10k")
+def unpack(data: bytes, stem: str, gz: bool, source: object, remedy: str) -> bytes:
+    """The content of the file that `data` was read from, verified. Raises DataError, which names `source`."""
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".download-", dir=root) as temporary:
-            fetch(folder, temporary)
-            for part in LARGEST:
-                read_part(Path(temporary), folder, part)
-            (root / folder / "raw").mkdir(parents=True, exist_ok=True)
-            for stem in stems:
-                if not find_idx(root, stem):
-                    fetched = find_idx(Path(temporary), stem)
-                    os.replace(fetched, root / fetched.relative_to(temporary))
-    except DataError as error:
-        reason = str(error).split(";")[0]
-        raise DataError(f"the download was discarded: {reason}; try again later") from error
-    except (OSError, RuntimeError, HTTPException) as error:  # RuntimeError: torchvision found no mirror or a wrong MD5
-        reason = " ".join(str(error).split()) or type(error).__name__
-        missing = next((root / names_of(stem)[0] for stem in stems if not find_idx(root, stem)), root)
-        raise DataError(
-            f"{missing} is missing and could not be downloaded ({reason}); go online, put {folder}'s four files there, "
-            "point --data-dir at a copy, or use --dataset digits, which needs no network"
-        ) from error
+        content = gzip.GzipFile(fileobj=io.BytesIO(data)).read(LARGEST + 1) if gz else data  # never unpacks more
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{source} cannot be read ({error}); {remedy}") from error
+    published = SHA256[stem] if stem in SHA256 else SHA256[f"{stem}.gz"]
+    if hashlib.sha256(content if stem in SHA256 else data).hexdigest() != published:
+        raise DataError(f"{source} is not the published file (its SHA-256 differs); {remedy}")
+    return content
 
 
-def fetch(folder, root):
-    from torchvision import datasets  # takes a second to import
-
-    published = getattr(datasets, folder)
-    over_https = type(folder, (published,), {"mirrors": MIRRORS[folder]})
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(TIMEOUT)
-    try:
-        over_https(root, download=True)
-    finally:
-        socket.setdefaulttimeout(before)
+def download(folder: str, root: Path) -> None:
+    """Download the files of a dataset that are missing. Each is verified before it is moved into place."""
+    for stem in part_stems(folder, "train") + part_stems(folder, "t10k"):
+        if find_idx(root, stem):
+            continue
+        path, url = root / (stem if stem in SHA256 else f"{stem}.gz"), f"{MIRRORS[folder]}{Path(stem).name}.gz"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            print(f"downloading {url}", flush=True)
+            with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:
+                data = answer.read(LARGEST)
+            content = unpack(data, stem, True, f"the download was discarded: {url}", "try again later")
+            with tempfile.TemporaryDirectory(prefix=".download-", dir=root) as temporary:
+                (file := Path(temporary) / path.name).write_bytes(content if stem in SHA256 else data)
+                os.replace(file, path)
+        except DataError:
+            raise
+        except (OSError, HTTPException) as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            remedy = f"put {folder}'s four files there, point --data-dir at a copy"
+            raise DataError(
+                f"{path} is missing and could not be downloaded ({reason}); go online, {remedy}, "
+                "or use --dataset digits, which needs no network"
+            ) from error

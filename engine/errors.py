@@ -23,6 +23,10 @@ class UserError(OneLine):
     """An error the user can fix. The message is one line that names the cause and the remedy."""
 
 
+class DataError(OSError):
+    """A dataset that cannot be used. The message names the file and the remedy."""
+
+
 class Stopped(OneLine):
     """SIGINT or SIGTERM ended the training after a whole step, and the run was saved. Arguments: signal, message."""
 

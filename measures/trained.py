@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
-from datasets import to_pixels
 from engine.checkpoint import load_result
 from engine.errors import UserError
 from engine.provenance import ROOT, warn_if_code_changed
 from measures.samples import is_conditional, sample_images, spread
 from models import KINDS, build_network
+from photos import to_pixels
 
 
 def load_network(run: str | Path, device: torch.device | str) -> tuple[Any, dict[str, Any]]:
@@ -53,7 +53,7 @@ def classify(model: Any, images: Any) -> torch.Tensor:
     """The probability of each class for each image, [N, classes] on the CPU; `model` is a classifier of load_model.
 
     images: arrays or tensors with pixels from 0 to 255, 0 to 1 or -1 to 1, white on black, or an image (PIL) with one
-    or more digits in a row. datasets.to_pixels lists the shapes. Raises UserError and DataError.
+    or more digits in a row. photos.to_pixels lists the shapes. Raises UserError and DataError.
     """
     if hasattr(model, "sample"):
         raise UserError("this is a generator, not a classifier; classify needs a run of a classifier")

@@ -1,11 +1,15 @@
-"""Mini-batches and their distortions."""
+"""Mini-batches, binarised images and distortions."""
 
-import numpy as np
+import math
+
 import pytest
 import torch
+from helpers import DIGITS, tensors, train
+from helpers import load as load_checkpoint
 from torchvision import transforms
 
-from datasets import Batches, DataError, distort, load
+from datasets import Batches, binarise, distort, load
+from engine.errors import DataError
 
 # Batches --------------------------------------------------------------------------------------------------------------
 
@@ -17,11 +21,13 @@ def numbered(n, **options):
 
 
 def order(batches, epoch, start=0):
-    return [label for _, labels in batches.epoch(epoch, start) for label in labels.tolist()]
+    return torch.cat([torch.empty(0, dtype=torch.int64), *batches.rows(epoch, start)]).tolist()
 
 
 def test_order_depends_on_seed_and_epoch_alone():
+    before = torch.get_rng_state()
     first = order(numbered(100, seed=3), epoch=5)
+    assert torch.equal(torch.get_rng_state(), before)
     used = numbered(100, seed=3, batch_size=32)
     for epoch in (4, 5, 6):
         torch.rand(epoch)
@@ -31,28 +37,19 @@ def test_order_depends_on_seed_and_epoch_alone():
     assert len({tuple(each) for each in orders}) == 16
 
 
-def test_order_leaves_the_global_random_state_alone():
-    before = torch.get_rng_state()
-    order(numbered(100), 0)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
 @pytest.mark.parametrize("shuffle", [False, True])
-def test_epoch_from_a_start_is_the_tail_of_the_epoch(shuffle):
+def test_rows_from_a_start_are_the_tail_of_the_epoch(shuffle):
     batches = numbered(50, shuffle=shuffle)
-    whole = list(batches.epoch(2))
+    whole = order(batches, 2)
+    assert (whole == list(range(50))) is not shuffle
     for start in range(len(batches) + 1):
-        tail = list(batches.epoch(2, start))
-        assert len(tail) == len(batches) - start
-        for (images, labels), (whole_images, whole_labels) in zip(tail, whole[start:], strict=True):
-            assert torch.equal(images, whole_images)
-            assert torch.equal(labels, whole_labels)
+        assert order(batches, 2, start) == whole[8 * start :]
 
 
 @pytest.mark.parametrize(("n", "sizes"), [(20, [8, 8, 4]), (16, [8, 8]), (7, [7]), (17, [8, 8, 1])])
 def test_every_image_comes_once_with_its_label_and_the_last_batch_is_short(n, sizes):
     batches = numbered(n, black=0)
-    epoch = list(batches.epoch(0))
+    epoch = [batches.take(rows) for rows in batches.rows(0)]
     assert [len(labels) for _, labels in epoch] == sizes
     assert len(batches) == len(sizes)
     assert sorted(torch.cat([labels for _, labels in epoch]).tolist()) == list(range(n))
@@ -62,33 +59,33 @@ def test_every_image_comes_once_with_its_label_and_the_last_batch_is_short(n, si
         torch.testing.assert_close(255 * images, labels.float().view(-1, 1, 1, 1).expand_as(images))
 
 
-def test_without_shuffle_the_order_is_kept_and_with_it_not():
-    assert order(numbered(100, shuffle=False), 3) == list(range(100))
-    assert order(numbered(100), 3) != list(range(100))
-
-
 @pytest.mark.parametrize("black", [-1.0, 0.0, 0.3])
 def test_a_black_pixel_becomes_black_and_a_white_one_1(black):
-    ((images, _),) = numbered(256, batch_size=256, shuffle=False, black=black).epoch(0)
+    images, _ = numbered(256, black=black).take(torch.arange(256))
     torch.testing.assert_close(images[:, 0, 0, 0], torch.linspace(black, 1, 256), rtol=0, atol=1e-6)
 
 
-def test_default_range_is_totensor_and_normalize(tmp_path):
+def test_the_default_range_is_that_of_totensor_and_normalize():
     images = torch.randint(0, 256, (4, 1, 28, 28), dtype=torch.uint8)
     reference = transforms.Compose([transforms.ToTensor(), transforms.Normalize(0.5, 0.5)])
     expected = torch.stack([reference(image.squeeze(0).numpy()) for image in images])
-    ((ours, _),) = Batches(images, torch.zeros(4, dtype=torch.int64), 4, "cpu", shuffle=False).epoch(0)
+    ours, _ = Batches(images, torch.arange(4), 4, "cpu").take(torch.arange(4))
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6)
 
 
-def test_batches_leave_the_data_unchanged():
+def test_a_step_that_changes_its_batch_leaves_the_dataset_unchanged():
     batches = numbered(20)
-    before = batches.images.clone()
-    for images, labels in batches.epoch(0):
-        images.zero_()
-        labels.zero_()
-    assert torch.equal(batches.images, before)
-    assert order(batches, 0) == order(numbered(20), 0)
+    for part in batches.take(torch.arange(20)):
+        part.zero_()
+    images, labels = batches.take(torch.arange(20))
+    assert torch.equal(labels, torch.arange(20))
+    assert images.mean() > -1
+
+
+def test_pixel_means_are_those_of_all_images():
+    images = torch.randint(0, 256, (300, 1, 3, 3), dtype=torch.uint8)
+    means = Batches(images, torch.arange(300), 7, "cpu").pixel_means()
+    torch.testing.assert_close(means, images.float().mean(0) / 255)
 
 
 @pytest.mark.parametrize(
@@ -100,9 +97,30 @@ def test_batches_leave_the_data_unchanged():
         (torch.zeros(4, 1, 28, 28, dtype=torch.uint8), torch.zeros(4), r"labels must be whole numbers"),
     ],
 )
-def test_images_and_labels_of_another_kind_are_refused(images, labels, words):
+def test_other_images_and_labels_are_an_error(images, labels, words):
     with pytest.raises(DataError, match=words):
         Batches(images, labels, 2, "cpu")
+
+
+# Binarised images -----------------------------------------------------------------------------------------------------
+
+
+def test_a_pixel_is_white_with_the_probability_of_its_grey_value():
+    grey = torch.tensor([0, 64, 128, 200, 255], dtype=torch.uint8).expand(2400, 1, 28, 5)
+    white = binarise(grey, seed=0)
+    assert white.dtype == torch.uint8
+    assert white.unique().tolist() == [0, 255]
+    rates = (white == 255).float().mean((0, 1, 2))
+    assert rates[[0, -1]].tolist() == [0, 1]
+    torch.testing.assert_close(rates, grey[0, 0, 0] / 255, rtol=0, atol=0.01)
+    assert not torch.equal(white[:1000], white[1000:2000])  # computed in blocks, each from other random numbers
+
+
+def test_a_seed_names_the_same_binarised_images_on_every_machine():
+    grey = torch.full((1, 1, 1, 12), 128, dtype=torch.uint8)
+    torch.rand(7)
+    assert (binarise(grey, seed=1) // 255).flatten().tolist() == [0, 1, 1, 0, 1, 0, 1, 0, 0, 1, 0, 0]
+    assert not torch.equal(binarise(grey, seed=1), binarise(grey, seed=2))
 
 
 # Distortions ----------------------------------------------------------------------------------------------------------
@@ -128,19 +146,17 @@ def assert_fills(values, limit):
     assert values.abs().mean() == pytest.approx(limit / 2, rel=0.1)
 
 
-def test_distort_without_limits_changes_nothing():
-    images = torch.rand(5, 1, 28, 28)
-    torch.testing.assert_close(distort(images, **STILL), images, rtol=0, atol=1e-4)
+def correlation(x, y):
+    return torch.corrcoef(torch.stack([x, y]))[0, 1].item()
 
 
 @pytest.mark.parametrize("shape", [(3, 1, 28, 28), (1, 1, 28, 28), (2, 3, 20, 24)])
-def test_distort_keeps_shape_and_type_and_leaves_the_input_alone(shape):
+def test_distort_keeps_the_shape_and_without_limits_the_image(shape):
     images = torch.rand(shape)
     before = images.clone()
-    distorted = distort(images)
-    assert distorted.shape == shape
-    assert distorted.dtype == images.dtype
+    assert distort(images, elastic=1).shape == shape
     assert torch.equal(images, before)
+    torch.testing.assert_close(distort(images, **STILL), images, rtol=0, atol=1e-4)
 
 
 def test_shift_moves_the_whole_image_by_up_to_that_many_pixels():
@@ -148,7 +164,7 @@ def test_shift_moves_the_whole_image_by_up_to_that_many_pixels():
     for moved in (x[:, 6:-6, 6:-6] - torch.arange(6.0, 22), y[:, 6:-6, 6:-6] - torch.arange(6.0, 22).view(-1, 1)):
         assert (moved - moved[:, :1, :1]).abs().max() < 1e-3
         assert_fills(moved[:, 0, 0], 3)
-    assert np.corrcoef(x[:, 13, 13], y[:, 13, 13])[0, 1] == pytest.approx(0, abs=0.1)
+    assert correlation(x[:, 13, 13], y[:, 13, 13]) == pytest.approx(0, abs=0.1)
 
 
 def test_degrees_turn_the_image_by_up_to_that_angle():
@@ -158,17 +174,17 @@ def test_degrees_turn_the_image_by_up_to_that_angle():
     assert_fills(torch.atan2(across, along).rad2deg(), 20)
 
 
-def test_scale_stretches_width_and_height_apart_by_up_to_that_share():
+def test_scale_stretches_width_and_height_apart_by_up_to_that_fraction():
     x, y = origins(scale=0.2)
     width, height = (x[:, 13, 18] - x[:, 13, 9]) / 9 - 1, (y[:, 18, 13] - y[:, 9, 13]) / 9 - 1
     assert_fills(width, 0.2)
     assert_fills(height, 0.2)
-    assert np.corrcoef(width, height)[0, 1] == pytest.approx(0, abs=0.1)
+    assert correlation(width, height) == pytest.approx(0, abs=0.1)
 
 
 def test_shear_slants_by_up_to_that_angle():
     x, y = origins(shear=15)
-    assert_fills((x[:, 18, 13] - x[:, 9, 13]) / 9, np.tan(np.radians(15)))
+    assert_fills((x[:, 18, 13] - x[:, 9, 13]) / 9, math.tan(math.radians(15)))
     torch.testing.assert_close(y[:, :, 13], torch.arange(28.0).expand(2000, 28), rtol=0, atol=1e-3)
 
 
@@ -195,16 +211,21 @@ def test_elastic_bends_the_image_smoothly_by_up_to_that_many_pixels():
     assert (x * y).mean().abs() < 0.05
 
 
-def test_each_image_is_distorted_in_its_own_way():
-    distorted = distort(load("digits", "")[0][:1].float().expand(8, 1, 28, 28))
-    distances = torch.cdist(distorted.flatten(1), distorted.flatten(1))
-    assert (distances + 1e9 * torch.eye(8)).min() > 100
-
-
-def test_distortions_follow_torchs_seed():
-    images, results = torch.rand(4, 1, 28, 28), []
+def test_each_image_is_distorted_in_its_own_way_by_torchs_seed():
+    images, results = load("digits", "")[0][:1].float().expand(8, 1, 28, 28), []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
         results.append(distort(images))
     assert torch.equal(results[0], results[1])
-    assert not torch.equal(results[0], results[2])
+    assert torch.pdist(torch.cat(results[1:]).flatten(1)).min() > 100
+
+
+def test_augment_and_elastic_change_what_the_network_learns(tmp_path):
+    """The MLP of the lecture has no dropout: only other images give it other weights."""
+    found = []
+    for number, flags in enumerate([[], ["--augment"], ["--augment", "--elastic", 2]]):
+        folder = tmp_path / str(number)
+        train(*DIGITS, "--model", "mlp", "--recipe", "lecture", *flags, "--dry-run", "--output-dir", folder)
+        state = load_checkpoint(folder / "checkpoint.pt")["state"]["model"]
+        found.append(torch.cat([tensor.flatten() for _, tensor in tensors(state)]))
+    assert torch.pdist(torch.stack(found)).min() > 0.01

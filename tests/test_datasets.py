@@ -1,33 +1,50 @@
-"""datasets/: from files (whole, damaged, downloaded) to batches and distorted images."""
+"""datasets/: built-in datasets from their files, whole, damaged or downloaded."""
 
 import gzip
 import hashlib
 import http.server
-import json
 import os
-import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 import tracemalloc
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ROOT, assert_one_line
-from torchvision import datasets as tv
+from helpers import PROCESSES, ROOT, assert_one_line, run_here
 
-from datasets import DATASETS, DataError, load
+from datasets import DATASETS, hold_out, load, mnist
 from datasets.mnist import MIRRORS, SHA256, find_idx
+from engine.errors import DataError
 
 TRAIN_IMAGES, TRAIN_LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
 TEST_IMAGES, TEST_LABELS = "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"
 FILES = [TRAIN_IMAGES, TRAIN_LABELS, TEST_IMAGES, TEST_LABELS]
-PUBLISHED = dict(MIRRORS)
+FOLDERS = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST"}
+PINNED, PUBLISHED = dict(SHA256), dict(MIRRORS)
+
+
+def idx(*shape):
+    """An IDX file of random digits."""
+    content = np.random.default_rng(0).integers(0, 10, shape, np.uint8)
+    return bytes([0, 0, 8, len(shape)]) + np.array(shape, ">u4").tobytes() + content.tobytes()
+
+
+TINY = {  # in place of the published files: five training and three test images
+    TRAIN_IMAGES: idx(5, 28, 28), TRAIN_LABELS: idx(5), TEST_IMAGES: idx(3, 28, 28), TEST_LABELS: idx(3),
+}  # fmt: skip
+TINY_GZ = {name: gzip.compress(content, mtime=0) for name, content in TINY.items()}
+
+
+def pin_tiny():
+    """Let the tiny files be the published ones of all three datasets."""
+    for key in PINNED:
+        path = Path(key)
+        SHA256[key] = hashlib.sha256(TINY_GZ[path.stem] if path.suffix else TINY[path.name]).hexdigest()
 
 
 @pytest.fixture(autouse=True)
@@ -35,40 +52,23 @@ def offline(monkeypatch):
     """The mirrors are a closed local port."""
     monkeypatch.setenv("no_proxy", "*")
     for folder in MIRRORS:
-        monkeypatch.setitem(MIRRORS, folder, ["http://127.0.0.1:1/"])
-
-
-def idx(array):
-    """The IDX file of a uint8 array."""
-    return bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes() + array.tobytes()
-
-
-def write_fake(folder, gz=False, train=5, test=3):
-    """Write a tiny data set of random images and labels to `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    random = np.random.default_rng(0)
-    for part, n in (("train", train), ("t10k", test)):
-        images, labels = random.integers(0, 256, (n, 28, 28), np.uint8), random.integers(0, 10, n, np.uint8)
-        for name, array in ((f"{part}-images-idx3-ubyte", images), (f"{part}-labels-idx1-ubyte", labels)):
-            if gz:
-                (folder / f"{name}.gz").write_bytes(gzip.compress(idx(array)))
-            else:
-                (folder / name).write_bytes(idx(array))
+        monkeypatch.setitem(MIRRORS, folder, "http://127.0.0.1:1/")
 
 
 @pytest.fixture
-def unpinned(monkeypatch):
-    """Fashion-MNIST and KMNIST are read whatever their SHA-256, raw or gzipped: the other checks' turn."""
-    for name in list(SHA256):
-        if name.endswith(".gz"):
-            monkeypatch.delitem(SHA256, name)
+def tiny(offline):
+    pin_tiny()
+    yield
+    SHA256.update(PINNED)
 
 
-@pytest.fixture
-def fake(tmp_path, unpinned):
-    """A tiny Fashion-MNIST, raw: the folder of its four files. `tmp_path` is its --data-dir."""
-    write_fake(tmp_path / "FashionMNIST" / "raw")
-    return tmp_path / "FashionMNIST" / "raw"
+def write_tiny(root, name, gz):
+    """The four tiny files of a dataset; returns their folder."""
+    folder = root / FOLDERS[name] / "raw"
+    folder.mkdir(parents=True)
+    for file in FILES:
+        (folder / (f"{file}.gz" if gz else file)).write_bytes((TINY_GZ if gz else TINY)[file])
+    return folder
 
 
 def error_of(name, data_dir, train=True):
@@ -83,242 +83,154 @@ def files_below(folder):
     return sorted(path.name for path in folder.rglob("*") if path.is_file() or path.name.startswith("."))
 
 
-# Digits ---------------------------------------------------------------------------------------------------------------
+# Whole files ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("train", "count"), [(True, 1437), (False, 360)])
-def test_digits_look_like_mnist(train, count):
-    images, labels = load("digits", "unused", train)
-    assert images.shape == (count, 1, 28, 28)
-    assert images.dtype == torch.uint8
-    assert labels.shape == (count,)
-    assert labels.dtype == torch.int64
-    assert sorted(labels.unique().tolist()) == list(range(10))
-    assert (images.min(), images.max()) == (0, 255)
-    assert not F.pad(images[:, :, 4:-4, 4:-4], (4, 4, 4, 4)).ne(images).any()  # the border of 4 pixels is empty
-
-
-def test_digits_are_scikit_learns_in_its_order():
+def test_digits_are_scikit_learns_in_its_order_and_look_like_mnist():
     from sklearn.datasets import load_digits
 
     originals = load_digits()
-    images, labels = (torch.cat(pair) for pair in zip(load("digits", "", True), load("digits", "", False), strict=True))
+    parts = [load("digits", "unused", train) for train in (True, False)]
+    assert [len(labels) for _, labels in parts] == [1437, 360]
+    images, labels = (torch.cat(pair) for pair in zip(*parts))
+    assert (images.dtype, labels.dtype) == (torch.uint8, torch.int64)
+    assert images.shape == (1797, 1, 28, 28)
+    assert (images.min(), images.max()) == (0, 255)
+    assert not F.pad(images[:, :, 4:-4, 4:-4], (4, 4, 4, 4)).ne(images).any()  # the border of 4 pixels is empty
     assert labels.tolist() == originals.target.tolist()
     small = F.adaptive_avg_pool2d(images[:, :, 4:-4, 4:-4].float(), 8).flatten()
     assert np.corrcoef(small, originals.images.flatten())[0, 1] > 0.95  # upside down: 0.6
 
 
-def nearest_mean_accuracy(name, data_dir):
-    (images, labels), (test_images, test_labels) = load(name, data_dir, True), load(name, data_dir, False)
-    means = torch.stack([images[labels == digit].float().mean(0).flatten() for digit in range(10)])
-    guesses = torch.cdist(test_images.float().flatten(1), means).argmin(1)
-    return (guesses == test_labels).float().mean()
-
-
-def test_labels_of_digits_belong_to_the_images():
-    assert nearest_mean_accuracy("digits", "") > 0.8
-
-
-# MNIST ----------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def raw_mnist(data_dir, tmp_path_factory):
-    """The same MNIST as in data_dir, unpacked: another --data-dir."""
-    root = tmp_path_factory.mktemp("raw")
-    (root / "MNIST" / "raw").mkdir(parents=True)
-    for name in FILES:
-        source = find_idx(data_dir, f"MNIST/raw/{name}")
-        content = source.read_bytes()
-        (root / "MNIST" / "raw" / name).write_bytes(gzip.decompress(content) if source.suffix == ".gz" else content)
-    return root
-
-
-@pytest.fixture(scope="module")
-def gzipped_mnist(raw_mnist, tmp_path_factory):
-    """A folder with MNIST's four files as a server has them."""
-    folder = tmp_path_factory.mktemp("gzipped")
-    for name in FILES:
-        (folder / f"{name}.gz").write_bytes(gzip.compress((raw_mnist / "MNIST" / "raw" / name).read_bytes(), 1))
-    return folder
-
-
-@pytest.mark.parametrize(("train", "count", "zeros", "ones"), [(True, 60_000, 5923, 6742), (False, 10_000, 980, 1135)])
-def test_mnist_is_whole_gzipped_and_raw(data_dir, raw_mnist, train, count, zeros, ones):
-    images, labels = load("mnist", data_dir, train)
-    assert images.shape == (count, 1, 28, 28)
-    assert images.dtype == torch.uint8
-    assert labels.shape == (count,)
-    assert labels.dtype == torch.int64
-    assert (labels == 0).sum() == zeros
-    assert (labels == 1).sum() == ones
-    if train:  # the mean and deviation that everyone normalises with
-        assert images.float().mean() / 255 == pytest.approx(0.1307, abs=5e-5)
-        assert images.float().std() / 255 == pytest.approx(0.3081, abs=5e-5)
-    raw_images, raw_labels = load("mnist", raw_mnist, train)
-    assert torch.equal(raw_images, images)
-    assert torch.equal(raw_labels, labels)
-
-
-def test_mnist_is_what_torchvision_reads(raw_mnist):
-    images, labels = load("mnist", raw_mnist, train=False)
-    reference = tv.MNIST(raw_mnist, train=False)
-    assert torch.equal(images.squeeze(1), reference.data)
-    assert torch.equal(labels, reference.targets)
-
-
-def test_labels_of_mnist_belong_to_the_images(data_dir):
-    assert nearest_mean_accuracy("mnist", data_dir) > 0.8
-
-
-@pytest.mark.parametrize(
-    ("name", "folder"), [("mnist", "MNIST"), ("fashion-mnist", "FashionMNIST"), ("kmnist", "KMNIST")]
-)
-def test_each_set_has_a_folder_of_its_own(tmp_path, name, folder):
-    assert name in DATASETS
-    assert str(tmp_path / folder / "raw") in error_of(name, tmp_path)
+def test_the_training_images_of_mnist_are_whole(data_dir):
+    images, labels = load("mnist", data_dir)
+    assert images.shape == (60_000, 1, 28, 28)
+    assert labels.bincount()[:2].tolist() == [5923, 6742]
+    assert images.float().mean() / 255 == pytest.approx(0.1307, abs=5e-5)  # what everyone normalises with
+    assert images.float().std() / 255 == pytest.approx(0.3081, abs=5e-5)
 
 
 @pytest.mark.parametrize("gz", [False, True])
-def test_one_part_is_enough_to_read_that_part(tmp_path, unpinned, gz):
-    write_fake(tmp_path / "KMNIST" / "raw", gz)
-    for path in (tmp_path / "KMNIST" / "raw").glob("train*"):
-        path.unlink()
-    assert len(load("kmnist", tmp_path, train=False)[0]) == 3
+def test_mnist_is_what_torchvision_reads_raw_and_gzipped(data_dir, tmp_path, gz):
+    from torchvision.datasets.mnist import read_image_file, read_label_file
+
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name in (TEST_IMAGES, TEST_LABELS):  # one part is enough to read that part
+        source = find_idx(data_dir, f"MNIST/raw/{name}")
+        content = gzip.decompress(source.read_bytes()) if source.suffix else source.read_bytes()
+        (tmp_path / name).write_bytes(content)
+        (raw / (f"{name}.gz" if gz else name)).write_bytes(gzip.compress(content, 1) if gz else content)
+    images, labels = load("mnist", tmp_path, train=False)
+    assert (images.dtype, labels.dtype) == (torch.uint8, torch.int64)
+    assert torch.equal(images.squeeze(1), read_image_file(tmp_path / TEST_IMAGES))
+    assert torch.equal(labels, read_label_file(tmp_path / TEST_LABELS))
 
 
-def test_raw_file_comes_before_a_gzipped_one(fake, tmp_path):
-    (fake / f"{TRAIN_IMAGES}.gz").write_bytes(b"damaged")
-    assert len(load("fashion-mnist", tmp_path)[0]) == 5
+@pytest.mark.usefixtures("tiny")
+def test_reading_prefers_the_raw_file_and_writes_nothing(tmp_path):
+    folder = write_tiny(tmp_path, "mnist", gz=False)
+    (folder / f"{TRAIN_IMAGES}.gz").write_bytes(b"damaged")
+    before = [(path.stat().st_mtime_ns, path.name) for path in sorted(tmp_path.rglob("*"))]
+    assert len(load("mnist", tmp_path)[0]) == 5
+    assert [(path.stat().st_mtime_ns, path.name) for path in sorted(tmp_path.rglob("*"))] == before
 
 
-def test_reading_changes_nothing_in_a_read_only_folder(fake, tmp_path):
-    folders = [fake, fake.parent, tmp_path]
-    for folder in folders:
-        folder.chmod(0o555)
-    before = [(folder.stat().st_mtime_ns, sorted(folder.iterdir())) for folder in folders]
-    assert len(load("fashion-mnist", tmp_path)[0]) == 5
-    assert [(folder.stat().st_mtime_ns, sorted(folder.iterdir())) for folder in folders] == before
+@pytest.mark.usefixtures("tiny")
+def test_an_unpacked_relative_is_not_read_without_its_published_gz(tmp_path):
+    write_tiny(tmp_path, "kmnist", gz=False)
+    assert f"{TRAIN_IMAGES}.gz is missing" in error_of("kmnist", tmp_path)
+
+
+def test_the_last_images_are_held_out():
+    images, labels = torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1), torch.arange(10)
+    for size in (0, 3):
+        parts = hold_out(images, labels, size)
+        assert [part.flatten().tolist() for pair in parts for part in pair] == [
+            *[list(range(10 - size))] * 2, *[list(range(10 - size, 10))] * 2,
+        ]  # fmt: skip
+    with pytest.raises(DataError, match="--val-size 10 leaves none of the 10 images to train on; lower it"):
+        hold_out(images, labels, 10)
 
 
 # Damaged files --------------------------------------------------------------------------------------------------------
 
 
-def with_bytes(start, new):
-    return lambda content: content[:start] + new + content[start + len(new) :]
+def with_byte(place, change=1):
+    return lambda content: content[:place] + bytes([content[place] ^ change]) + content[place:][1:]
 
 
 DAMAGE = {
-    "cut short": (TRAIN_IMAGES, lambda content: content[:-1]),
-    "cut in the header": (TRAIN_IMAGES, lambda content: content[:9]),
-    "empty": (TRAIN_LABELS, lambda content: b""),
-    "too long": (TRAIN_LABELS, lambda content: content + b"\0"),
-    "wrong magic": (TRAIN_IMAGES, with_bytes(2, b"\x0d")),
-    "labels magic": (TRAIN_IMAGES, with_bytes(3, b"\x01")),
-    "promises 4 billion": (TRAIN_IMAGES, with_bytes(4, b"\xff\xff\xff\xff")),
-    "promises nothing": (TRAIN_LABELS, lambda content: content[:4] + bytes(4)),
-    "27 rows": (TRAIN_IMAGES, with_bytes(11, b"\x1b")),
-    "label above 9": (TRAIN_LABELS, with_bytes(10, b"\x0a")),
-}
-
-
-@pytest.mark.parametrize("gz", [False, True])
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_damaged_file_is_named_with_a_remedy(fake, tmp_path, damage, gz):
-    name, spoil = DAMAGE[damage]
-    path, content = fake / name, spoil((fake / name).read_bytes())
-    path.unlink()
-    path = path.with_name(name + ".gz") if gz else path
-    path.write_bytes(gzip.compress(content) if gz else content)
-    message = error_of("fashion-mnist", tmp_path)
-    assert str(path) in message
-    assert "delete it" in message
-
-
-GZ_DAMAGE = {
-    "cut short": lambda content: content[:-12],
+    "cut short": lambda content: content[:-1],
+    "cut in the header": lambda content: content[:9],
     "empty": lambda content: b"",
-    "no gzip": lambda content: b"<html>" + content,
-    "no deflate": with_bytes(10, b"\x07"),
-    "altered": lambda content: with_bytes(len(content) // 2, bytes([content[len(content) // 2] ^ 1]))(content),
-    "wrong CRC": lambda content: with_bytes(len(content) - 8, b"\0\0\0\0")(content),
-    "more after its end": lambda content: content + b"more",
+    "more after its end": lambda content: content + b"\0more",
+    "a web page": lambda content: b"<html>",
+    "one bit": with_byte(200),  # still a pixel, still gzip
+    "another header": with_byte(2),
+    "another CRC": with_byte(-8),
 }
 
 
-@pytest.mark.parametrize("damage", GZ_DAMAGE)
-def test_damaged_gzip_is_named_with_a_remedy(tmp_path, unpinned, damage):
-    write_fake(tmp_path / "FashionMNIST" / "raw", gz=True)
-    path = tmp_path / "FashionMNIST" / "raw" / f"{TRAIN_IMAGES}.gz"
-    path.write_bytes(GZ_DAMAGE[damage](path.read_bytes()))
-    message = error_of("fashion-mnist", tmp_path)
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize(("name", "gz"), [("mnist", False), ("mnist", True), ("kmnist", True)])
+@pytest.mark.parametrize("spoil", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_file_is_named_with_a_remedy(tmp_path, name, gz, spoil):
+    folder = write_tiny(tmp_path, name, gz)
+    assert len(load(name, tmp_path, train=False)[0]) == 3
+    path = folder / (f"{TEST_IMAGES}.gz" if gz else TEST_IMAGES)
+    path.write_bytes(spoil(path.read_bytes()))
+    message = error_of(name, tmp_path, train=False)
     assert str(path) in message
-    assert "delete it" in message
+    assert "delete it to download it again" in message
+    assert len(load(name, tmp_path)[0]) == 5  # the training part is whole
 
 
-def test_images_and_labels_of_different_number_are_both_named(fake, tmp_path):
-    (fake / TRAIN_LABELS).write_bytes(idx(np.zeros(4, np.uint8)))
-    message = error_of("fashion-mnist", tmp_path)
-    assert str(fake / TRAIN_IMAGES) in message
-    assert TRAIN_LABELS in message
-    assert "delete both" in message
-
-
+@pytest.mark.usefixtures("tiny")
 @pytest.mark.parametrize("gz", [False, True])
-@pytest.mark.parametrize("name", [TEST_IMAGES, TEST_LABELS])
-def test_one_altered_byte_in_mnist_is_noticed(raw_mnist, tmp_path, name, gz):
-    raw = tmp_path / "MNIST" / "raw"
-    raw.mkdir(parents=True)
-    for test_file in (TEST_IMAGES, TEST_LABELS):
-        shutil.copy(raw_mnist / "MNIST" / "raw" / test_file, raw)
-    content = bytearray((raw / name).read_bytes())
-    content[5000] ^= 1  # still a pixel, still a label
-    (raw / name).unlink()
-    path = raw / (f"{name}.gz" if gz else name)
-    path.write_bytes(gzip.compress(content, 1) if gz else content)
-    message = error_of("mnist", tmp_path, train=False)
-    assert str(path) in message
-    assert "delete it" in message
-    assert "SHA-256" in message
-
-
-@pytest.mark.parametrize("gz", [False, True])
-def test_never_unpacks_more_than_the_header_promises(fake, tmp_path, gz):
-    path, bomb = fake / TRAIN_IMAGES, (fake / TRAIN_IMAGES).read_bytes() + bytes(100_000_000)
-    path.unlink()
-    path = path.with_name(f"{TRAIN_IMAGES}.gz") if gz else path
-    path.write_bytes(gzip.compress(bomb, 1) if gz else bomb)
+def test_never_unpacks_more_than_mnist_can_hold(tmp_path, monkeypatch, gz):
+    monkeypatch.setattr(mnist, "LARGEST", 10_000)
+    folder, bomb = write_tiny(tmp_path, "mnist", gz), bytes(50_000_000)
+    (folder / (f"{TRAIN_IMAGES}.gz" if gz else TRAIN_IMAGES)).write_bytes(gzip.compress(bomb, 1) if gz else bomb)
     del bomb
     tracemalloc.start()
-    message = error_of("fashion-mnist", tmp_path)
+    message = error_of("mnist", tmp_path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert str(path) in message
-    assert peak < 10_000_000
-
-
-@pytest.mark.parametrize("online", [False, True])
-def test_folder_in_a_files_place_is_named(fake, tmp_path, serve, online):
-    (fake / TRAIN_LABELS).unlink()
-    (fake / TRAIN_LABELS).mkdir()
-    if online:
-        write_fake(tmp_path / "server", gz=True)
-        serve(tmp_path / "server", tv.FashionMNIST, pin=False)
-    message = error_of("fashion-mnist", tmp_path)
-    assert str(fake / TRAIN_LABELS) in message
-    assert "--data-dir" in message
+    assert TRAIN_IMAGES in message
+    assert peak < 2_000_000
 
 
 # Download -------------------------------------------------------------------------------------------------------------
 
 
-class QuietHandler(http.server.SimpleHTTPRequestHandler):
+class Server(http.server.BaseHTTPRequestHandler):
+    """Serves the tiny files, without a change."""
+
+    def body(self, name):
+        return TINY_GZ[name]
+
+    def do_GET(self):
+        self.server.asked.append(self.path)
+        body = self.body(Path(self.path).stem)
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
     def log_message(self, *args):
         pass
 
 
-class BreakingHandler(QuietHandler):
-    """Breaks off in the middle of each file, as a server that fails on the way does."""
+class AlteredServer(Server):
+    """Its test labels are others."""
+
+    def body(self, name):
+        return gzip.compress(with_byte(-1)(TINY[name]), mtime=0) if name == TEST_LABELS else TINY_GZ[name]
+
+
+class BreakingServer(Server):
+    """Breaks off in the middle of each file."""
 
     def do_GET(self):
         self.send_response(200)
@@ -327,29 +239,27 @@ class BreakingHandler(QuietHandler):
         self.wfile.write(b"FF\r\nonly the beginning")
 
 
-class SilentHandler(QuietHandler):
-    """Takes the question and says nothing."""
+class SilentServer(Server):
+    """Takes the question and does not answer."""
 
     def do_GET(self):
+        self.server.asked.append(self.path)
         time.sleep(5)
 
 
 @pytest.fixture
-def serve(monkeypatch):
-    """serve(folder, dataset): `dataset` comes from `folder`, and is published with the sums that its files have now."""
+def serve(monkeypatch, tiny):
+    """serve(handler): all datasets come from there; returns the list of the paths it is asked for."""
     servers = []
 
-    def start(folder, dataset, handler=QuietHandler, pin=True):
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=folder))
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+    def start(handler):
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        server.asked = []
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         servers.append(server)
-        names = [f"{name}.gz" for name in FILES]
-        sums = [hashlib.md5((folder / name).read_bytes()).hexdigest() for name in names]
-        monkeypatch.setitem(MIRRORS, dataset.__name__, [f"http://127.0.0.1:{server.server_port}/"])
-        monkeypatch.setattr(dataset, "resources", list(zip(names, sums, strict=True)))
-        for name in names if pin and dataset is not tv.MNIST else []:
-            sha256 = hashlib.sha256((folder / name).read_bytes()).hexdigest()
-            monkeypatch.setitem(SHA256, f"{dataset.__name__}/raw/{name}", sha256)
+        for folder in MIRRORS:
+            monkeypatch.setitem(MIRRORS, folder, f"http://127.0.0.1:{server.server_port}/")
+        return server.asked
 
     yield start
     for server in servers:
@@ -357,145 +267,115 @@ def serve(monkeypatch):
         server.server_close()
 
 
-def test_missing_mnist_is_downloaded_into_four_raw_files(gzipped_mnist, raw_mnist, tmp_path, serve):
-    serve(gzipped_mnist, tv.MNIST)
-    images, labels = load("mnist", tmp_path / "new" / "data", train=False)
-    assert len(images) == len(labels) == 10_000
-    assert files_below(tmp_path) == sorted(FILES)
-    for name in FILES:
-        downloaded = tmp_path / "new" / "data" / "MNIST" / "raw" / name
-        assert downloaded.read_bytes() == (raw_mnist / "MNIST" / "raw" / name).read_bytes()
+def downloaded(name):
+    return {f"{file}{'.gz' * (name != 'mnist')}": (TINY if name == "mnist" else TINY_GZ)[file] for file in FILES}
 
 
-@pytest.mark.parametrize(("name", "dataset"), [("fashion-mnist", tv.FashionMNIST), ("kmnist", tv.KMNIST)])
-def test_relatives_are_downloaded_too(tmp_path, serve, name, dataset):
-    write_fake(tmp_path / "server", gz=True)
-    serve(tmp_path / "server", dataset)
-    assert len(load(name, tmp_path / "data")[0]) == 5
-    assert files_below(tmp_path / "data") == sorted(f"{file}.gz" for file in FILES)
+@pytest.mark.parametrize("name", FOLDERS)
+def test_missing_files_are_downloaded(tmp_path, serve, name):
+    """MNIST's are unpacked, as torchvision leaves them."""
+    serve(Server)
+    root = tmp_path / "new" / "data"
+    assert len(load(name, root, train=False)[0]) == 3
+    assert {path.name: path.read_bytes() for path in (root / FOLDERS[name] / "raw").iterdir()} == downloaded(name)
+    assert files_below(tmp_path) == sorted(downloaded(name))
+
+
+def test_only_what_is_missing_is_downloaded(tmp_path, serve):
+    asked, folder = serve(Server), write_tiny(tmp_path, "mnist", gz=False)
+    (folder / TRAIN_LABELS).unlink()
+    assert len(load("mnist", tmp_path)[0]) == 5
+    assert asked == [f"/{TRAIN_LABELS}.gz"]
 
 
 def test_downloads_go_over_https_and_are_pinned():
-    for folder, mirrors in PUBLISHED.items():
-        assert all(mirror.startswith("https://") for mirror in mirrors)
-        assert len([name for name in SHA256 if name.startswith(f"{folder}/")]) == 4
+    assert {*PUBLISHED} == {*FOLDERS.values()}
+    assert all(mirror.startswith("https://") for mirror in PUBLISHED.values())
+    names = {f"{folder}/raw/{file}" for folder in PUBLISHED for file in FILES}
+    assert {name.removesuffix(".gz") for name in PINNED} == names
+    assert len({*PINNED.values()}) == 12
 
 
-def test_what_is_there_already_is_not_replaced_by_a_download(fake, tmp_path, serve):
-    write_fake(tmp_path / "server", gz=True)
-    serve(tmp_path / "server", tv.FashionMNIST, pin=False)
-    (fake / TRAIN_LABELS).unlink()
-    (fake / TRAIN_IMAGES).write_bytes(idx(np.full((5, 28, 28), 7, np.uint8)))
-    assert load("fashion-mnist", tmp_path)[0].eq(7).all()
+@pytest.mark.parametrize(
+    ("handler", "reason"),
+    [
+        (AlteredServer, "SHA-256 differs); try again later"),
+        (BreakingServer, "could not be downloaded"),
+        (SilentServer, "timed out"),
+    ],
+)
+@pytest.mark.parametrize("name", ["mnist", "kmnist"])
+def test_a_failed_download_leaves_only_verified_files(tmp_path, serve, monkeypatch, name, handler, reason):
+    serve(handler)
+    monkeypatch.setattr(mnist, "TIMEOUT", 0.2)
+    assert reason in error_of(name, tmp_path)
+    good = [file for file in downloaded(name) if handler is AlteredServer and TEST_LABELS not in file]
+    assert files_below(tmp_path) == sorted(good)
 
 
-def test_download_that_is_not_the_published_mnist_leaves_nothing_behind(gzipped_mnist, tmp_path, serve):
-    shutil.copytree(gzipped_mnist, tmp_path / "server")
-    labels = bytearray(gzip.decompress((tmp_path / "server" / f"{TEST_LABELS}.gz").read_bytes()))
-    labels[5000] ^= 1
-    (tmp_path / "server" / f"{TEST_LABELS}.gz").write_bytes(gzip.compress(labels))
-    serve(tmp_path / "server", tv.MNIST)  # with an MD5 that fits the altered file
-    message = error_of("mnist", tmp_path / "data")
-    assert TEST_LABELS in message
-    assert "SHA-256" in message
-    assert files_below(tmp_path / "data") == []
-
-
-@pytest.mark.parametrize(("name", "dataset"), [("fashion-mnist", tv.FashionMNIST), ("kmnist", tv.KMNIST)])
-def test_download_of_a_relative_that_is_not_the_published_one_leaves_nothing_behind(tmp_path, serve, name, dataset):
-    write_fake(tmp_path / "server", gz=True)
-    serve(tmp_path / "server", dataset, pin=False)
-    assert "SHA-256" in error_of(name, tmp_path / "data")
-    assert files_below(tmp_path / "data") == []
-
-
-def test_an_unpacked_relative_is_not_read_without_its_published_gz(tmp_path):
-    write_fake(tmp_path / "KMNIST" / "raw")
-    assert f"{TRAIN_IMAGES}.gz is missing" in error_of("kmnist", tmp_path)
-
-
-def test_a_silent_server_does_not_keep_one_waiting(tmp_path, serve, monkeypatch):
-    write_fake(tmp_path / "server", gz=True)
-    serve(tmp_path / "server", tv.KMNIST, SilentHandler)
-    monkeypatch.setattr("datasets.mnist.TIMEOUT", 0.2)
-    assert "timed out" in error_of("kmnist", tmp_path / "data")
-    assert files_below(tmp_path / "data") == []
-
-
-TRAIN = """
-import sys
-import train_classifier
-from datasets import mnist
-from engine.errors import run_script
-mnist.MIRRORS["MNIST"] = [sys.argv[1]]
-run_script(lambda: train_classifier.main(["--data-dir", sys.argv[2], "--output-dir", sys.argv[2] + "/run"]))
-"""
+def closed_mirror(address):
+    """Called in a process of the test's own."""
+    pin_tiny()
+    MIRRORS["MNIST"] = address
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sends POSIX signals")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_during_the_download_leaves_nothing_behind(tmp_path, serve, number):
-    write_fake(tmp_path / "server", gz=True)
-    serve(tmp_path / "server", tv.MNIST, SilentHandler)
-    command = [sys.executable, "-c", TRAIN, *MIRRORS["MNIST"], tmp_path / "data"]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("data/.download-*/MNIST/raw")) and time.monotonic() < deadline:
+    asked, flags = serve(SilentServer), ["--data-dir", "data", "--device", "cpu"]
+    arguments = (tmp_path, tmp_path / "output", tmp_path / "errors", partial(closed_mirror, MIRRORS["MNIST"]))
+    process = PROCESSES.Process(target=run_here, args=(str(ROOT / "train_classifier.py"), flags, *arguments))
+    process.start()
+    deadline = time.monotonic() + 60
+    while not asked and time.monotonic() < deadline:
         time.sleep(0.01)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 128 + number
-    assert_one_line(errors, "interrupted")
+    os.kill(process.pid, number)
+    process.join(60)
+    assert process.exitcode == 128 + number
+    assert_one_line((tmp_path / "errors").read_text(), "interrupted")
     assert files_below(tmp_path / "data") == []
 
 
-DOWNLOAD = """
-import json, sys
-from torchvision.datasets import MNIST
-from datasets import mnist
-mnist.MIRRORS["MNIST"], MNIST.resources = json.loads(sys.argv[1])
-print(len(mnist.load_mnist("mnist", sys.argv[2], train=False)[0]))
-"""
+def download(address, root):
+    closed_mirror(address)
+    assert len(load("mnist", root)[0]) == 5
 
 
-def test_two_processes_that_download_into_the_same_folder_leave_one_good_copy(gzipped_mnist, tmp_path, serve):
-    serve(gzipped_mnist, tv.MNIST)
-    source = json.dumps([MIRRORS["MNIST"], tv.MNIST.resources])
-    command = [sys.executable, "-c", DOWNLOAD, source, tmp_path / "data"]
-    processes = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    assert [process.communicate(timeout=300)[0] for process in processes] == ["10000\n", "10000\n"]
+def test_processes_that_download_into_the_same_folder_leave_one_good_copy(tmp_path, serve):
+    serve(Server)
+    processes = [PROCESSES.Process(target=download, args=(MIRRORS["MNIST"], tmp_path)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
     assert files_below(tmp_path) == sorted(FILES)
-    assert len(load("mnist", tmp_path / "data")[0]) == 60_000
+    assert len(load("mnist", tmp_path)[0]) == 5
 
 
-def test_download_with_another_md5_leaves_nothing_behind(tmp_path, serve):
-    write_fake(tmp_path / "server", gz=True)
-    serve(tmp_path / "server", tv.FashionMNIST)
-    write_fake(tmp_path / "server", gz=True, test=4)
-    assert "could not be downloaded" in error_of("fashion-mnist", tmp_path / "data")
-    assert files_below(tmp_path / "data") == []
-
-
-def test_download_that_breaks_off_leaves_nothing_behind(tmp_path, serve):
-    write_fake(tmp_path / "server", gz=True)
-    serve(tmp_path / "server", tv.FashionMNIST, BreakingHandler)
-    assert "could not be downloaded" in error_of("fashion-mnist", tmp_path / "data")
-    assert files_below(tmp_path / "data") == []
-
-
-def test_no_data_and_no_network_names_the_folder_the_reason_and_the_remedies(tmp_path):
-    message = error_of("mnist", tmp_path / "nowhere")
-    assert str(tmp_path / "nowhere" / "MNIST" / "raw") in message
-    assert "refused" in message
-    assert "--data-dir" in message
-    assert "--dataset digits" in message
+@pytest.mark.parametrize("name", FOLDERS)
+def test_no_data_and_no_network_names_the_folder_the_reason_and_the_remedies(tmp_path, name):
+    assert name in DATASETS
+    message = error_of(name, tmp_path / "nowhere")
+    for part in (tmp_path / "nowhere" / FOLDERS[name] / "raw", "refused", "--data-dir", "--dataset digits"):
+        assert str(part) in message
     assert files_below(tmp_path) == []
 
 
-def test_data_dir_that_is_a_file_is_named(tmp_path):
-    (tmp_path / "data").write_text("a file")
-    assert str(tmp_path / "data") in error_of("mnist", tmp_path / "data")
+@pytest.mark.parametrize("online", [False, True])
+def test_a_folder_in_a_files_place_is_named(tmp_path, serve, online):
+    if online:
+        serve(Server)
+    folder = write_tiny(tmp_path, "mnist", gz=False)
+    (folder / TRAIN_LABELS).unlink()
+    (folder / TRAIN_LABELS).mkdir()
+    message = error_of("mnist", tmp_path)
+    assert str(folder / TRAIN_LABELS) in message
+    assert "--data-dir" in message
 
 
-def test_data_dir_that_the_system_refuses_is_named(tmp_path):
-    assert "x" * 300 in error_of("mnist", tmp_path / ("x" * 300))  # as one without permission would be
+@pytest.mark.parametrize("name", ["a file", "x" * 300])
+def test_a_data_dir_that_cannot_be_one_is_named(tmp_path, name):
+    """A file, or a name that the system refuses, as it does one without permission."""
+    (tmp_path / "a file").write_text("")
+    assert name in error_of("mnist", tmp_path / name)

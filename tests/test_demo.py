@@ -11,11 +11,12 @@ from contextlib import suppress
 import pytest
 import torch
 from helpers import ROOT
+from measures.judge import load_judge
 
 import demo
 import evaluate
-from datasets import DataError, read_photo
-from measures.judge import load_judge
+from engine.errors import DataError
+from photos import read_photo
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 SEVEN = [(70, 80), (260, 80), (210, 160), (150, 290)]  # corners of the drawn 7, in pixels of the canvas

@@ -15,11 +15,11 @@ import evaluate
 import train_cgan
 import train_gan
 from datasets import load as load_data
-from datasets import read_photo
 from engine.checkpoint import load_checkpoint
 from engine.errors import UserError
 from measures.classifier import classification_measures
 from models import CLASSIFIERS
+from photos import read_photo
 
 
 @pytest.fixture(scope="module")

@@ -1,16 +1,18 @@
-"""Images of one's own: a folder of classes, from the files to reports and pictures, and one line for each mistake."""
+"""Images of your own: a folder of classes, from the files to reports and plots, and one line for each mistake."""
 
 import io
 import json
+import re
 import shutil
 import struct
 import sys
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import SHAPES, assert_one_line, draw_shape, draw_shapes, load, run
+from helpers import SHAPES, draw_shape, draw_shapes, load
 from PIL import Image, ImageDraw
 
 import evaluate
@@ -18,10 +20,10 @@ import train_cgan
 import train_classifier
 import train_gan
 import train_likelihood
-from datasets import DataError, class_names, hold_out, read_image, short_name
+from datasets import class_names, hold_out, read_image, short_name
 from datasets import load as load_data
 from datasets.folder import list_images
-from engine.errors import UserError
+from engine.errors import DataError, UserError
 from measures.classifier import classification_measures, plot_confusion, plot_mistakes, print_report
 from measures.generator import measure_images
 from measures.reference import load_reference
@@ -29,15 +31,9 @@ from measures.reference import load_reference
 CPU = ["--device", "cpu", "--model", "mlp"]
 
 
-@pytest.fixture(scope="module")
-def shapes(tmp_path_factory):
-    """Three classes of 500 images, 400 of them to train on."""
-    return draw_shapes(tmp_path_factory.mktemp("data") / "shapes", {"train": 400, "test": 100})
-
-
 @pytest.fixture
 def few(tmp_path, monkeypatch):
-    """In the working directory, `few`: the same with 20 images of each class to train on, and 8 to test with."""
+    """In the working directory, `few`: 20 images of each of three classes to train on, and 8 to test with."""
     monkeypatch.chdir(tmp_path)
     return draw_shapes(tmp_path / "few", {"train": 20, "test": 8})
 
@@ -45,33 +41,47 @@ def few(tmp_path, monkeypatch):
 # Training and evaluating ----------------------------------------------------------------------------------------------
 
 
-def test_a_cnn_learns_three_shapes_and_the_report_names_them(shapes, tmp_path, monkeypatch, capsys):
+def test_a_network_learns_three_shapes_and_the_report_names_them(tmp_path, monkeypatch, capsys):
+    shapes = draw_shapes(tmp_path / "shapes", {"train": 100, "test": 20})
     monkeypatch.chdir(tmp_path)
-    train_classifier.main(["--dataset", str(shapes), "--recipe", "best", "--epochs", "8", "--device", "cpu"])
-    assert f"{shapes}: 1200 training images of 3 classes, each brought to 28x28 grey pixels" in capsys.readouterr().out
-    evaluate.main(["runs/cnn-shapes", "--device", "cpu"])
-    metrics = json.loads((tmp_path / "runs" / "cnn-shapes" / "evaluation" / "metrics.json").read_text())
-    assert metrics["test_images"] == 300
-    assert metrics["test_accuracy"] >= 0.98
+    train_classifier.main(["--dataset", str(shapes), *CPU, "--epochs", "12", "--batch-size", "20", "--lr", "1e-3"])
+    assert f"{shapes}: 300 training images of 3 classes, each scaled to 28x28 grey pixels" in capsys.readouterr().out
+    evaluate.main(["runs/mlp-shapes", "--device", "cpu"])
+    metrics = json.loads((tmp_path / "runs" / "mlp-shapes" / "evaluation" / "metrics.json").read_text())
+    assert metrics["test_images"] == 60
+    assert metrics["test_accuracy"] >= 0.55  # by chance 0.33
     assert list(metrics["per_class"]) == SHAPES
     assert "triangle  " in capsys.readouterr().out
-    assert load(tmp_path / "runs" / "cnn-shapes" / "checkpoint.pt")["options"]["classes"] == SHAPES
-    evaluate.main(["runs/cnn-shapes", "--image", str(shapes / "test" / "square" / "0.png")])
-    assert "0.png: square" in capsys.readouterr().out
+    evaluate.main(["runs/mlp-shapes", "--image", str(shapes / "test" / "square" / "0.png")])
+    assert re.search(r"0\.png: (circle|square|triangle)", capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("model", ["mlp", "maxout"])
-@pytest.mark.parametrize("loss", ["bce", "mse"])
+@pytest.mark.parametrize(("model", "loss"), [("mlp", "bce"), ("maxout", "mse")])
 def test_every_network_and_loss_takes_another_number_of_classes(few, model, loss):
-    flags = ["--dataset", "few", "--device", "cpu", "--model", model, "--loss", loss, "--label-smoothing", "0.3"]
-    train_classifier.main([*flags, "--dry-run", "--output-dir", "run"])
+    flags = ["--model", model, "--loss", loss, "--label-smoothing", "0.3", "--device", "cpu"]
+    train_classifier.main(["--dataset", "few", *flags, "--dry-run", "--output-dir", "run"])
     weights = [value for key, value in load("run/checkpoint.pt")["state"]["model"].items() if key.endswith("weight")]
     assert len(weights[-1]) == 3
 
 
-def test_a_generator_is_told_the_class_and_draws_a_row_for_each(few):
-    train_cgan.main(["--dataset", str(few), "--device", "cpu", "--dry-run", "--mismatched", "0.3"])
-    assert Image.open("runs/cgan-few/samples/epoch-0001.png").size == (10 * 56, 3 * 56)
+def test_the_best_recipe_holds_none_of_a_folder_out(few):
+    train_classifier.main(["--dataset", "few", "--recipe", "best", *CPU, "--dry-run"])
+    assert load("runs/mlp-few/checkpoint.pt")["options"]["val_size"] == 0
+
+
+def test_a_conditional_gan_learns_and_shows_every_class(few, monkeypatch):
+    seen, forward = [], train_cgan.ConditionalDiscriminator.forward
+
+    def record(self, x, labels):
+        seen.append(labels)
+        return forward(self, x, labels)
+
+    monkeypatch.setattr(train_cgan.ConditionalDiscriminator, "forward", record)
+    flags = ["--device", "cpu", "--dry-run", "--mismatched", "0.3", "--batch-size", "30"]
+    train_cgan.main(["--dataset", str(few), *flags])
+    right, _, wrong = seen[0].chunk(3)  # wrong labels are of all the other classes
+    assert {*zip(right.tolist(), wrong.tolist())} == {(a, b) for a in range(3) for b in range(3) if a != b}
+    assert Image.open("runs/cgan-few/samples/epoch-0001.png").size == (10 * 56, 3 * 56)  # a row for each class
     evaluate.main(["runs/cgan-few", "--samples", "12"])
     folder = few.parent / "runs" / "cgan-few" / "evaluation"
     assert np.load(folder / "samples-12-seed0.npz")["labels"].tolist() == [0] * 4 + [1] * 4 + [2] * 4
@@ -81,21 +91,6 @@ def test_a_generator_is_told_the_class_and_draws_a_row_for_each(few):
     assert np.load(folder / "samples-5-digit1-seed0.npz")["labels"].tolist() == [1] * 5
     with pytest.raises((UserError, SystemExit), match=r"star|2"):
         evaluate.main(["runs/cgan-few", "--samples", "5", "--digit", "star"])
-
-
-def test_wrong_labels_are_of_all_the_other_classes(few, monkeypatch):
-    seen, forward = [], train_cgan.ConditionalDiscriminator.forward
-
-    def record(self, x, labels):
-        seen.append(labels)
-        return forward(self, x, labels)
-
-    monkeypatch.setattr(train_cgan.ConditionalDiscriminator, "forward", record)
-    train_cgan.main(["--dataset", "few", "--device", "cpu", "--dry-run", "--mismatched", "0.3", "--batch-size", "30"])
-    right, _, wrong = seen[0].chunk(3)
-    assert {tuple(pair) for pair in zip(right.tolist(), wrong.tolist())} == {
-        (a, b) for a in range(3) for b in range(3) if a != b
-    }
 
 
 @pytest.mark.parametrize(
@@ -166,32 +161,27 @@ def one_level(tmp_path):
     return draw_shapes(tmp_path / "one", {"": 25})
 
 
+TEST_PART = {  # by a hash of the names: the same on every machine and in every place
+    "circle": [1, 2, 9, 11, 19], "square": [3, 8, 9, 19, 22], "triangle": [3, 10, 17, 20, 22],
+}  # fmt: skip
+
+
 def test_a_folder_of_one_level_is_split_80_to_20_class_by_class(one_level):
-    train, test = ({path for path, _ in list_images(one_level, part)} for part in (True, False))
-    assert (len(train), len(test), len(train & test)) == (60, 15, 0)
-    for name in SHAPES:  # not the first ones, which may have been taken on one day
-        assert {path for path in test if name in path} != {*sorted(map(str, (one_level / name).iterdir()))[:5]}
-    labels = load_data(str(one_level), "", train=False)[1]
-    assert labels.bincount().tolist() == [5, 5, 5]
-
-
-def test_the_split_is_the_same_in_another_process_and_place(one_level, tmp_path):
-    before = [load_data(str(one_level), "", train) for train in (True, False)]
-    shutil.copytree(one_level, tmp_path / "elsewhere" / "copy")
-    code = "import sys, torch; from datasets import load; torch.save([load(sys.argv[1], '', x) for x in (1, 0)], 'out')"
-    (tmp_path / "read.py").write_text(code)
-    run(tmp_path / "read.py", tmp_path / "elsewhere" / "copy", cwd=tmp_path)
-    for one, other in zip(before, torch.load(tmp_path / "out")):
-        assert all(map(torch.equal, one, other))
+    for folder in (one_level, shutil.copytree(one_level, one_level.parent / "elsewhere" / "copy")):
+        train, test = ([path for path, _ in list_images(folder, part)] for part in (True, False))
+        for name, numbers in TEST_PART.items():
+            assert sorted(int(Path(path).stem) for path in test if Path(path).parent.name == name) == numbers
+        assert (len(train), len({*train, *test})) == (60, 75)
+    assert load_data(str(one_level), "", train=False)[1].bincount().tolist() == [5, 5, 5]
 
 
 def test_a_new_image_moves_hardly_any_other_to_the_other_part(one_level):
     before = {path for path, _ in list_images(one_level, False)}
-    for i in range(100, 104):  # a fifth: each class's share grows by one or not at all
+    for i in range(100, 104):  # a fifth: the test part grows by one image or by none
         draw_shape("circle", np.random.default_rng(i)).save(one_level / "circle" / f"{i}.png")
     after = {path for path, _ in list_images(one_level, False)}
     assert len(before - after) <= 4
-    assert len({path for path in before - after if "circle" not in path}) == 0
+    assert all("circle" in path for path in before - after)
 
 
 def test_the_images_held_out_for_validation_are_of_all_classes(few):
@@ -208,7 +198,7 @@ def test_hidden_files_and_other_files_are_no_images(few):
     assert len(load_data("few", "", True)[0]) == 60
 
 
-def test_a_folder_with_the_name_of_a_data_set_gives_way_to_it(few, monkeypatch):
+def test_a_folder_with_the_name_of_a_dataset_gives_way_to_it(few, monkeypatch):
     few.rename("digits")
     assert len(load_data("digits", "", True)[0]) == 1437
     assert class_names("digits", "") == list("0123456789")
@@ -218,23 +208,29 @@ def test_a_folder_with_the_name_of_a_data_set_gives_way_to_it(few, monkeypatch):
 # The images -----------------------------------------------------------------------------------------------------------
 
 
-def pixels(path):
-    image = read_image(path)
-    assert image.shape == (1, 1, 28, 28)
-    assert image.dtype == torch.uint8
-    return image[0, 0]
+@pytest.fixture
+def seen(tmp_path):
+    """seen(image, ...): the pixels [28, 28] that a network sees of it, after it was saved."""
+
+    def save_and_read(image, name="a.png", **options):
+        image.save(tmp_path / name, **options)
+        pixels = read_image(tmp_path / name)
+        assert pixels.shape == (1, 1, 28, 28)
+        assert pixels.dtype == torch.uint8
+        return pixels[0, 0].float()
+
+    return save_and_read
 
 
-def test_an_image_of_28x28_grey_pixels_stays_as_it_is(tmp_path):
+def test_an_image_of_28x28_grey_pixels_stays_as_it_is(seen):
     array = np.random.default_rng(0).integers(0, 256, (28, 28), np.uint8)
-    Image.fromarray(array).save(tmp_path / "a.png")
-    assert (pixels(tmp_path / "a.png").numpy() == array).all()
+    assert (seen(Image.fromarray(array)).numpy() == array).all()
 
 
-def left_half(mode, size=(60, 60)):
-    """A picture that is dark on the left and light on the right, 50 and 200, in a mode of Pillow's."""
-    array = np.full(size[::-1], 50, np.uint8)
-    array[:, size[0] // 2 :] = 200
+def left_half(mode):
+    """An image that is dark on the left and light on the right, 50 and 200, in a mode of Pillow's."""
+    array = np.full((60, 60), 50, np.uint8)
+    array[:, 30:] = 200
     if mode == "I;16":
         return Image.fromarray(array.astype(np.uint16) * 40)
     return Image.fromarray(array).convert("RGB").convert(mode)
@@ -245,54 +241,47 @@ def left_half(mode, size=(60, 60)):
     [("L", "png"), ("RGB", "jpg"), ("CMYK", "jpg"), ("P", "png"), ("RGBA", "webp"), ("LA", "png"), ("I;16", "png"),
      ("RGB", "bmp"), ("L", "pgm"), ("RGB", "tif")],
 )  # fmt: skip
-def test_every_mode_and_format_becomes_grey(tmp_path, mode, format):
-    left_half(mode).save(tmp_path / f"a.{format}")
-    seen = pixels(tmp_path / f"a.{format}").float()
+def test_every_mode_and_format_becomes_grey(seen, mode, format):
+    pixels = seen(left_half(mode), f"a.{format}")
     left, right = (0, 255) if mode == "I;16" else (50, 200)
-    assert seen[:, :12].mean() == pytest.approx(left, abs=4)
-    assert seen[:, 16:].mean() == pytest.approx(right, abs=4)
+    assert pixels[:, :12].mean() == pytest.approx(left, abs=4)
+    assert pixels[:, 16:].mean() == pytest.approx(right, abs=4)
 
 
-def test_proportions_stay_and_margins_continue_the_border(tmp_path):
+def test_the_aspect_ratio_stays_and_margins_continue_the_border(seen):
     image = Image.new("RGB", (200, 100), (90, 90, 90))
     ImageDraw.Draw(image).rectangle([60, 10, 139, 89], fill=(250, 250, 250))
-    image.save(tmp_path / "a.png")
-    seen = pixels(tmp_path / "a.png").float()
-    assert (seen[:7] == 90).all()
-    assert (seen[-7:] == 90).all()
-    bright = seen > 170
+    pixels = seen(image)
+    assert (pixels[[*range(7), *range(-7, 0)]] == 90).all()
+    bright = pixels > 170
     assert bright.any(0).sum() == bright.any(1).sum()  # a square is still one
 
 
 @pytest.mark.parametrize(("side", "every"), [(112, 2), (560, 5)])
-def test_a_picture_is_reduced_without_aliasing(tmp_path, side, every):
+def test_an_image_is_reduced_without_aliasing(seen, side, every):
     stripes = np.zeros((side, side), np.uint8)
     stripes[:, ::every] = 255
-    Image.fromarray(stripes).save(tmp_path / "a.png")
-    assert pixels(tmp_path / "a.png")[:, 2:-2].float().mean() == pytest.approx(255 / every, abs=5)
+    assert seen(Image.fromarray(stripes))[:, 2:-2].mean() == pytest.approx(255 / every, abs=5)
 
 
-def test_a_camera_that_was_held_upright_is_heeded(tmp_path):
+def test_a_camera_that_was_held_upright_is_heeded(seen):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees clockwise: left becomes top
-    left_half("RGB").save(tmp_path / "a.jpg", exif=exif)
-    seen = pixels(tmp_path / "a.jpg").float()
-    assert seen[:12].mean() < 60 < 190 < seen[16:].mean()
+    pixels = seen(left_half("RGB"), "a.jpg", exif=exif)
+    assert pixels[:12].mean() < 60 < 190 < pixels[16:].mean()
 
 
 @pytest.mark.parametrize(("ink", "paper"), [(20, 255), (235, 0)])
-def test_what_is_drawn_on_transparency_stays_visible(tmp_path, ink, paper):
+def test_what_is_drawn_on_transparency_stays_visible(seen, ink, paper):
     image = Image.new("RGBA", (40, 40), (127, 127, 127, 0))
     ImageDraw.Draw(image).rectangle([10, 10, 29, 29], fill=(ink, ink, ink, 255))
-    image.save(tmp_path / "a.png")
-    seen = pixels(tmp_path / "a.png")
-    assert (seen[0, 0], seen[14, 14]) == (paper, ink)
+    pixels = seen(image)
+    assert (pixels[0, 0], pixels[14, 14]) == (paper, ink)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3000, 1), (1, 500)])
-def test_the_thinnest_pictures_are_read(tmp_path, size):
-    Image.new("L", size, 77).save(tmp_path / "a.png")
-    assert (pixels(tmp_path / "a.png") == 77).all()
+def test_the_thinnest_images_are_read(seen, size):
+    assert (seen(Image.new("L", size, 77)) == 77).all()
 
 
 # What can be wrong ----------------------------------------------------------------------------------------------------
@@ -300,13 +289,11 @@ def test_the_thinnest_pictures_are_read(tmp_path, size):
 
 def bomb(width, height):
     """A PNG of a few bytes that promises so many pixels."""
-
-    def chunk(kind, content):
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    content = zlib.compress(bytes(1000))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", content) + chunk(b"IEND", b"")
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)), (b"IDAT", zlib.compress(bytes(1000)))]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        for kind, content in [*chunks, (b"IEND", b"")]
+    )
 
 
 # Pillow would start Ghostscript to read this, whatever the file is called.
@@ -317,41 +304,33 @@ def write(name, content):
     return lambda few: (few / "train" / "circle" / name).write_bytes(content)
 
 
+def remove(*names):
+    return lambda few: [shutil.rmtree(few / name) for name in names]
+
+
 def cut_off(few):
     path = few / "train" / "circle" / "3.png"
     path.write_bytes(path.read_bytes()[:100])
-
-
-def remove(name):
-    return lambda few: shutil.rmtree(few / name)
-
-
-def only_one_class(few):
-    for part in ("train", "test"):
-        for name in SHAPES[1:]:
-            shutil.rmtree(few / part / name)
 
 
 def flat(few):
     """Images without folders of classes."""
     for path in few.glob("*/*/*.png"):
         path.rename(few / f"{path.parent.name}{path.name}")
-    for part in ("train", "test"):
-        shutil.rmtree(few / part)
+    remove("train", "test")(few)
 
 
 def empty_class(few):
-    shutil.rmtree(few / "train" / "square")
-    (few / "train" / "square").mkdir()
-    (few / "train" / "square" / "a.heic").write_bytes(b"no format of these")
+    for path in (few / "train" / "square").iterdir():
+        path.rename(path.with_suffix(".heic"))
 
 
 @pytest.mark.filterwarnings("error")  # a warning would be one more line
 @pytest.mark.parametrize(
     ("spoil", "parts"),
     [
-        (shutil.rmtree, ["there is no data set few", "mnist, fashion-mnist, kmnist, digits", "folder"]),
-        (only_one_class, ["few/train has 1 subfolders", "at least two", "a folder of their own"]),
+        (shutil.rmtree, ["no dataset few, neither here nor in data; use one of mnist,", "digits", "folder"]),
+        (remove("train/square", "train/circle"), ["few/train has 1 subfolders", "at least two", "folder of their own"]),
         (flat, ["few has 0 subfolders", "a folder of their own"]),
         (empty_class, ["few/train/square holds 0 images", ".png", "remove the folder"]),
         (remove("test"), ["few has a folder train, but not both train and test"]),
@@ -387,21 +366,6 @@ def test_a_class_of_one_image_cannot_be_split(one_level):
         load_data(str(one_level), "", True)
 
 
-def test_a_mistake_is_one_line_of_the_script(tmp_path):
-    _, errors = run("train_classifier.py", "--dataset", "mnits", cwd=tmp_path, code=1)
-    assert_one_line(errors, "no data set mnits", "mnist, fashion-mnist, kmnist, digits")
-
-
-def test_too_large_a_validation_split_is_one_line(few):
-    with pytest.raises(DataError, match="--val-size 60 leaves none of the 60 images"):
-        train_classifier.main(["--dataset", "few", *CPU, "--val-size", "60"])
-
-
-def test_the_best_recipe_holds_none_of_a_folder_out(few):
-    train_classifier.main(["--dataset", "few", "--recipe", "best", *CPU, "--dry-run"])
-    assert load("runs/mlp-few/checkpoint.pt")["options"]["val_size"] == 0
-
-
 # Resuming -------------------------------------------------------------------------------------------------------------
 
 
@@ -415,37 +379,28 @@ def resume(*flags):
     train_classifier.main(["--resume", "runs/mlp-few", "--epochs", "2", *flags])
 
 
-def epochs():
-    return load("runs/mlp-few/checkpoint.pt")["epoch"]
+def evaluate_it(*flags):
+    evaluate.main(["runs/mlp-few", *flags])
 
 
-@pytest.mark.parametrize("call", [resume, lambda: evaluate.main(["runs/mlp-few"])], ids=["resume", "evaluate"])
-def test_changed_classes_are_one_line(begun, call):
+def test_changed_classes_are_one_line(begun):
     for part in ("train", "test"):
         (begun / part / "square").rename(begun / part / "star")
-    with pytest.raises(DataError, match=r"few has other classes .*missing: square; new: star.*new run") as caught:
-        call()
-    assert len(str(caught.value).splitlines()) == 1
-    assert epochs() == 1
+    for call in (resume, evaluate_it):
+        with pytest.raises(DataError, match=r"few has other classes .*missing: square; new: star.*new run") as caught:
+            call()
+        assert len(str(caught.value).splitlines()) == 1
 
 
 def test_a_folder_that_was_moved_is_found_in_the_data_dir(begun):
     (begun.parent / "moved").mkdir()
     begun.rename(begun.parent / "moved" / "few")
-    for call in (resume, lambda *flags: evaluate.main(["runs/mlp-few", *flags])):
-        with pytest.raises(DataError, match=r"no data set few.* data.*") as caught:
+    for call in (evaluate_it, resume):
+        with pytest.raises(DataError, match=r"no dataset few.* data;.*") as caught:
             call()
         assert len(str(caught.value).splitlines()) == 1
-    evaluate.main(["runs/mlp-few", "--data-dir", "moved"])
-    resume("--data-dir", "moved")
-    assert epochs() == 2
-
-
-def test_a_resumed_run_ends_like_an_undisturbed_one(begun):
-    train_classifier.main(["--resume", "runs/mlp-few", "--epochs", "2"])
-    train_classifier.main(["--dataset", "few", *CPU, "--epochs", "2", "--output-dir", "whole"])
-    resumed, whole = (load(f"{folder}/checkpoint.pt")["state"]["model"] for folder in ("runs/mlp-few", "whole"))
-    assert all(torch.equal(resumed[key], whole[key]) for key in whole)
+        call("--data-dir", "moved")
+    assert load("runs/mlp-few/checkpoint.pt")["epoch"] == 2
 
 
 # Many images ----------------------------------------------------------------------------------------------------------

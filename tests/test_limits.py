@@ -17,23 +17,23 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits a proces
 FLAGS = [*DIGITS, "--model", "mlp", "--save-interval", "1000"]
 
 
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A run of one epoch, and one of two that was uninterrupted."""
+    folder = tmp_path_factory.mktemp("runs")
+    train(*FLAGS, "--epochs", 2, "--output-dir", folder / "whole")
+    train(*FLAGS, "--epochs", 1, "--output-dir", folder / "run")
+    return folder
+
+
 @pytest.fixture
-def begun(tmp_path, monkeypatch):
-    """A run of one epoch, and a twin of two that nothing disturbed."""
-    monkeypatch.chdir(tmp_path)
-    train(*FLAGS, "--epochs", 2, "--output-dir", "whole")
-    train(*FLAGS, "--epochs", 1, "--output-dir", "run")
-    return tmp_path / "run"
+def begun(runs, tmp_path):
+    """A copy of the run of one epoch."""
+    return shutil.copytree(runs, tmp_path, dirs_exist_ok=True) / "run"
 
 
 def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def assert_resumes(folder):
-    """Once the reason is gone."""
-    run("train_classifier.py", "--resume", folder, "--epochs", 2, cwd=folder.parent)
-    assert (folder / "metrics.csv").read_bytes() == (folder.parent / "whole" / "metrics.csv").read_bytes()
 
 
 def no_space():
@@ -46,29 +46,6 @@ def no_rights():
     """Root may write anywhere: give that up."""
     version_3, whole_process = 0x20080522, 0
     ctypes.CDLL(None).capset((ctypes.c_uint32 * 2)(version_3, whole_process), (ctypes.c_uint32 * 6)())
-
-
-def test_a_full_disk_leaves_the_last_checkpoint(begun):
-    before = contents(begun)
-    flags = ["--resume", "run", "--epochs", 2]
-    _, errors = run("train_classifier.py", *flags, cwd=begun.parent, code=1, before=no_space)
-    assert_one_line(errors, "run/checkpoint.pt", "File too large", "free space")
-    after = contents(begun)
-    assert after.keys() == before.keys()
-    for name in ("checkpoint.pt", "previous.pt"):
-        assert after.get(name) == before.get(name)
-    assert_resumes(begun)
-
-
-def test_a_folder_without_the_right_to_write_leaves_the_last_checkpoint(begun):
-    before = contents(begun)
-    begun.chmod(0o555)
-    flags = ["--resume", "run", "--epochs", 2]
-    _, errors = run("train_classifier.py", *flags, cwd=begun.parent, code=1, before=no_rights)
-    assert_one_line(errors, "could not be written", "allow writing", "run/")
-    assert contents(begun) == before
-    begun.chmod(0o755)
-    assert_resumes(begun)
 
 
 @pytest.mark.parametrize(("script", "flags"), [("train_classifier.py", FLAGS), ("evaluate.py", ["run"])])
@@ -94,51 +71,59 @@ def test_a_folder_that_vanishes_is_named(tmp_path, monkeypatch):
         train(*FLAGS, "--epochs", 2, "--output-dir", tmp_path / "run")
 
 
-def no_memory_in_the_second_epoch():
-    """Its second batch is so large that it does not fit."""
-    import resource
-
-    whole = Batches.rows
-
-    def rows(self, epoch, start=0):
-        for i, (numbers,) in enumerate(whole(self, epoch, start), start):
-            if (epoch, i) == (1, 1):
-                with open("/proc/self/statm") as file:
-                    size = int(file.read().split()[0]) * resource.getpagesize()
-                resource.setrlimit(resource.RLIMIT_AS, (size + 2**26, size + 2**26))
-                numbers = torch.cat([numbers] * 5000)
-            yield (numbers,)
-
-    Batches.rows = rows
-
-
-def test_out_of_memory_names_the_batch_size_and_can_be_resumed(begun):
-    before = (begun / "checkpoint.pt").read_bytes()
-    flags = ["--resume", "run", "--epochs", 2]
-    _, errors = run("train_classifier.py", *flags, cwd=begun.parent, code=1, before=no_memory_in_the_second_epoch)
-    assert_one_line(errors, "out of memory", "--batch-size")
-    assert (begun / "checkpoint.pt").read_bytes() == before
-    assert_resumes(begun)
-
-
-def little_memory():
-    """256 MiB more than this process has now."""
+def leave_memory(more=2**28):
+    """So many bytes more than this process has now."""
     import resource
 
     with open("/proc/self/statm") as file:
         size = int(file.read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (size + 2**28, size + 2**28))
+    resource.setrlimit(resource.RLIMIT_AS, (size + more, size + more))
+
+
+def no_memory_in_the_second_epoch():
+    """Its second batch is so large that it does not fit."""
+    whole = Batches.rows
+
+    def rows(self, epoch, start=0):
+        for i, numbers in enumerate(whole(self, epoch, start), start):
+            if (epoch, i) == (1, 1):
+                leave_memory(2**26)
+                numbers = torch.cat([numbers] * 5000)
+            yield numbers
+
+    Batches.rows = rows
+
+
+@pytest.mark.parametrize(
+    ("limit", "mode", "words"),
+    [
+        (no_space, 0o755, ["run/checkpoint.pt", "File too large", "free space"]),
+        (no_rights, 0o555, ["could not be written", "allow writing", "run/"]),
+        (no_memory_in_the_second_epoch, 0o755, ["out of memory", "--batch-size"]),
+    ],
+)
+def test_the_last_checkpoint_stays_and_can_be_resumed_once_the_reason_is_gone(begun, limit, mode, words):
+    before, command = contents(begun), ["train_classifier.py", "--resume", "run", "--epochs", 2]
+    begun.chmod(mode)
+    _, errors = run(*command, cwd=begun.parent, code=1, before=limit)
+    assert_one_line(errors, *words)
+    after = contents(begun)
+    assert after.keys() == before.keys()
+    assert after["checkpoint.pt"] == before["checkpoint.pt"]
+    begun.chmod(0o755)
+    run(*command, cwd=begun.parent)
+    assert (begun / "metrics.csv").read_bytes() == (begun.parent / "whole" / "metrics.csv").read_bytes()
 
 
 def test_a_bound_of_too_many_samples_is_one_line(tmp_path):
     flags = ["--model", "vae", "--dataset", "digits", "--importance-samples", 10**6, "--output-dir", "run"]
-    _, errors = run("train_likelihood.py", *flags, cwd=tmp_path, code=1, before=little_memory)
+    _, errors = run("train_likelihood.py", *flags, cwd=tmp_path, code=1, before=leave_memory)
     assert_one_line(errors, "out of memory", "--batch-size")
 
 
 def score_with_little_memory(block):
-    little_memory()
-    images = torch.zeros(40, 1, 28, 28)
+    leave_memory()
+    images = torch.zeros(10, 1, 28, 28)
     VAE(hidden=20, latent=5).log_likelihood(images, block=block)
 
 

@@ -40,7 +40,7 @@ def test_cases_are_what_their_names_say():
 def test_fixed_batches_come_in_another_order_in_each_epoch():
     images, labels = torch.zeros(50, 1, 28, 28, dtype=torch.uint8), torch.arange(50)
     batches = maxout_ablation.FixedBatches(images, labels, 10, "cpu")
-    first, second = ([rows.tolist() for _, rows in batches.epoch(epoch)] for epoch in (1, 2))
+    first, second = ([rows.tolist() for rows in batches.rows(epoch)] for epoch in (1, 2))
     assert first != second
     assert sorted(first) == sorted(second) == [list(range(start, start + 10)) for start in range(0, 50, 10)]
 

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 from helpers import ROOT
+from measures.judge import load_judge
 from sklearn.neighbors import KernelDensity
 
 from datasets import load
 from measures import judge as judge_module
 from measures.generator import class_measures, feature_distances, neighbour_measures
-from measures.judge import load_judge
 from measures.parzen import SIGMAS, parzen_log_likelihood, parzen_measures
 
 

@@ -73,7 +73,7 @@ CLOSED_MIRROR = """
 import runpy, sys
 sys.path.insert(0, {root!r})
 from datasets.mnist import MIRRORS
-MIRRORS["MNIST"] = ["http://127.0.0.1:1/"]
+MIRRORS["MNIST"] = "http://127.0.0.1:1/"
 sys.argv[0] = {script!r}
 runpy.run_path({script!r}, run_name="__main__")
 """

@@ -7,14 +7,15 @@ import numpy as np
 import pytest
 import torch
 from helpers import ROOT, run
+from measures.judge import load_judge
 from PIL import Image
 
 import evaluate
-from datasets import DataError, load, to_pixels
+from datasets import load
 from engine.checkpoint import load_checkpoint
-from engine.errors import UserError
-from measures.judge import load_judge
+from engine.errors import DataError, UserError
 from measures.samples import draw_between
+from photos import to_pixels
 
 WEIGHTS = sorted((ROOT / "weights").glob("*.pt"))
 

@@ -4,9 +4,10 @@ import torch
 from helpers import ROOT, run
 
 import shifts
-from datasets import load, to_pixels
+from datasets import load
 from engine.checkpoint import load_checkpoint
 from evaluate import classify, load_model
+from photos import to_pixels
 
 
 def test_views_are_the_image_and_its_eight_neighbours():

@@ -1,4 +1,4 @@
-"""Find handwritten digits in a photo, whatever else it shows: shadows, ruled lines, specks, the edge of a table."""
+"""Find handwritten digits in a photo, despite shadows, ruled lines, specks and the edge of a table."""
 
 import itertools
 
@@ -9,10 +9,10 @@ Box = tuple[slice, slice]  # rows and columns
 
 
 def find_digits(pixels: np.ndarray) -> tuple[list[np.ndarray], list[Box]]:
-    """The ink of each digit in a picture [C, H, W], from left to right, from 0 (paper) to 1, and where it stands.
+    """The ink of each digit in an image [C, H, W], from 0 (paper) to 1, and its box. Ordered from left to right.
 
-    Whatever resembles strokes most: dark on light or light on dark. A picture that is cropped closely gets a margin of
-    paper, since a stroke along its edge looks like a table beside the page.
+    Tries dark on light and light on dark, and keeps what resembles strokes most. A close-up gets a margin of paper,
+    because a stroke along its edge would look like a table beside the page.
     """
     found = [search(pixels, sign) for sign in (1, -1)]
     if is_close_up(max(found, key=lambda result: result[0])[2]):
@@ -26,33 +26,33 @@ def find_digits(pixels: np.ndarray) -> tuple[list[np.ndarray], list[Box]]:
 
 
 def is_close_up(labels: np.ndarray) -> bool:
-    """Whether a few digits fill most of the picture's height, or nearly touch its edge."""
+    """Whether a few digits fill most of the image's height, or nearly touch its edge."""
     near = max(labels.shape) // 25 + 1
-    rows = labels.any(axis=1).nonzero()[0]
+    rows = np.flatnonzero(labels.any(axis=1))
     if not 0 < labels.max() < 10:
         return False
-    return np.ptp(rows) > 0.5 * len(labels) or labels[near:-near, near:-near].sum() < labels.sum()
+    return bool(np.ptp(rows) > 0.5 * len(labels) or labels[near:-near, near:-near].sum() < labels.sum())
 
 
 def search(pixels: np.ndarray, sign: int) -> tuple[float, np.ndarray, np.ndarray]:
-    """How far it resembles strokes, the ink [H, W], and the digits it forms, numbered from 1 from left to right [H, W].
+    """The resemblance to strokes, the ink [H, W], and the digits as labels [H, W], numbered from 1 from left to right.
 
-    sign: 1 for dark on light, -1 for light on dark. With the wrong one, parts of the paper are taken for ink.
+    sign: 1 for dark on light, -1 for light on dark. With the wrong sign, parts of the paper are taken for ink.
     """
     step = max(1, max(pixels.shape) // 200)
     channel = max(pixels, key=lambda channel: (measure_ink(channel[::step, ::step], sign) ** 2).sum())
     ink = measure_ink(channel, sign)
-    for view in (ink, ink.T):  # level lines, then upright ones
+    for view in (ink, ink.T):  # horizontal lines, then vertical ones
         view[find_lines(view > faintest(view))] = 0
     labels = join_strokes(keep_strokes(ink > threshold(ink)))
     return resemblance(channel, labels > 0) if labels.any() else 0, ink, labels
 
 
 def measure_ink(channel: np.ndarray, sign: int) -> np.ndarray:
-    """How far each pixel differs from the paper around it, relative to the paper's brightness.
+    """The difference of each pixel from the paper around it, relative to the paper's brightness.
 
-    The paper is a closing: it fills what is narrower than a third of the picture, as strokes are, and follows shadows.
-    Beyond the picture, its edge goes on for ever: so a dark table along the edge is wide, and no ink.
+    The paper is estimated by a closing. It fills what is narrower than a third of the image, such as strokes, and
+    follows shadows. Edge pixels are replicated, so that a dark table along the edge is wide and does not count as ink.
     """
     width = max(3, min(channel.shape) // 3)
     margin = width // 2 + 1
@@ -64,12 +64,12 @@ def measure_ink(channel: np.ndarray, sign: int) -> np.ndarray:
 
 
 def faintest(ink: np.ndarray) -> float:
-    """The least ink that is not the paper's grain: five standard deviations, estimated from the median."""
+    """The least ink above the paper's grain: five standard deviations, estimated from the median."""
     return max(0.03, 5 * 1.48 * np.median(abs(ink)))
 
 
 def threshold(ink: np.ndarray) -> float:
-    """Halfway between the means of the ink below and above it, so that lines fainter than a digit fall below."""
+    """Halfway between the mean ink below and above it, so that lines fainter than a digit fall below."""
     values = ink[ink > faintest(ink)]
     middle = values.mean() if len(values) else np.inf
     for _ in range(20):
@@ -80,14 +80,14 @@ def threshold(ink: np.ndarray) -> float:
 
 
 def find_lines(mask: np.ndarray) -> np.ndarray:
-    """The level ruled lines in `mask`, without the strokes that cross them, as staff lines are found in sheet music.
+    """The horizontal ruled lines in `mask` without the strokes that cross them, as staff lines are removed from scores.
 
     A line is thin and crosses the page. Where it is thicker than elsewhere, a stroke crosses it.
     """
     width = mask.shape[1]
     length = max(6, width // 50)
     runs = ndimage.grey_opening(ndimage.grey_closing(mask, (1, length // 2)), (1, length))
-    columns, count = ndimage.label(mask, [[0, 1, 0]] * 3)  # numbers pixels that lie above each other without a gap
+    columns, count = ndimage.label(mask, [[0, 1, 0]] * 3)  # vertical runs of pixels
     thickness = np.bincount(columns.ravel(), minlength=count + 1)
     labels, _ = ndimage.label(runs, np.ones((3, 3)))
     lengths, erase = [], np.zeros(count + 1, dtype=bool)
@@ -108,7 +108,7 @@ def spans(boxes: list) -> np.ndarray:
 
 
 def keep_strokes(mask: np.ndarray) -> np.ndarray:
-    """`mask` without specks, and without what lies along the picture's edge unless there is nothing else."""
+    """`mask` without specks, and without what lies along the image's edge unless there is nothing else."""
     labels, count = ndimage.label(mask, np.ones((3, 3)))
     sizes = spans(ndimage.find_objects(labels)).max(axis=1, initial=0)
     rim = np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]])
@@ -122,17 +122,17 @@ def keep_strokes(mask: np.ndarray) -> np.ndarray:
 
 
 def join_strokes(mask: np.ndarray) -> np.ndarray:
-    """Number the digits from left to right: strokes that nearly touch, or that `same_digit` joins."""
+    """Number the digits from left to right. Strokes that nearly touch, or that `same_digit` joins, are one digit."""
     labels, _ = ndimage.label(mask, np.ones((3, 3)))
     longest = spans(ndimage.find_objects(labels)).max(initial=0)
     labels = ndimage.label(ndimage.maximum_filter(mask, 2 * max(1, round(longest / 25)) + 1))[0] * mask
     boxes = dict(enumerate(ndimage.find_objects(labels), 1))
     pairs = itertools.combinations(boxes, 2)
-    while pair := next((pair for pair in pairs if same_digit(*map(boxes.get, pair), longest)), None):
+    while pair := next(((a, b) for a, b in pairs if same_digit(boxes[a], boxes[b], longest)), None):
         labels[labels == pair[1]] = pair[0]
         boxes = {number: box for number, box in enumerate(ndimage.find_objects(labels), 1) if box}
         pairs = itertools.combinations(boxes, 2)
-    sizes = dict(zip(boxes, spans(boxes.values()).max(axis=1, initial=0)))
+    sizes = dict(zip(boxes, spans([*boxes.values()]).max(axis=1, initial=0)))
     order = [n for n in sorted(boxes, key=lambda n: boxes[n][1].start) if sizes[n] > 0.4 * max(sizes.values())]
     return sum((number * (labels == n) for number, n in enumerate(order, 1)), np.zeros_like(labels))
 
@@ -140,7 +140,7 @@ def join_strokes(mask: np.ndarray) -> np.ndarray:
 def same_digit(a: Box, b: Box, longest: int) -> bool:
     """Whether two boxes hold strokes of one digit: one is small and close to the other, or close above it.
 
-    So are the bar of a 5 and the halves of a broken 8; digits side by side are of about the same height.
+    Examples are the bar of a 5 and the halves of a broken 8. Digits side by side have about the same height.
     longest: the size of the largest stroke.
     """
     down, aside = (max(x.start, y.start) - min(x.stop, y.stop) for x, y in zip(a, b))  # below 0 if they overlap
@@ -151,9 +151,9 @@ def same_digit(a: Box, b: Box, longest: int) -> bool:
 
 
 def resemblance(channel: np.ndarray, mask: np.ndarray) -> float:
-    """How far `mask` resembles ink: the root of a stroke's length in widths, times the step at its outline.
+    """How much `mask` looks like ink: the root of a stroke's length in widths, times the contrast at its outline.
 
-    A quarter of the outline may be less sharp, since shadows cross it.
+    A quarter of the outline may be less sharp, because shadows cross it.
     """
     window = tuple(slice(max(0, side.start - 3), side.stop + 3) for side in ndimage.find_objects(mask.astype(int))[0])
     mask, channel = mask[window], channel[window]
@@ -163,14 +163,14 @@ def resemblance(channel: np.ndarray, mask: np.ndarray) -> float:
 
 
 def stroke_width(mask: np.ndarray) -> float:
-    """Of a line of width w, the pixels are w / 4 from its edge on average."""
+    """The pixels of a line of width w are w / 4 from its edge on average."""
     return 4 * ndimage.distance_transform_edt(mask)[mask].mean()
 
 
 def cut_out(ink: np.ndarray, mask: np.ndarray, box: Box) -> np.ndarray:
-    """One digit's ink from 0 (paper) to 1, cropped to it; strokes thinner than MNIST's are thickened."""
+    """One digit's ink from 0 (paper) to 1, cropped to the digit; strokes thinner than MNIST's are thickened."""
     size = spans([box]).max()
-    skirt = max(2, size // 30)  # of paler pixels around the mask
+    skirt = max(2, size // 30)  # width of the paler border around the mask
     window = tuple(slice(side.start, side.stop + 8 * skirt) for side in box)
     ink, mask, faint = np.pad(ink, 4 * skirt)[window], np.pad(mask, 4 * skirt)[window], faintest(ink)
     full = np.percentile(ink[mask], 90)
@@ -179,5 +179,5 @@ def cut_out(ink: np.ndarray, mask: np.ndarray, box: Box) -> np.ndarray:
     if (missing := round((size / 9 - stroke_width(mask)) / 2)) > 0:
         y, x = np.mgrid[-missing : missing + 1, -missing : missing + 1]
         ink = ndimage.maximum_filter(ink, footprint=np.hypot(y, x) <= missing + 0.2)
-    rows, columns = ink.any(axis=1).nonzero()[0], ink.any(axis=0).nonzero()[0]
+    rows, columns = np.flatnonzero(ink.any(axis=1)), np.flatnonzero(ink.any(axis=0))
     return ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
