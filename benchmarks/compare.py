@@ -1,10 +1,10 @@
-"""Draw runs in one picture, over epochs and over seconds, and print what they reached.
+"""Plot several runs in one figure, over epochs and over seconds, and print what they reached.
 
 python benchmarks/compare.py runs/mlp-mnist runs/cnn-mnist
 python benchmarks/compare.py "runs/tanh-*" "runs/relu-*" --output activations.png
 
 Runs that differ only in their seed are one setting: a line for the mean, a band from the lowest to the highest seed,
-and mean ± standard deviation. A setting is named by the options in which it differs from the others.
+and mean ± standard deviation.
 """
 
 import csv
@@ -26,19 +26,27 @@ from engine.checkpoint import has_checkpoint, load_checkpoint
 from engine.errors import UserError, run_script
 from engine.folder import read_config
 
-SAME = ("seed", "classes", "data_dir", "log_interval", "save_interval")  # options that make no other setting
-KINDS = ("recipe", "script", "dataset", "model", "networks")  # what the defaults of the others depend on
+# Options that make no other setting.
+SAME = (
+    "seed",
+    "classes",
+    "data_dir",
+    "log_interval",
+    "save_interval",
+    "first_stage",
+    "goal",
+)  # options that make no other setting
 MEASURES = ("test_accuracy", "log_likelihood", "parzen_log_likelihood", "fid", "coverage", "conditional_accuracy")
 
 
-def get_args_parser():
-    parser = flags.ArgumentParser(prog="compare.py", description=__doc__.splitlines()[0])
+def get_args_parser() -> flags.ArgumentParser:
+    parser = flags.ArgumentParser("compare.py", __doc__)
     parser.add_argument("runs", metavar="RUN", nargs="+", help='run folders, or patterns such as "runs/mlp-*"')
-    parser.add_argument("--output", metavar="FILE", help="the picture (None: compare.png, or the next free name)")
+    parser.add_argument("--output", metavar="FILE", help="the plot (None: compare.png, or the next free name)")
     return parser
 
 
-def read_run(folder):
+def read_run(folder: Path) -> SimpleNamespace:
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such run folder")
     config = read_config(folder)
@@ -49,18 +57,16 @@ def read_run(folder):
         raise UserError(f"{folder} has no finished epoch yet; leave it out, or wait for the first one")
     options = {name: value for name, value in config["options"].items() if name not in SAME}
     options["device"] = config["device"].split(":")[0]  # instead of auto
-    if "second_stage" in options:
-        options["second_stage"] = bool(options["second_stage"])  # each seed continues a run of its own
     code = load_checkpoint(folder, warn=False)["code"] if has_checkpoint(folder) else {}
     run = SimpleNamespace(folder=folder, seed=config["options"]["seed"], options=options, history=history, curve=curve)
     run.setting = json.dumps([options, config["classes"], code], sort_keys=True)
     run.seconds = np.cumsum([0, *(row["seconds"] for row in seconds)]).tolist()  # at the end of each epoch
-    run.figures = {"seconds": run.seconds[-1], **{name: value for row in history for name, value in row.items()}}
-    run.figures.update(read_measures(folder, run.figures.pop("epoch")))
+    run.values = {"seconds": run.seconds[-1], **{name: value for row in history for name, value in row.items()}}
+    run.values.update(read_measures(folder, run.values.pop("epoch")))
     return run
 
 
-def read_csv(path):
+def read_csv(path: Path) -> list[dict[str, float]]:
     """A dict of numbers per row, without the empty cells; [] if there is no such file."""
     if not path.is_file():
         return []
@@ -68,7 +74,7 @@ def read_csv(path):
         return [{name: float(cell) for name, cell in row.items() if cell} for row in csv.DictReader(file)]
 
 
-def read_measures(folder, epoch):
+def read_measures(folder: Path, epoch: float) -> dict[str, float]:
     """What evaluate.py measured; {} if it has not, or if the run's result has changed since."""
     path, best = folder / "evaluation" / "metrics.json", folder / "best.pt"
     measures = json.loads(path.read_text()) if path.is_file() else {}
@@ -76,27 +82,21 @@ def read_measures(folder, epoch):
     return {name: measures[name] for name in MEASURES if name in measures and measures["epochs"] == result}
 
 
-def name_settings(settings):
-    """A label for each setting; and the differing options that no label has, since the recipe decides them."""
-    options = [runs[0].options for runs in settings]
-    kinds = [[each.get(name) for name in KINDS] for each in options]
-
-    def differs(name, kind=None):
-        return len({str(each[name]) for each, its in zip(options, kinds) if name in each and kind in (None, its)}) > 1
-
-    names = [name for name in dict.fromkeys(name for each in options for name in each) if differs(name)]
-    decided = [name for name in names if name not in KINDS and not any(differs(name, kind) for kind in kinds)]
-    decided = decided if "recipe" in names else []
-    labels = [" ".join(f"{n}={each[n]}" for n in names if n in each and n not in decided) for each in options]
-    places = [str(runs[0].folder).removesuffix(f"-{runs[0].seed}" if runs[1:] else "") for runs in settings]
-    unclear = {label for label in labels if not label or labels.count(label) > 1}  # as after an edit of the code
-    labels = [f"{label} {place}".strip() if label in unclear else label for label, place in zip(labels, places)]
-    words = ["seeds" if len({run.seed for run in runs}) == len(runs) else "runs" for runs in settings]
-    several = [f" ({len(runs)} {word})" if len(runs) > 1 else "" for runs, word in zip(settings, words)]
-    return [label + text for label, text in zip(labels, several)], decided
+def name_settings(settings: list[list[SimpleNamespace]]) -> tuple[list[str], list[str]]:
+    """The label of each setting, its folder without the seed; and the options in which it differs from others."""
+    labels, differences = [], []
+    for runs in settings:
+        several = f" ({len(runs)} {'seeds' if len({run.seed for run in runs}) == len(runs) else 'runs'})"
+        folder = str(runs[0].folder)
+        labels.append(folder.removesuffix(f"-{runs[0].seed}") + several if runs[1:] else folder)
+    everything = [runs[0].options for runs in settings]
+    for own in everything:
+        names = [name for name in own if any(str(other.get(name)) != str(own[name]) for other in everything)]
+        differences.append(" ".join(f"{name}={own[name]}" for name in names))
+    return labels, differences
 
 
-def curves(runs, name, fine):
+def curves(runs: list[SimpleNamespace], name: str, fine: bool) -> tuple[list[float], np.ndarray, np.ndarray]:
     """Epochs, mean seconds and values [runs, points] of a metric, up to the last epoch that all these runs have."""
     last, points = min(len(run.history) for run in runs), []
     for run in runs:
@@ -108,7 +108,7 @@ def curves(runs, name, fine):
     return epochs, np.mean(seconds, axis=0), np.array([np.interp(epochs, *each) for each in points])
 
 
-def draw(settings, labels, names, fine):
+def plot(settings: list[list[SimpleNamespace]], labels: list[str], names: list[str], fine: bool) -> Figure:
     """A column per metric, over epochs and over seconds. fine: from curve.csv, which has more points than epochs."""
     figure = Figure(figsize=(max(8, 5 * len(names)), 8), layout="constrained")
     for axes, name in zip(figure.subplots(2, len(names), squeeze=False).T, names):
@@ -131,33 +131,33 @@ def draw(settings, labels, names, fine):
     return figure
 
 
-def mean_sd(name, values):
+def mean_sd(name: str, values: list[float]) -> str:
     """The mean of a metric's values as text, with ± standard deviation if there are several."""
     return format_metric(name, statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None)
 
 
-def format_metric(name, mean, sd=None):
+def format_metric(name: str, mean: float, sd: float | None = None) -> str:
     scale, unit = (100, " %") if name.endswith("accuracy") else (1, " nats" * name.endswith("log_likelihood"))
     digits = 1 if name == "seconds" else 2 if unit or abs(mean) >= 10 else 4
     return f"{scale * mean:.{digits}f}" + ("" if sd is None else f" ± {scale * sd:.{digits}f}") + unit
 
 
-def print_table(settings, labels):
+def print_table(settings: list[list[SimpleNamespace]], labels: list[str]) -> None:
     """A row per setting: seconds of training, last metrics, measures. A cell is empty unless every seed has it."""
-    names = dict.fromkeys(name for runs in settings for run in runs for name in run.figures)
+    names = dict.fromkeys(name for runs in settings for run in runs for name in run.values)
     table = [["", "epochs", *names]]
     for runs, label in zip(settings, labels):
         epochs = sorted({len(run.history) for run in runs})
         table.append([label, " to ".join(map(str, epochs[:1] + epochs[1:][-1:]))])
         for name in names:
-            values = [run.figures[name] for run in runs if name in run.figures]
+            values = [run.values[name] for run in runs if name in run.values]
             table[-1].append(mean_sd(name, values) if len(values) == len(runs) else "")
     widths = [max(map(len, column)) for column in zip(*table)]
     for row in table:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     args = get_args_parser().parse_args(argv)
     paths = [path for each in args.runs for path in ([each] if Path(each).exists() else sorted(glob(each)) or [each])]
     runs = [read_run(folder) for folder in {Path(path).resolve(): Path(path) for path in paths}.values()]
@@ -170,15 +170,14 @@ def main(argv=None):
     for run in runs:
         settings.setdefault(run.setting, []).append(run)
     settings = list(settings.values())
-    labels, decided = name_settings(settings)
+    labels, differences = name_settings(settings)
     print_table(settings, labels)
-    if decided:
-        print(f"with the recipe, these differ too: {', '.join(decided)}")
-    if missing := [str(run.folder) for run in runs if not run.figures.keys() & MEASURES]:
+    print("".join(f"{label}: {text}\n" for label, text in zip(labels, differences) if text), end="")
+    if missing := [str(run.folder) for run in runs if not run.values.keys() & MEASURES]:
         print(f"without a test result, which evaluate.py adds: {' '.join(missing)}")
     free = (Path(f"compare-{i}.png" if i > 1 else "compare.png") for i in count(1))
     output = Path(args.output or next(path for path in free if not path.exists()))
-    pictures.save_figure(draw(settings, labels, names, fine=shortest < 5), output)
+    pictures.save_figure(plot(settings, labels, names, fine=shortest < 5), output)
     print(f"wrote {output}")
 
 

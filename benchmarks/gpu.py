@@ -2,128 +2,104 @@
 
 python benchmarks/gpu.py --data-dir data
 
-Each step takes at most 8 minutes. Its figures go into benchmarks/results/gpu.json as soon as it ends. Run again, the
-command skips what has succeeded at this commit and resumes the trainings it interrupted. Then run
+Each step takes at most 8 minutes. Its result goes into benchmarks/results/gpu.json as soon as it ends. Run again, the
+command skips what has succeeded at this commit and resumes interrupted trainings. Then run
 `python benchmarks/tables.py`: docs/gpus.md shows what was measured.
 """
 
 import argparse
-import csv
 import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch
 
+from engine import flags
 from engine.errors import UserError, run_script
 from engine.provenance import environment
 
 RESULTS = ROOT / "benchmarks" / "results" / "gpu.json"
 LIMIT = 480  # seconds a step may take
-
-
-def training(script: str, *flags: str) -> Callable[[Path, str, str], list[list[str]]]:
-    """The commands that train and evaluate a run in `folder`, or resume it there."""
-
-    def commands(folder, data_dir, device):
-        where = ["--data-dir", data_dir, "--device", device]
-        train = [script, *flags, *where, "--output-dir", str(folder), "--auto-resume"]
-        return [train, ["evaluate.py", str(folder), *where]]
-
-    return commands
-
-
-def benchmark(script: str, *flags: str) -> Callable[[Path, str, str], list[list[str]]]:
-    return lambda folder, data_dir, device: [[script, *flags, "--data-dir", data_dir, "--device", device]]
-
-
-# name -> its commands, from a run folder, --data-dir and --device.
-STEPS = {
-    "tests": lambda folder, data_dir, device: [["-m", "pytest", "-q", "-n", "auto", "tests/test_cuda.py"]],
-    "speed": benchmark("benchmarks/speed.py", "--steps", "100", "--turns", "3"),
-    "cnn-fast": training("train_classifier.py", "--recipe", "fast", "--amp"),
-    "gan-lecture": training("train_gan.py"),
-    "race": benchmark("benchmarks/race.py", "--seeds", "5", "--ordinary-seeds", "2"),
-    "mlp-lecture": training("train_classifier.py", "--model", "mlp"),
-    "cnn-lecture": training("train_classifier.py", "--model", "cnn"),
-    "cgan-lecture": training("train_cgan.py"),
-    "gan-best": training("train_gan.py", "--recipe", "best", "--amp"),
-    "cgan-best": training("train_cgan.py", "--recipe", "best", "--amp"),
-    "maxout-first-stage": training("train_classifier.py", "--recipe", "paper"),
-    "profile": benchmark("benchmarks/speed.py", "--profile", "--steps", "50"),
+STEPS = {  # a training is also evaluated
+    "tests": "-m pytest -q -n auto tests/test_cuda.py",
+    "speed": "benchmarks/speed.py steps --steps 100 --turns 3",
+    "cnn-fast": "train_classifier.py --recipe fast --amp",
+    "gan-lecture": "train_gan.py",
+    "race": "benchmarks/speed.py race --seeds 5 --baseline-seeds 2",
+    "mlp-lecture": "train_classifier.py --model mlp",
+    "cnn-lecture": "train_classifier.py --model cnn",
+    "cgan-lecture": "train_cgan.py",
+    "gan-best": "train_gan.py --recipe best --amp",
+    "cgan-best": "train_cgan.py --recipe best --amp",
+    "maxout-first-stage": "train_classifier.py --recipe paper",
+    "profile": "benchmarks/speed.py profile --steps 50",
 }
 
 
-def run_step(name: str, args: argparse.Namespace) -> dict:
-    """Run the step's commands and return its row: the commands, seconds, whether it succeeded, and its figures."""
-    commit = environment()["commit"]
-    folder = Path(args.output_dir) / f"{name}-{str(commit)[:8]}"
-    commands = STEPS[name](folder, args.data_dir, args.device)
-    started = time.monotonic()
-    output, succeeded = "", True
-    for command in commands:
-        left = max(1, LIMIT - (time.monotonic() - started))
-        try:
-            done = subprocess.run(
-                [sys.executable, *command], cwd=ROOT, timeout=left, text=True, stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
+def run_step(name: str, commit: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Run the step's commands and return its row: the commands, seconds, whether it succeeded, and its metrics."""
+    folder = Path(args.output_dir) / f"{name}-{commit[:8]}"
+    commands = [STEPS[name].split()]
+    if commands[0][0].startswith("train_"):
+        commands = [[*commands[0], "--output-dir", str(folder), "--auto-resume"], ["evaluate.py", str(folder)]]
+    if name != "tests":
+        commands = [[*words, "--data-dir", args.data_dir, "--device", args.device] for words in commands]
+    started, output, status = time.monotonic(), "", 0
+    for words in commands:
+        if status == 0:
+            left = max(1, LIMIT - int(time.monotonic() - started))
+            process = subprocess.Popen(
+                ["timeout", "--signal=INT", str(left), sys.executable, *words],  # a training saves first
+                cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             )  # fmt: skip
-            output, succeeded = output + done.stdout, done.returncode == 0
-        except subprocess.TimeoutExpired as error:
-            printed = error.stdout or b""
-            output += printed.decode(errors="replace") if isinstance(printed, bytes) else printed
-            succeeded = False
-        if not succeeded:
-            break
+            output += process.communicate()[0]
+            status = process.returncode
     row = {
-        "commands": [" ".join(["python", *command]).replace(args.data_dir, "data") for command in commands],
+        "commands": [" ".join(["python", *words]).replace(args.data_dir, "data") for words in commands],
         "seconds": round(time.monotonic() - started, 1),
-        "succeeded": succeeded,
+        "succeeded": status == 0,
         "commit": commit,
-        "output": [] if succeeded and name != "tests" else output.splitlines()[-40:],
+        "output": output.splitlines()[-40:] if status or name == "tests" else [],
     }
     metrics = folder / "evaluation" / "metrics.json"
-    if succeeded and metrics.is_file():
+    if status == 0 and metrics.is_file():
         row["metrics"] = {key: value for key, value in json.loads(metrics.read_text()).items() if key != "per_class"}
-        row["epochs_trained"] = len(list(csv.reader((folder / "metrics.csv").open()))) - 1
-    print(f"{name}: {'done' if succeeded else 'FAILED'} in {row['seconds']} s", flush=True)
-    print("\n".join(output.splitlines()[-5:] if succeeded else row["output"]), flush=True)
+        row["epochs_trained"] = len((folder / "metrics.csv").read_text().splitlines()) - 1
+    print(f"{name}: {'FAILED' if status else 'done'} in {row['seconds']} s", *output.splitlines()[-5:], sep="\n")
     return row
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", metavar="STEP", nargs="*", help=f"steps to run (default: {' '.join(STEPS)})")
-    parser.add_argument("--data-dir", default="data", help="folder of the data sets (default: data)")
-    parser.add_argument(
-        "--device", default="cuda", choices=["cuda", "cpu"], help="cpu tries the command (default: cuda)"
-    )
-    parser.add_argument("--output-dir", default="runs/gpu", help="folder of the runs (default: runs/gpu)")
+    parser = flags.ArgumentParser("gpu.py", __doc__)
+    parser.add_argument("names", metavar="STEP", nargs="*", default=list(STEPS), help="steps to run")
+    parser.add_argument("--data-dir", default="data", help="folder of the datasets")
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="cpu tries the command")
+    parser.add_argument("--output-dir", default="runs/gpu", help="folder of the runs")
     parser.add_argument("--again", action="store_true", help="run the steps again that have already succeeded")
     args = parser.parse_args(argv)
     if unknown := [name for name in args.names if name not in STEPS]:
         parser.error(f"no step {', '.join(unknown)}; choose from {', '.join(STEPS)}")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("this machine or this build of torch has no CUDA device; --device cpu tries the command")
     if args.device == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError("this machine or this build of torch has no CUDA device; --device cpu tries the command")
         torch.cuda.init()  # so that environment() names the GPU
     path = RESULTS if args.device == "cuda" else Path(args.output_dir) / "trial.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     results = json.loads(path.read_text()) if path.is_file() else {"steps": {}}
-    for name in args.names or STEPS:
+    commit = str(environment()["commit"])
+    for name in args.names:
         before = results["steps"].get(name, {})
-        if before.get("succeeded") and before.get("commit") == environment()["commit"] and not args.again:
+        if before.get("succeeded") and before.get("commit") == commit and not args.again:
             print(f"{name}: already done")
             continue
-        results["steps"][name] = run_step(name, args)
-        results.update(environment())
-        path.write_text(json.dumps(results, indent=2) + "\n")
+        results["steps"][name] = run_step(name, commit, args)
+        path.write_text(json.dumps({**results, **environment()}, indent=2) + "\n")
     if failed := [name for name, row in results["steps"].items() if not row["succeeded"]]:
         raise UserError(f"failed: {', '.join(failed)}; their output is in {path}; fix it and run this again")
 

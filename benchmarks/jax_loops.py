@@ -1,7 +1,7 @@
 """The steps that benchmarks/speed.py times, in JAX: an epoch is one compiled function, a scan over its steps.
 
-Networks, batches, losses and optimizers are those of the training scripts, and so are the initial weights of the recipe
-`lecture`. Random numbers come from JAX's fastest generator.
+Networks, first weights, batches, losses and optimizers are those of the training scripts. Random numbers come from
+JAX's fastest generator.
 """
 
 import jax
@@ -11,19 +11,11 @@ from jax import lax, nn
 jax.config.update("jax_default_prng_impl", "rbg")
 
 
-def linear(key, inputs, outputs, limit=None):
-    """Weights and biases U(-limit, limit), by default torch's."""
-    limit = inputs**-0.5 if limit is None else limit
-    weight, bias = jax.random.split(key)
-    return (
-        jax.random.uniform(weight, (inputs, outputs), minval=-limit, maxval=limit),
-        jax.random.uniform(bias, (outputs,), minval=-limit, maxval=limit),
-    )
-
-
-def linears(key, *sizes, limit=None):
-    keys = jax.random.split(key, len(sizes))
-    return [linear(k, *pair, limit=limit) for k, pair in zip(keys, sizes)]
+def weights_of(network):
+    """A torch network's layers as (weights [inputs, outputs] or [height, width, inputs, outputs], biases)."""
+    tensors = [jnp.asarray(tensor.detach().cpu().numpy().T) for tensor in network.parameters()]
+    weights = [w.transpose(1, 0, 2, 3) if w.ndim == 4 else w for w in tensors[::2]]
+    return list(zip(weights, tensors[1::2]))
 
 
 def apply(layer, x):
@@ -34,28 +26,17 @@ def maxout(layer, x, pieces=5):
     return apply(layer, x).reshape(len(x), -1, pieces).max(-1)
 
 
-def dropout(key, x, share):
-    return jnp.where(jax.random.bernoulli(key, 1 - share, x.shape), x / (1 - share), 0) if share else x
+def dropout(key, x, p, scale=True):
+    return jnp.where(jax.random.bernoulli(key, 1 - p, x.shape), x / (1 - p if scale else 1), 0) if p else x
 
 
-# Networks: name -> initial weights, and a function of them, of the input and of a random key --------------------------
-
-
-def init_mlp(key):
-    return linears(key, (784, 256), (256, 128), (128, 64), (64, 10))
+# Networks: functions of the weights, the input (noise or images, and labels) and a random key -------------------------
 
 
 def mlp(weights, x, key):
     for layer in weights[:-1]:
         x = nn.relu(apply(layer, x))
     return apply(weights[-1], x)
-
-
-def init_cnn(key):
-    *keys, last = jax.random.split(key, 4)
-    filters = [linear(k, 9 * i, o) for k, (i, o) in zip(keys, ((1, 64), (64, 128), (128, 256)))]
-    filters = [(weight.reshape(3, 3, -1, weight.shape[1]), bias) for weight, bias in filters]
-    return [*filters, linear(last, 4096, 10)]
 
 
 def cnn(weights, x, key):
@@ -66,60 +47,35 @@ def cnn(weights, x, key):
     return apply(weights[-1], x.reshape(len(x), -1))
 
 
-def init_maxout(key):
-    return linears(key, (784, 1200), (240, 1200), (240, 10), limit=0.005)
+def maxout_network(p, scale=True):
+    """Two maxout layers and a linear one. p: dropout before each; scale: whether kept pixels are divided by 1 - p."""
 
-
-def maxout_mlp(weights, x, key):
-    keys = jax.random.split(key, 3)
-    x = jnp.where(jax.random.bernoulli(keys[0], 0.8, x.shape), x, 0)
-    x = dropout(keys[1], maxout(weights[0], x), 0.5)
-    return apply(weights[2], dropout(keys[2], maxout(weights[1], x), 0.5))
-
-
-def generator(weights, z, labels, key):
-    for layer in weights[:-1]:
-        z = nn.relu(apply(layer, z))
-    return nn.sigmoid(apply(weights[-1], z))
-
-
-def discriminator(shares):
-    """shares: dropped before each layer."""
-
-    def discriminate(weights, x, labels, key):
+    def network(weights, x, key):
         keys = jax.random.split(key, 3)
-        for layer, share, k in zip(weights[:-1], shares, keys):
-            x = maxout(layer, dropout(k, x, share))
-        return apply(weights[-1], dropout(keys[2], x, shares[2]))
+        x = maxout(weights[0], dropout(keys[0], x, p[0], scale))
+        x = maxout(weights[1], dropout(keys[1], x, p[1]))
+        return apply(weights[2], dropout(keys[2], x, p[2]))
 
-    return discriminate
-
-
-def init_conditional_generator(key):
-    return linears(key, (100, 200), (10, 1000), (1200, 1200), (1200, 784))
+    return network
 
 
-def conditional_generator(share):
+def conditional_generator(p):
     def generate(weights, z, labels, key):
         keys = jax.random.split(key, 3)
-        z = dropout(keys[0], nn.relu(apply(weights[0], z)), share)
-        y = dropout(keys[1], nn.relu(apply(weights[1], nn.one_hot(labels, 10))), share)
-        hidden = dropout(keys[2], nn.relu(apply(weights[2], jnp.concatenate([z, y], 1))), share)
+        z = dropout(keys[0], nn.relu(apply(weights[0], z)), p)
+        y = dropout(keys[1], nn.relu(apply(weights[1], nn.one_hot(labels, 10))), p)
+        hidden = dropout(keys[2], nn.relu(apply(weights[2], jnp.concatenate([z, y], 1))), p)
         return nn.sigmoid(apply(weights[3], hidden))
 
     return generate
 
 
-def init_conditional_discriminator(key):
-    return linears(key, (784, 1200), (10, 250), (290, 960), (240, 1))
-
-
-def conditional_discriminator(share):
+def conditional_discriminator(p):
     def discriminate(weights, x, labels, key):
         keys = jax.random.split(key)
         hidden = [maxout(weights[0], x), maxout(weights[1], nn.one_hot(labels, 10))]
-        hidden = maxout(weights[2], dropout(keys[0], jnp.concatenate(hidden, 1), share), pieces=4)
-        return apply(weights[3], dropout(keys[1], hidden, share))
+        hidden = maxout(weights[2], dropout(keys[0], jnp.concatenate(hidden, 1), p), pieces=4)
+        return apply(weights[3], dropout(keys[1], hidden, p))
 
     return discriminate
 
@@ -194,32 +150,24 @@ def gan_step(generate, discriminate, update, centred, simultaneous):
     return step
 
 
-def build(case, args, images, labels):
-    """A function that trains one epoch on these images, uint8 [N, 784], and labels, and returns mean metrics."""
-    rate, momentum = args.lr, args.momentum
-    init, update = adam(rate, *args.betas) if args.optimizer == "adam" else sgd(rate, momentum)
-    first, second, key = jax.random.split(jax.random.key(0), 3)
-    name = case.split(" batch")[0]
-    if name in ("mlp", "cnn", "maxout"):
-        weigh, network = {
-            "mlp": (init_mlp, mlp), "cnn": (init_cnn, cnn), "maxout": (init_maxout, maxout_mlp),
-        }[name]  # fmt: skip
-        weights = weigh(first)
-        state, step = (weights, init(weights), key), classifier_step(network, update, args.black)
+def build(args, networks, images, labels):
+    """A function that trains one epoch on these images, uint8 [N, 784], and labels, and returns mean metrics.
+
+    networks: the script's, in torch, whose weights it starts from.
+    """
+    init, update = adam(args.lr, *args.betas) if args.optimizer == "adam" else sgd(args.lr, args.momentum)
+    weights = [weights_of(network) for network in networks]
+    state = (*weights, *map(init, weights), jax.random.key(0))
+    if hasattr(args, "model"):
+        network = {"mlp": mlp, "cnn": cnn, "maxout": maxout_network((0.2, 0.5, 0.5), scale=False)}[args.model]
+        step = classifier_step(network, update, args.black)
     else:
-        if name.startswith("cgan"):
-            g, d = init_conditional_generator(first), init_conditional_discriminator(second)
-            networks = conditional_generator(args.dropout_g), conditional_discriminator(args.dropout_d)
-        elif args.networks == "paper":
-            g = linears(first, (100, 1200), (1200, 1200), (1200, 784), limit=0.05)
-            d = linears(second, (784, 1200), (240, 1200), (240, 1), limit=0.005)
-            networks = generator, discriminator((0.2, 0.5, 0.5))
+        if hasattr(args, "networks"):
+            discriminate = maxout_network((0.2, 0.5, 0.5) if args.networks == "paper" else (0, 0.5, 0))
+            g, d = lambda w, z, _, key: nn.sigmoid(mlp(w, z, key)), lambda w, x, _, key: discriminate(w, x, key)
         else:
-            g = linears(first, (100, 128), (128, 256), (256, 784))
-            d = linears(second, (784, 1280), (256, 640), (128, 1))
-            networks = generator, discriminator((0, 0.5, 0))
-        state = (g, d, init(g), init(d), key)
-        step = gan_step(*networks, update, args.noise == "centred", args.simultaneous)
+            g, d = conditional_generator(args.dropout_g), conditional_discriminator(args.dropout_d)
+        step = gan_step(g, d, update, args.noise == "centred", args.simultaneous)
     images, labels = jnp.asarray(images), jnp.asarray(labels)
 
     @jax.jit

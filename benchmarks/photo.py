@@ -1,15 +1,13 @@
-"""How many photographed digits are read right: MNIST's test digits on paper, under all that befalls a photo.
+"""How many photographed digits are read correctly: MNIST's test digits on paper, with all that can spoil a photo.
 
 python benchmarks/photo.py --data-dir data
 python benchmarks/photo.py --data-dir data --condition "ruled paper" --save pages    # one condition, with its pages
 
-Each of 300 digits is drawn 150 pixels large at a random place of a page of 600 x 600, once for each condition. The page
-is saved as a file and read by `read_photo`; the judge of measures/ says which digit it is. A page that `read_photo`
-refuses counts as a mistake. Writes benchmarks/results/photo.json.
+Each of 300 digits is put on a page, 150 of 600 pixels large, once for each condition. The page is saved as a file, read
+by `read_photo`, and classified by the reference classifier. A page that `read_photo` rejects counts as an error.
+docs/results.md shows what it prints.
 """
 
-import argparse
-import json
 import math
 import os
 import sys
@@ -17,10 +15,9 @@ import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import PIL
-import scipy
 from PIL import Image
 from scipy import ndimage
 
@@ -28,7 +25,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from datasets import load
-from engine.provenance import environment
+from engine import flags
+from engine.errors import run_script
 from measures.reference import load_reference
 from photos import read_photo
 
@@ -46,7 +44,7 @@ def enlarge(digit, size=DIGIT):
 
 
 def place(ink, rng, margin=40):
-    """Put the drawn part at a random place of a page."""
+    """Put the ink at a random place of a page."""
     rows, columns = ink.any(1).nonzero()[0], ink.any(0).nonzero()[0]
     ink = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     top, left = (rng.integers(margin, PAGE - margin - side) for side in ink.shape)
@@ -56,7 +54,7 @@ def place(ink, rng, margin=40):
 
 
 def mix(ink, under, colour):
-    """Draw with `colour` over what is there."""
+    """Paint with `colour` over what is there."""
     return under + ink[..., None] * (np.array(colour) - under)
 
 
@@ -103,7 +101,7 @@ def specks(digit, rng):
 
 
 def dark_edge(digit, rng):
-    """The page ends in the picture; a dark table shows on one side, or on two."""
+    """The page ends within the photo; a dark table shows on one side, or on two."""
     page = place(enlarge(digit), rng, margin=130)
     table = np.zeros((PAGE, PAGE), bool)
     y, x = np.mgrid[:PAGE, :PAGE]
@@ -220,57 +218,50 @@ def save(page, path, condition, rng):
 # Measuring ------------------------------------------------------------------------------------------------------------
 
 
-def measure(condition, digits, labels, folder, seed):
-    """How many of the digits are read right in this condition, read wrong, and refused."""
-    judge, draw, wrong, refused = load_reference("cpu"), {**CONDITIONS, **SAVED}[condition], 0, 0
+def measure(condition: str, digits: Any, labels: list[int], folder: str, seed: int) -> dict[str, float]:
+    """How many of the digits are read correctly in this condition, read wrong, and rejected."""
+    reference, make, wrong, rejected = load_reference("cpu"), {**CONDITIONS, **SAVED}[condition], 0, 0
     for i, (digit, label) in enumerate(zip(digits, labels)):
         rng, path = np.random.default_rng([seed, i]), Path(folder) / f"{condition.replace(' ', '-')}-{i}-{label}.jpg"
-        save(draw(digit, rng), path, condition, rng)
+        save(make(digit, rng), path, condition, rng)
         try:
-            read = judge.read(read_photo(path) / 255)[1].tolist()
+            read = reference.read(read_photo(path) / 255)[1].tolist()
+            wrong += read != [label]
+            problem = f"{path.name}: read as {', '.join(map(str, read))}" if read != [label] else ""
         except OSError as error:
-            print(error, file=sys.stderr)
-            refused += 1
-            continue
-        if read != [label]:
-            print(f"{path.name}: read as {', '.join(map(str, read))}", file=sys.stderr)
-            wrong += 1
-    accuracy = 1 - (wrong + refused) / len(digits)
+            rejected, problem = rejected + 1, str(error)
+        if problem:
+            print(problem, file=sys.stderr)
+    accuracy = 1 - (wrong + rejected) / len(digits)
     error = math.sqrt(accuracy * (1 - accuracy) / len(digits))
-    return {"accuracy": accuracy, "standard_error": error, "wrong": wrong, "refused": refused}
+    return {"accuracy": accuracy, "standard_error": error, "wrong": wrong, "rejected": rejected}
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data-dir", default="data", help="folder that holds MNIST (default: data)")
-    parser.add_argument("--count", type=int, default=300, help="digits (default: 300)")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice and the pages (default: 0)")
-    parser.add_argument("--condition", choices=[*CONDITIONS, *SAVED], help="only this one; records nothing")
-    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="at a time (default: one a core)")
-    parser.add_argument("--save", metavar="DIR", help="keep the pages in this folder")
-    args = parser.parse_args()
+def main(argv: list[str] | None = None) -> None:
+    parser = flags.ArgumentParser("photo.py", __doc__)
+    add, positive = parser.add_argument, flags.number(int, 1)
+    add("--data-dir", default="data", help="folder that holds MNIST")
+    add("--count", type=positive, default=300, help="digits")
+    add("--seed", type=flags.number(int, 0), default=0, help="of the choice and the pages")
+    add("--condition", choices=[*CONDITIONS, *SAVED], help="only this one")
+    add("--processes", type=positive, default=os.cpu_count(), help="at a time")
+    add("--save", metavar="DIR", help="keep the pages in this folder")
+    args = parser.parse_args(argv)
     images, labels = load("mnist", args.data_dir, train=False)
     chosen = np.random.default_rng(args.seed).choice(len(images), args.count, replace=False)
-    original = (load_reference("cpu").read(images[chosen] / 255)[1] == labels[chosen]).double().mean().item()
-    print(f"{'MNIST itself':24} {original:7.1%}")
-    rows, names = {}, [args.condition] if args.condition else [*CONDITIONS, *SAVED]
-    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(args.processes) as pool:
-        if args.save:
-            folder = args.save
-            Path(folder).mkdir(exist_ok=True)
-        task = partial(
-            measure, digits=images[chosen, 0].numpy(), labels=labels[chosen].tolist(), folder=folder, seed=args.seed
-        )
-        for name, row in zip(names, pool.map(task, names)):
-            rows[name] = row
-            print("{:24} {accuracy:7.1%} ± {standard_error:.1%}  {refused} refused".format(name, **row), flush=True)
-    if not args.condition:
-        options = {"count": args.count, "seed": args.seed, "page": PAGE, "digit": DIGIT, "mnist_itself": original}
-        versions = {"numpy": np.__version__, "pillow": PIL.__version__, "scipy": scipy.__version__}
-        (ROOT / "benchmarks" / "results").mkdir(exist_ok=True)
-        text = json.dumps({"rows": rows, **options, **versions, **environment()}, indent=2)
-        (ROOT / "benchmarks" / "results" / "photo.json").write_text(text + "\n")
+    original = load_reference("cpu").read(images[chosen] / 255)[1] == labels[chosen]
+    print(f"{'MNIST itself':24} {original.double().mean():7.1%}")
+    names = [args.condition] if args.condition else [*CONDITIONS, *SAVED]
+    with tempfile.TemporaryDirectory() as temporary, ProcessPoolExecutor(args.processes) as pool:
+        folder = args.save or temporary
+        Path(folder).mkdir(exist_ok=True)
+        digits = {"digits": images[chosen, 0].numpy(), "labels": labels[chosen].tolist()}
+        for name, row in zip(names, pool.map(partial(measure, **digits, folder=folder, seed=args.seed), names)):
+            print(
+                "{:24} {accuracy:7.1%} ± {standard_error:.1%}  {wrong} wrong, {rejected} rejected".format(name, **row),
+                flush=True,
+            )
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

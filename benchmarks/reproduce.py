@@ -25,6 +25,7 @@ import tempfile
 from argparse import Namespace
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -37,6 +38,7 @@ from engine.provenance import warn_if_code_changed
 
 RESULTS = ROOT / "benchmarks" / "results" / "results.json"
 BANDS = ROOT / "benchmarks" / "results" / "quick.json"
+Row = dict[str, Any]
 
 # name -> command, in which a row's name stands for the same seed's run of that row; what has been published for it.
 ROWS = {
@@ -59,7 +61,7 @@ ROWS = {
     ),
     "maxout-first-stage": ("train_classifier.py --recipe paper --compile", ""),
     "maxout-paper": (
-        "train_classifier.py --recipe paper --compile --second-stage maxout-first-stage",
+        "benchmarks/maxout_paper.py --compile --first-stage maxout-first-stage",
         "99.06 % (Goodfellow et al. 2013)",
     ),
     "mlp-permutation-invariant": (
@@ -75,17 +77,17 @@ ROWS = {
         "Parzen 225 ± 2 (Goodfellow et al. 2014)",
     ),
     "gan-relativistic": (  # in as many minutes as gan-best
-        "train_gan.py --recipe best --adversarial-loss relativistic --r1 0.05 --epochs 40 --amp --compile",
+        "train_gan.py --recipe best --loss relativistic --r1 0.05 --epochs 40 --amp --compile",
         "",
     ),
     "gan-relativistic-large": (  # in as many minutes as gan-best-large; made on a CPU without bfloat16, so no --amp
-        "train_gan.py --recipe best --networks large --adversarial-loss relativistic --r1 0.2 --epochs 48 --compile",
+        "train_gan.py --recipe best --networks large --loss relativistic --r1 0.2 --epochs 48 --compile",
         "",
     ),
     "gan-paper": ("train_gan.py --recipe paper --amp --compile", "Parzen 225 ± 2 (Goodfellow et al. 2014)"),
     "cgan-lecture": ("train_cgan.py --recipe lecture --compile", ""),
     "cgan-best": ("train_cgan.py --recipe best --amp --compile", ""),
-    "cgan-best-no-mismatched": ("train_cgan.py --recipe best --mismatched 0 --amp --compile", ""),
+    "cgan-best-no-mismatched": ("train_cgan.py --recipe best --wrong-label 0 --amp --compile", ""),
     "cgan-paper": ("train_cgan.py --recipe paper --amp --compile", "Parzen 132 ± 1.8 (Mirza & Osindero 2014)"),
     "cgan-paper-with-r1": (
         "train_cgan.py --recipe paper --noise centred --init he --r1 0.5 --dropout-g 0 --dropout-d 0.2 --amp --compile",
@@ -108,63 +110,51 @@ ROWS = {
     "rnn-best": ("train_likelihood.py --model rnn --recipe best --amp", "79.20 nats (PixelRNN, 2016)"),
 }
 
-# name -> flags that shorten the row for --quick, and what is compared.
+# name -> a short form of the row, in float32 and not compiled, and what is compared.
 QUICK = {
-    "mlp-lecture": ("", "test_accuracy"),
-    "digits-best": ("--epochs 10", "test_accuracy"),
-    "gan-best": ("--dataset digits --epochs 40", "fid"),
-    "cgan-best": ("--dataset digits --epochs 40", "conditional_accuracy"),
+    "gan-best": ("train_gan.py --recipe best --dataset digits --epochs 25", "fid"),
+    "cgan-best": ("train_cgan.py --recipe best --dataset digits --epochs 25", "conditional_accuracy"),
+    "mlp-lecture": ("train_classifier.py --model mlp --recipe lecture", "test_accuracy"),
+    "digits-best": ("train_classifier.py --recipe best --dataset digits --epochs 10", "test_accuracy"),
 }
 
 PROVENANCE = ("torch", "python", "processor", "cores", "threads", "gpu", "commit")
-LEFT_OUT = ("data_dir", "second_stage", "classes", "goal")  # of the options: paths, and what a script adds to them
-
-# What the README shows of the first seed's run.
-KEPT = {
-    "cnn-best": {
-        "evaluation/mistakes.png": "assets/mistakes.png",
-        "evaluation/confusion_matrix.png": "assets/confusion.png",
-    },
-    "vae-lecture": {
-        "evaluation/samples.png": "assets/vae-lecture.png",
-        "evaluation/interpolation-seed0.png": "assets/vae-latent-walk.png",
-    },
-    "rbm-lecture": {
-        "evaluation/samples.png": "assets/rbm-lecture.png",
-        "evaluation/gibbs_chains.png": "assets/rbm-gibbs-chains.png",
-    },
-    "rnn-lecture": {"evaluation/samples.png": "assets/rnn-lecture.png"},
-    "hmm-lecture": {
-        "evaluation/samples.png": "assets/hmm-lecture.png",
-        "evaluation/real_images.png": "assets/real.png",
-    },
-    "gan-lecture": {"samples/epoch-0025.png": "assets/gan-lecture.png"},
-    "cgan-lecture": {"samples/epoch-0025.png": "assets/cgan-lecture.png"},
-    "gan-paper": {"curves.png": "assets/gan-paper-curves.png"},
-    "gan-best-large": {"curves.png": "assets/gan-best-large-curves.png"},
-    "gan-best": {
-        "samples.gif": "assets/gan-best.gif",
-        "evaluation/samples.png": "assets/gan-best.png",
-        "evaluation/nearest_training_images.png": "assets/gan-best-neighbours.png",
-    },
-    "cgan-best": {
-        "samples.gif": "assets/cgan-best.gif",
-        "evaluation/same_noise-seed0.png": "assets/cgan-best-same-noise.png",
-    },
-}
-
+LEFT_OUT = ("data_dir", "first_stage", "classes", "goal")  # of the options: paths, and what a script adds to them
 OURS = {"--seed", "--data-dir", "--output-dir", "--resume", "--auto-resume"}  # flags that --command may not hold
 
+# What the pages show of the first seed's run: (row, file of the run) -> file of assets/.
+KEPT = {
+    ("cnn-best", "evaluation/mistakes.png"): "mistakes.png",
+    ("cnn-best", "evaluation/confusion_matrix.png"): "confusion.png",
+    ("vae-lecture", "evaluation/samples.png"): "vae-lecture.png",
+    ("vae-lecture", "evaluation/interpolation-seed0.png"): "vae-latent-walk.png",
+    ("rbm-lecture", "evaluation/samples.png"): "rbm-lecture.png",
+    ("rbm-lecture", "evaluation/gibbs_chains.png"): "rbm-gibbs-chains.png",
+    ("rnn-lecture", "evaluation/samples.png"): "rnn-lecture.png",
+    ("hmm-lecture", "evaluation/samples.png"): "hmm-lecture.png",
+    ("hmm-lecture", "evaluation/real_images.png"): "real.png",
+    ("gan-lecture", "samples/epoch-0025.png"): "gan-lecture.png",
+    ("cgan-lecture", "samples/epoch-0025.png"): "cgan-lecture.png",
+    ("gan-paper", "curves.png"): "gan-paper-curves.png",
+    ("gan-best-large", "curves.png"): "gan-best-large-curves.png",
+    ("gan-best", "samples.gif"): "gan-best.gif",
+    ("gan-best", "evaluation/samples.png"): "gan-best.png",
+    ("gan-best", "evaluation/nearest_training_images.png"): "gan-best-neighbours.png",
+    ("cgan-best", "samples.gif"): "cgan-best.gif",
+    ("cgan-best", "evaluation/same_noise-seed0.png"): "cgan-best-same-noise.png",
+}
 
-def run_seed(command, seed, folder, data_dir, jobs, processes):
+
+def run_seed(command: str, seed: int, folder: Path, args: Namespace, processes: list[subprocess.Popen]) -> Row:
     """Train and evaluate one seed in `folder`, resuming what is there; returns its metrics.json.
 
-    processes: a list; the processes that it starts are appended.
+    processes: the processes that it starts are appended.
     """
 
     def call(script, *options):
-        environment = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // jobs)), **os.environ}
-        process = subprocess.Popen([sys.executable, str(ROOT / script), *map(str, options)], env=environment)
+        environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.jobs)), **os.environ}
+        words = [*options, "--data-dir", args.data_dir]
+        process = subprocess.Popen([sys.executable, str(ROOT / script), *map(str, words)], env=environment)
         processes.append(process)
         if process.wait():
             raise UserError(f"{script} stopped; fix what it says, then the same command resumes {folder}")
@@ -177,28 +167,22 @@ def run_seed(command, seed, folder, data_dir, jobs, processes):
             warn_if_code_changed(load_checkpoint(folder), folder)
     else:
         if has_checkpoint(folder):
-            call(script, "--resume", folder, "--data-dir", data_dir)
+            call(script, "--resume", folder)
         else:
             for path in (folder / "config.json", folder / "best.pt", *folder.glob("*.tmp")):  # of a run without one
                 path.unlink(missing_ok=True)
-            call(script, *options, "--seed", seed, "--data-dir", data_dir, "--output-dir", folder)
-        call("evaluate.py", folder, "--data-dir", data_dir)
+            call(script, *options, "--seed", seed, "--output-dir", folder)
+        call("evaluate.py", folder)
     return json.loads(metrics.read_text())
 
 
-def run_seeds(name, command, args):
-    """Train and evaluate every seed, after those of a row that it continues; returns the folders and metrics.json."""
-    for word in shlex.split(command):
-        if word in ROWS:
-            run_row(word, args)
-    folders, processes = [Path(args.output_dir) / f"{name}-{seed}" for seed in range(args.seeds)], []
-    for folder in folders:
+def run_all(tasks: list[tuple[str, int, Path]], args: Namespace) -> list[Row]:
+    """Run (command, seed, folder) tasks, --jobs at a time; returns their metrics.json."""
+    processes: list[subprocess.Popen] = []
+    for command, _, folder in tasks:
         refuse_another_run(command, folder)
     with ThreadPoolExecutor(args.jobs) as pool:
-        jobs = [
-            pool.submit(run_seed, command, seed, folder, args.data_dir, args.jobs, processes)
-            for seed, folder in enumerate(folders)
-        ]
+        jobs = [pool.submit(run_seed, *task, args, processes) for task in tasks]
         try:
             wait(jobs, return_when=FIRST_EXCEPTION)
             pool.shutdown(cancel_futures=True)  # if one has failed, no more are begun
@@ -207,17 +191,26 @@ def run_seeds(name, command, args):
             for process in processes:  # `kill` ends this process alone; a training saves first
                 process.terminate()
             raise
-    return folders, [job.result() for job in jobs]
+    return [job.result() for job in jobs]
 
 
-def refuse_another_run(command, folder):
+def run_seeds(name: str, command: str, args: Namespace) -> tuple[list[Path], list[Row]]:
+    """Train and evaluate every seed, after those of a row that it continues; returns the folders and metrics.json."""
+    for word in shlex.split(command):
+        if word in ROWS:
+            run_row(word, args)
+    folders = [Path(args.output_dir) / f"{name}-{seed}" for seed in range(args.seeds)]
+    return folders, run_all([(command, seed, folder) for seed, folder in enumerate(folders)], args)
+
+
+def refuse_another_run(command: str, folder: Path) -> None:
     """Raise UserError if the run in `folder`, if there is one, was started with other options than `command`."""
     if not has_checkpoint(folder):
         return
     script, *options = shlex.split(command)
-    script = importlib.import_module(script.removesuffix(".py"))
+    module = importlib.import_module(Path(script).stem)
     with contextlib.redirect_stdout(None):
-        now = vars(flags.parse_args(script.get_args_parser(), script.RECIPES, script.VARIANTS, options))
+        now = vars(flags.parse_args(module.get_args_parser(), module.RECIPES, module.VARIANTS, options))
     then = load_checkpoint(folder, warn=False)["options"]
     for name in sorted(now.keys() & then.keys() - {"seed", *LEFT_OUT, *flags.FREE_ON_RESUME} | {"epochs"}):
         if now[name] != then[name]:
@@ -225,8 +218,8 @@ def refuse_another_run(command, folder):
             raise UserError(f"{folder} was trained with {name}={then[name]}, not {name}={now[name]}; {remedy}")
 
 
-def run_row(name, args):
-    """Run a row's seeds. With --record, put it into results.json and its pictures into assets/."""
+def run_row(name: str, args: Namespace) -> None:
+    """Run a row's seeds. With --record, put it into results.json and its images into assets/."""
     command, published = ROWS[name]
     folders, metrics = run_seeds(name, command, args)
     print_seeds(name, folders, metrics, read_results().get(name, {}))
@@ -236,7 +229,7 @@ def run_row(name, args):
         record(name, metrics, folders)
 
 
-def run_command(command, args):
+def run_command(command: str, args: Namespace) -> None:
     """Run the seeds of a command that is not a row."""
     words = shlex.split(command)
     words = words[1:] if words[:1] == ["python"] else words
@@ -249,7 +242,7 @@ def run_command(command, args):
     print_seeds(name, folders, metrics, {})
 
 
-def folder_name(words):
+def folder_name(words: list[str]) -> str:
     """'train_gan.py --lr 1e-3 --amp' -> 'gan-lr=1e-3-amp': another command has another name."""
     script, *words = [re.sub(r"[^\w.,+=-]", "%", word) for word in words]
     name = script.removeprefix("train_").removesuffix(".py")
@@ -257,18 +250,18 @@ def folder_name(words):
     return name if len(name) <= 120 else f"{name[:110]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
-def print_seeds(name, folders, metrics, row):
-    """Print each measure's mean ± standard deviation beside that of `row` of results.json, and how to draw the runs."""
+def print_seeds(name: str, folders: list[Path], metrics: list[Row], row: Row) -> None:
+    """Print each measure's mean ± standard deviation beside that of `row` of results.json, and how to plot the runs."""
     print(f"{name}, {len(folders)} seed{'s' * (len(folders) > 1)}")
     for measure in MEASURES:
         if measure in metrics[0]:
             text = mean_sd(measure, [seed[measure] for seed in metrics])
             print(f"  {measure} {text}{recorded(measure, row)}")
     print(f"  seconds of training {mean_sd('seconds', [sum(read_seconds(folder)) for folder in folders])}")
-    print("  picture: python benchmarks/compare.py", *(f'"{folder}"' for folder in folders))
+    print("  plot: python benchmarks/compare.py", *(f'"{folder}"' for folder in folders))
 
 
-def recorded(measure, row):
+def recorded(measure: str, row: Row) -> str:
     if measure == "test_accuracy" and "test_errors" in row:
         seeds = row["test_errors"]
         text = format_metric(measure, row["test_accuracy_mean"], row["test_accuracy_sd"] if len(seeds) > 1 else None)
@@ -279,21 +272,18 @@ def recorded(measure, row):
     return f", recorded {text} with {len(seeds)} seed{'s' * (len(seeds) > 1)}"
 
 
-def read_seconds(folder):
+def read_seconds(folder: Path) -> list[float]:
     """The seconds of training that each epoch took."""
     with open(folder / "seconds.csv") as file:
         return [float(row["seconds"]) for row in csv.DictReader(file)]
 
 
-def read_results():
+def read_results() -> Row:
     return json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
 
 
-def record(name, metrics, folders):
-    """Put the row into results.json and what KEPT says of the first seed's run into assets/.
-
-    metrics, folders: the metrics.json and the run of each seed, from 0.
-    """
+def record(name: str, metrics: list[Row], folders: list[Path]) -> None:
+    """Put the row into results.json and what KEPT says of the first seed's run into assets/."""
     command, published = ROWS[name]
     seconds = [read_seconds(folder) for folder in folders]
     config, *others = [json.loads((folder / "config.json").read_text()) for folder in folders]
@@ -317,39 +307,45 @@ def record(name, metrics, folders):
         row["seeds"] = metrics
     row.update({key: config[key] for key in PROVENANCE})
     rows = {**read_results(), name: row}
-    RESULTS.parent.mkdir(exist_ok=True)
-    rows = {name: rows[name] for name in ROWS if name in rows}  # in the order above
-    RESULTS.write_text(json.dumps(rows, indent=2) + "\n")
+    in_order = {name: rows[name] for name in ROWS if name in rows}
+    RESULTS.write_text(json.dumps(in_order, indent=2) + "\n")
     print(f"  wrote {RESULTS}")
-    for source, target in KEPT.get(name, {}).items():
-        shutil.copy(folders[0] / source, ROOT / target)
-        print(f"  wrote {ROOT / target}")
+    for (row_name, source), target in KEPT.items():
+        if row_name == name:
+            shutil.copy(folders[0] / source, ROOT / "assets" / target)
+            print(f"  wrote assets/{target}")
 
 
-def quick(args):
+def quick(args: Namespace) -> bool:
     """Train the short forms; whether each falls in its band. With --record: make the bands, from three seeds each."""
     bands, good = json.loads(BANDS.read_text()) if BANDS.is_file() else {}, True
-    for name, (shorter, metric) in QUICK.items():
-        if "digits" not in f"{name} {shorter}" and not (Path(args.data_dir) / "MNIST").is_dir():
-            print(f"{name}: skipped, there is no MNIST in {args.data_dir}")
-            continue
-        command = f"{ROWS[name][0]} --no-compile {shorter}"  # compiling would take longer than these
-        with tempfile.TemporaryDirectory() as folder:
-            seeds = {"seeds": 3 if args.record else 1, "output_dir": folder}
-            values = [seed[metric] for seed in run_seeds(name, command, Namespace(**{**vars(args), **seeds}))[1]]
+    names = [name for name, (command, _) in QUICK.items() if "digits" in command or has_mnist(args.data_dir)]
+    print("".join(f"{name}: skipped, there is no MNIST in {args.data_dir}\n" for name in QUICK.keys() - names), end="")
+    seeds = range(3 if args.record else 1)
+    one_thread_each = Namespace(**{**vars(args), "jobs": os.cpu_count()})
+    with tempfile.TemporaryDirectory() as folder:
+        tasks = [(QUICK[name][0], seed, Path(folder) / f"{name}-{seed}") for name in names for seed in seeds]
+        metrics = run_all(tasks, one_thread_each)
+    for i, name in enumerate(names):
+        command, measure = QUICK[name]
+        values = [seed[measure] for seed in metrics[i * len(seeds) : (i + 1) * len(seeds)]]
         if args.record:  # three values say little about the spread: twice their range on either side
             low, high, spread = min(values), max(values), 2 * (max(values) - min(values))
-            bands[name] = {"flags": shorter, "metric": metric, "low": low - spread, "high": high + spread}
+            bands[name] = {"command": command, "metric": measure, "low": low - spread, "high": high + spread}
         low, high = bands[name]["low"], bands[name]["high"]
         good &= low <= values[0] <= high
-        print(f"{name} {shorter}: {metric} {values[0]:.4f}, band {low:.4f} to {high:.4f}", flush=True)
+        print(f"{name}: {measure} {values[0]:.4f}, band {low:.4f} to {high:.4f}", flush=True)
     if args.record:
         BANDS.write_text(json.dumps(bands, indent=2) + "\n")
     return good
 
 
-def get_args_parser():
-    parser = flags.ArgumentParser(prog="reproduce.py", description=__doc__.splitlines()[0])
+def has_mnist(data_dir: str) -> bool:
+    return (Path(data_dir) / "MNIST").is_dir()
+
+
+def get_args_parser() -> flags.ArgumentParser:
+    parser = flags.ArgumentParser("reproduce.py", __doc__)
     add, positive = parser.add_argument, flags.number(int, 1)
     add("names", metavar="NAME", nargs="*", help="rows to run")
     add("--list", action="store_true", help="print the rows and their commands")
@@ -363,7 +359,7 @@ def get_args_parser():
     return parser
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     parser = get_args_parser()
     args = parser.parse_args(argv)
     for name in args.names:

@@ -1,11 +1,10 @@
-"""Make a file of weights/ from an evaluated run: its network alone, with its options and its figures.
+"""Make a file of weights/ from an evaluated run: its network alone, with its options and its measures.
 
 python benchmarks/reproduce.py mlp-best --seeds 1
 python benchmarks/weights.py mlp runs/reproduce/mlp-best-0           # writes weights/mlp.pt
 python benchmarks/weights.py cgan runs/reproduce/cgan-best-0 --half  # in half precision
 """
 
-import argparse
 import hashlib
 import io
 import json
@@ -18,43 +17,43 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import evaluate
+from engine import flags
 from engine.checkpoint import seal, write_atomically
 from engine.errors import UserError, run_script
 from engine.folder import read_config
 from models import KINDS
 
 WEIGHTS = ROOT / "weights"
-SUMS = WEIGHTS / "SHA256SUMS"  # as `sha256sum --check` reads it
-NOT_KEPT = ("data_dir", "second_stage", "device")  # options that say where something lay
+NOT_KEPT = ("data_dir", "first_stage", "device")  # options that say where something was
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(argv: list[str] | None = None) -> None:
+    parser = flags.ArgumentParser("weights.py", __doc__)
     parser.add_argument("name", metavar="NAME", help="of the file: weights/NAME.pt")
     parser.add_argument("run", metavar="RUN", type=Path, help="run folder, evaluated")
     parser.add_argument("--half", action="store_true", help="keep float16 numbers; evaluate the file afterwards")
-    args = parser.parse_args()
-    if not (args.run / "evaluation" / "metrics.json").is_file():
+    args = parser.parse_args(argv)
+    measured = args.run / "evaluation" / "metrics.json"
+    if not measured.is_file():
         raise UserError(f"{args.run} has not been evaluated: python evaluate.py {args.run}")
     network, checkpoint = evaluate.load_network(args.run, "cpu")
     name, _ = KINDS[checkpoint["options"]["kind"]]
-    weights = {key: value.half() if args.half and value.is_floating_point() else value
-               for key, value in network.state_dict().items()}  # fmt: skip
+    weights = {key: tensor.half() if args.half and tensor.is_floating_point() else tensor
+               for key, tensor in network.state_dict().items()}  # fmt: skip
     kept = {
         "options": {key: value for key, value in checkpoint["options"].items() if key not in NOT_KEPT},
         "code": {},  # not compared with the code: what counts is that the weights fit the network
         "state": {name: weights},
         "epoch": checkpoint["epoch"],
         "commit": read_config(args.run)["commit"],
-        "measured": json.loads((args.run / "evaluation" / "metrics.json").read_text()),
+        "measured": json.loads(measured.read_text()),
     }
     file = io.BytesIO()
     torch.save(kept, file)
-    WEIGHTS.mkdir(exist_ok=True)
     path = WEIGHTS / f"{args.name}.pt"
     write_atomically(path, seal(file.getvalue()))
-    lines = [f"{hashlib.sha256(each.read_bytes()).hexdigest()}  {each.name}\n" for each in sorted(WEIGHTS.glob("*.pt"))]
-    SUMS.write_text("".join(lines))
+    sums = [f"{hashlib.sha256(each.read_bytes()).hexdigest()}  {each.name}\n" for each in sorted(WEIGHTS.glob("*.pt"))]
+    (WEIGHTS / "SHA256SUMS").write_text("".join(sums))  # as `sha256sum --check` reads it
     print(f"wrote {path}, {path.stat().st_size / 1e6:.2f} MB")
 
 

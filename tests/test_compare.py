@@ -1,4 +1,4 @@
-"""benchmarks/compare.py: which runs make one setting, its name, what is printed and drawn, errors on one line."""
+"""benchmarks/compare.py: which runs make one setting, its name, what is printed and plotted, errors on one line."""
 
 import json
 import shutil
@@ -40,10 +40,10 @@ def runs(trained, tmp_path, monkeypatch):
 def table(capsys, *names):
     """What compare.py prints: for each setting, column -> cell; and the lines below."""
     capsys.readouterr()
-    compare.main([*map(str, names), "--output", "picture.png"])
+    compare.main([*map(str, names), "--output", "plot.png"])
     header, *lines = capsys.readouterr().out.splitlines()
     starts = [i for i in range(len(header)) if header[i] != " " and header[i - 1] == " "]
-    rows = next(i for i, line in enumerate(lines) if line.startswith(("with", "wrote")))
+    rows = next(i for i, line in enumerate(lines) if ": " in line or line.startswith("wrote"))
     cells = {
         line[: starts[0]].strip(): {header[a:b].strip(): line[a:b].strip() for a, b in pairwise([*starts, None])}
         for line in lines[:rows]
@@ -51,22 +51,12 @@ def table(capsys, *names):
     return cells, lines[rows:]
 
 
-def change_options(folder, **options):
-    config = json.loads((folder / "config.json").read_text())
-    config["options"].update(options)
-    (folder / "config.json").write_text(json.dumps(config))
-
-
-def settings_of(*names):
+def labels_of(*names):
     settings = {}
     for name in names:
         each = compare.read_run(Path(name))
         settings.setdefault(each.setting, []).append(each)
-    return list(settings.values())
-
-
-def labels_of(*names):
-    return compare.name_settings(settings_of(*names))
+    return compare.name_settings(list(settings.values()))[0]
 
 
 # Settings -------------------------------------------------------------------------------------------------------------
@@ -74,7 +64,7 @@ def labels_of(*names):
 
 def test_seeds_of_one_setting_are_mean_and_sd(runs, capsys):
     cells, lines = table(capsys, "relu-0", "relu-1", "tanh-*", "tanh-0")  # no shell has expanded the pattern
-    assert list(cells) == ["lr=0.0002 activation=relu (2 seeds)", "lr=0.001 activation=tanh (2 seeds)"]
+    assert list(cells) == ["relu (2 seeds)", "tanh (2 seeds)"]
     relu, tanh = cells.values()
     tested = [json.loads((runs / f"tanh-{i}/evaluation/metrics.json").read_text())["test_accuracy"] for i in (0, 1)]
     assert tanh["test_accuracy"] == f"{100 * statistics.mean(tested):.2f} ± {100 * statistics.stdev(tested):.2f} %"
@@ -82,17 +72,18 @@ def test_seeds_of_one_setting_are_mean_and_sd(runs, capsys):
     assert relu["loss"] == f"{statistics.mean(losses):.4f} ± {statistics.stdev(losses):.4f}"
     assert relu["epochs"] == "2"
     assert relu["test_accuracy"] == ""
-    assert lines == ["without a test result, which evaluate.py adds: relu-0 relu-1", "wrote picture.png"]
+    assert lines == [
+        "relu (2 seeds): lr=0.0002 activation=relu",
+        "tanh (2 seeds): lr=0.001 activation=tanh",
+        "without a test result, which evaluate.py adds: relu-0 relu-1",
+        "wrote plot.png",
+    ]
 
 
-def test_one_seed_has_no_sd(runs, capsys):
+def test_one_seed_has_no_sd_and_the_mean_of_some_seeds_is_not_that_of_all(runs, capsys):
     cells, _ = table(capsys, "tanh-0")
-    assert cells.keys() == {"tanh-0"}  # nothing differs: the folder's name
     assert "±" not in "".join(cells["tanh-0"].values())
     assert cells["tanh-0"]["test_accuracy"].endswith(" %")
-
-
-def test_the_mean_of_some_seeds_is_not_that_of_all(runs, capsys):
     shutil.rmtree("tanh-1/evaluation")
     cells, _ = table(capsys, "tanh-0", "tanh-1", "relu-0")
     assert all(row.get("test_accuracy", "") == "" for row in cells.values())
@@ -100,60 +91,27 @@ def test_the_mean_of_some_seeds_is_not_that_of_all(runs, capsys):
 
 @pytest.mark.parametrize("best", [False, True])
 def test_a_result_measured_before_the_run_trained_on_is_left_out(runs, best):
-    assert compare.read_run(Path("tanh-0")).figures["test_accuracy"]
+    assert compare.read_run(Path("tanh-0")).values["test_accuracy"]
     if best:  # then that epoch's network is the result
         save_sealed({**load("tanh-0/checkpoint.pt"), "epoch": 1}, runs / "tanh-0" / "best.pt")
     else:
         metrics = json.loads(Path("tanh-0/evaluation/metrics.json").read_text())
         Path("tanh-0/evaluation/metrics.json").write_text(json.dumps({**metrics, "epochs": 1}))
-    assert "test_accuracy" not in compare.read_run(Path("tanh-0")).figures
+    assert "test_accuracy" not in compare.read_run(Path("tanh-0")).values
 
 
-def test_other_devices_are_other_settings(runs):
+def test_other_devices_and_edited_code_are_other_settings_and_the_same_seed_twice_is_not_two_seeds(runs):
+    shutil.copytree("relu-0", "again")
+    assert labels_of("relu-0", "again") == ["relu (2 runs)"]
     config = json.loads((runs / "relu-1" / "config.json").read_text())
     (runs / "relu-1" / "config.json").write_text(json.dumps({**config, "device": "cuda:0"}))
-    assert labels_of("relu-0", "relu-1")[0] == ["device=cpu", "device=cuda"]
-
-
-def test_the_same_seed_twice_is_not_two_seeds(runs):
-    shutil.copytree("relu-0", "again")
-    assert labels_of("relu-0", "again")[0] == ["relu (2 runs)"]
-
-
-def test_runs_before_and_after_an_edit_of_the_code_are_two_settings(runs):
-    checkpoint = load("relu-1/checkpoint.pt")
+    checkpoint = load("again/checkpoint.pt")
     checkpoint["code"]["train_classifier.py"] = "edited"
-    save_sealed(checkpoint, runs / "relu-1" / "checkpoint.pt")
-    assert labels_of("relu-0", "relu-1")[0] == ["relu-0", "relu-1"]
-    assert labels_of("relu-0", "relu-1", "tanh-0")[0] == [
-        "lr=0.0002 activation=relu relu-0",
-        "lr=0.0002 activation=relu relu-1",
-        "lr=0.001 activation=tanh",
-    ]
+    save_sealed(checkpoint, runs / "again" / "checkpoint.pt")
+    assert labels_of("relu-0", "relu-1", "again") == ["relu-0", "relu-1", "again"]
 
 
-def test_a_second_stage_of_each_seed_is_one_setting(runs):
-    change_options(runs / "relu-0", second_stage="first-0")
-    change_options(runs / "relu-1", second_stage="first-1")
-    assert [len(setting) for setting in settings_of("relu-0", "relu-1")] == [2]
-    change_options(runs / "relu-1", second_stage=None)
-    assert [len(setting) for setting in settings_of("relu-0", "relu-1")] == [1, 1]
-
-
-def test_what_follows_from_the_recipe_is_not_in_the_label(runs, capsys):
-    change_options(runs / "relu-0", recipe="best", lr=0.002, epochs=60)
-    change_options(runs / "relu-1", recipe="best", lr=0.002, epochs=60, activation="sigmoid")
-    labels, decided = labels_of("relu-0", "relu-1", "tanh-0")
-    assert labels == [
-        "recipe=best activation=relu",
-        "recipe=best activation=sigmoid",
-        "recipe=lecture activation=tanh",
-    ]
-    assert decided == ["epochs", "lr"]
-    assert "with the recipe, these differ too: epochs, lr" in table(capsys, "relu-0", "relu-1", "tanh-0")[1]
-
-
-# The picture ----------------------------------------------------------------------------------------------------------
+# The plot -----------------------------------------------------------------------------------------------------------
 
 
 def fake(accuracies, seconds, seed=0, **curve):
@@ -167,7 +125,7 @@ def test_lines_are_means_and_bands_reach_from_the_lowest_to_the_highest():
         [fake([0.2, 0.6, 0.8], [1, 1, 1]), fake([0.4, 0.8], [3, 3], seed=1)],
         [fake([0.5, 0.7, 0.9], [1, 1, 1])],
     ]
-    figure = compare.draw(settings, ["several", "one"], ["accuracy"], fine=False)
+    figure = compare.plot(settings, ["several", "one"], ["accuracy"], fine=False)
     over_epochs, over_seconds = figure.axes
     line, other = over_epochs.lines
     np.testing.assert_allclose(line.get_xydata(), [[1, 0.3], [2, 0.7]])  # up to the last epoch that both have
@@ -184,13 +142,13 @@ def test_a_line_ends_where_the_first_seed_ends():
     coarse = [{"epoch": i, "accuracy": i / 10} for i in (1, 2, 3)]
     fine = [{"epoch": i / 4, "accuracy": i / 40} for i in range(1, 9)]
     seeds = [fake([0.1, 0.2, 0.3], [1] * 3, curve=coarse), fake([0.1, 0.2], [1] * 2, seed=1, curve=fine)]
-    line = compare.draw([seeds], ["several"], ["accuracy"], fine=True).axes[0].lines[0]
+    line = compare.plot([seeds], ["several"], ["accuracy"], fine=True).axes[0].lines[0]
     np.testing.assert_allclose(line.get_xydata(), [[1, 0.1], [2, 0.2]])
 
 
 def test_92_and_93_percent_lie_apart():
     rise = [0.1, 0.3, *[0.9] * 4]
-    figure = compare.draw(
+    figure = compare.plot(
         [[fake([*rise, 0.92, 0.92], [1] * 8)], [fake([*rise, 0.93, 0.93], [1] * 8)]], "ab", ["accuracy"], False
     )
     for axis in figure.axes:
@@ -199,11 +157,11 @@ def test_92_and_93_percent_lie_apart():
         assert 0.01 / (high - low) > 0.1
 
 
-def test_few_epochs_are_drawn_from_the_reports_within_them(runs, monkeypatch):
-    drawn = {}
-    monkeypatch.setattr(compare.pictures, "save_figure", lambda figure, path: drawn.update({path: figure}))
+def test_few_epochs_are_plotted_from_the_reports_within_them(runs, monkeypatch):
+    plotted = {}
+    monkeypatch.setattr(compare.pictures, "save_figure", lambda figure, path: plotted.update({path: figure}))
     compare.main(["tanh-0", "tanh-1"])
-    (figure,) = drawn.values()
+    (figure,) = plotted.values()
     loss = figure.axes[0]
     assert loss.get_ylabel() == "loss"
     assert len(loss.lines[0].get_xdata()) > 2
@@ -223,7 +181,7 @@ def test_runs_show_what_they_share(runs, capsys):
         compare.main(["tanh-0", "tanh-1"])
 
 
-def test_only_a_picture_that_was_named_is_overwritten(runs, capsys):
+def test_only_a_plot_that_was_named_is_overwritten(runs, capsys):
     Path("compare.png").write_text("mine")
     compare.main(["tanh-0"])
     assert Path("compare.png").read_text() == "mine"

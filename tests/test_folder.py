@@ -77,7 +77,7 @@ def test_a_conditional_gan_learns_and_shows_every_class(few, monkeypatch):
         return forward(self, x, labels)
 
     monkeypatch.setattr(train_cgan.ConditionalDiscriminator, "forward", record)
-    flags = ["--device", "cpu", "--dry-run", "--mismatched", "0.3", "--batch-size", "30"]
+    flags = ["--device", "cpu", "--dry-run", "--wrong-label", "0.3", "--batch-size", "30"]
     train_cgan.main(["--dataset", str(few), *flags])
     right, _, wrong = seen[0].chunk(3)  # wrong labels are of all the other classes
     assert {*zip(right.tolist(), wrong.tolist())} == {(a, b) for a in range(3) for b in range(3) if a != b}

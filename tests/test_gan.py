@@ -215,7 +215,7 @@ def test_conditional_discriminator_has_the_papers_layers_and_hears_the_label():
 @pytest.mark.parametrize("script", PAIRS)
 @pytest.mark.parametrize("loss", ["non-saturating", "saturating"])
 def test_losses_are_the_slides_formulas(script, loss):
-    _, state, train_step = build(script, "--generator-loss", loss)
+    _, state, train_step = build(script, "--loss", loss)
     z = without_chance(state)
     generator, discriminator = state["generator"], state["discriminator"]
     images, labels = torch.rand(6, 1, 28, 28), torch.tensor([0, 1, 2, 3, 4, 5])
@@ -234,7 +234,7 @@ def test_losses_are_the_slides_formulas(script, loss):
 
 
 def test_real_images_with_wrong_labels_weigh_as_asked(monkeypatch):
-    _, state, train_step = build("cgan", "--mismatched", "0.25")
+    _, state, train_step = build("cgan", "--wrong-label", "0.25")
     z = without_chance(state)
     monkeypatch.setattr(torch, "randint_like", lambda labels, low, high: torch.full_like(labels, high - 1))
     generator, discriminator = state["generator"], state["discriminator"]

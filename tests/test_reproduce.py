@@ -1,4 +1,4 @@
-"""benchmarks/reproduce.py: seeds of a row or of a command of one's own, resumed, printed, and recorded if asked to."""
+"""benchmarks/reproduce.py: seeds of a row or of one's own command, resumed, printed, and recorded with --record."""
 
 import contextlib
 import importlib
@@ -10,8 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
-import time
 from argparse import Namespace
 from concurrent.futures import Future
 from pathlib import Path
@@ -24,16 +22,17 @@ import reproduce
 from engine.errors import UserError
 
 FIRST = "train_classifier.py --dataset digits --recipe paper --epochs 1"
+SECOND = "benchmarks/maxout_paper.py --dataset digits --epochs 1 --first-stage first"
 OWN = "python train_classifier.py --dataset digits --model mlp --epochs 1 --lr 1e-3"
 
 
 @pytest.fixture
 def args(tmp_path, monkeypatch):
     monkeypatch.setattr(reproduce, "RESULTS", tmp_path / "results.json")
-    rows = {"first": (FIRST, ""), "second": (f"{FIRST} --second-stage first", "99 %"), "wrong": (f"{FIRST} --lr x", "")}
+    rows = {"first": (FIRST, ""), "second": (SECOND, "99 %"), "wrong": (f"{FIRST} --lr x", "")}
     rows["light"] = (OWN.removeprefix("python "), "")
     monkeypatch.setattr(reproduce, "ROWS", rows)
-    monkeypatch.setattr(reproduce, "KEPT", {"light": {"seconds.csv": tmp_path / "kept.csv"}})
+    monkeypatch.setattr(reproduce, "KEPT", {("light", "seconds.csv"): tmp_path / "kept.csv"})
     return Namespace(seeds=1, jobs=1, data_dir="data", output_dir=tmp_path, record=False)
 
 
@@ -70,22 +69,21 @@ def test_a_rows_second_stage_continues_the_same_seeds_first(args, calls, tmp_pat
         (tmp_path / "first-0" / name).touch()
     reproduce.run_row("second", args)
     options = json.loads((tmp_path / "second-0" / "config.json").read_text())["options"]
-    assert options["second_stage"] == str(tmp_path / "first-0")
+    assert options["first_stage"] == str(tmp_path / "first-0")
     rows = json.loads(reproduce.RESULTS.read_text())
-    assert rows["second"]["command"] == f"python {FIRST} --second-stage first"
-    assert rows["second"]["published"] == "99 %"
+    assert (rows["second"]["command"], rows["second"]["published"]) == (f"python {SECOND}", "99 %")
     assert [rows[name]["epochs_trained"] for name in ("first", "second")] == [[1], [1]]
+    assert "test_errors" in rows["second"]
 
     # An interruption between training and evaluation: nothing is trained again.
-    metrics = (tmp_path / "first-0" / "metrics.csv").read_bytes()
-    (tmp_path / "first-0" / "metrics.csv").unlink()
     shutil.rmtree(tmp_path / "first-0" / "evaluation")
+    calls.clear()
     reproduce.run_row("first", args)
-    assert (tmp_path / "first-0" / "metrics.csv").read_bytes() == metrics
+    assert [script for script, _ in calls] == ["train_classifier.py", "evaluate.py"]
     assert json.loads(reproduce.RESULTS.read_text()) == rows
 
 
-def test_without_record_the_recorded_figure_is_printed_and_kept(args, calls, tmp_path, capsys):
+def test_without_record_the_recorded_value_is_printed_and_kept(args, calls, tmp_path, capsys):
     recorded = {"test_accuracy_mean": 0.9, "test_accuracy_sd": 0.0123, "test_errors": [30, 40]}
     reproduce.RESULTS.write_text(json.dumps({"light": recorded}))
     before = reproduce.RESULTS.read_bytes()
@@ -103,7 +101,7 @@ def test_without_record_the_recorded_figure_is_printed_and_kept(args, calls, tmp
     assert (tmp_path / "kept.csv").is_file()
 
 
-def test_a_command_of_ones_own_runs_over_seeds(args, calls, tmp_path, capsys):
+def test_a_command_of_ones_own_runs_over_seeds(args, calls, tmp_path, monkeypatch, capsys):
     args.seeds = 2
     reproduce.run_command(OWN, args)
     name = "classifier-dataset=digits-model=mlp-epochs=1-lr=1e-3"
@@ -114,9 +112,9 @@ def test_a_command_of_ones_own_runs_over_seeds(args, calls, tmp_path, capsys):
     assert re.search(rf"{name}, 2 seeds\n  test_accuracy \d+\.\d\d ± \d+\.\d\d %\n  seconds of training .* ± ", output)
     assert sorted({path.name for path in tmp_path.iterdir()}) == [folder.name for folder in folders]  # no results.json
 
-    # Printed as it is: the command that draws the runs.
+    # Printed as it is: the command that plots the runs.
     (printed,) = re.findall("python benchmarks/compare.py (.*)", output)
-    compare.main([*shlex.split(printed), "--output", str(tmp_path / "picture.png")])
+    compare.main([*shlex.split(printed), "--output", str(tmp_path / "plot.png")])
     assert f"{tmp_path / name} (2 seeds)" in capsys.readouterr().out
 
     # Again: what is finished is not trained again, and says so.
@@ -125,10 +123,6 @@ def test_a_command_of_ones_own_runs_over_seeds(args, calls, tmp_path, capsys):
     reproduce.run_command(OWN, args)
     assert [script for script, _ in calls] == ["train_classifier.py", "evaluate.py"]
     assert f"{folders[0]} is finished" in capsys.readouterr().out
-
-
-def test_a_finished_seed_of_other_code_is_said(args, calls, monkeypatch, capsys):
-    reproduce.run_command(OWN, args)
     monkeypatch.setattr("engine.provenance.code_fingerprint", lambda script: {})
     reproduce.run_command(OWN, args)
     assert "train_classifier.py changed since" in capsys.readouterr().err
@@ -137,7 +131,7 @@ def test_a_finished_seed_of_other_code_is_said(args, calls, monkeypatch, capsys)
 def test_every_command_has_a_folder_of_its_own():
     commands = ["train_gan.py", "train_gan.py --amp", "train_gan.py --lr 1", "train_gan.py --lr 1 --amp"]
     commands += [f"train_gan.py --betas {'0.5 ' * 50}{last}" for last in ("0.9", "0.99")]
-    commands += ["train_classifier.py --second-stage runs/a", "train_classifier.py --second-stage a"]
+    commands += ["train_classifier.py --start-from runs/a", "train_classifier.py --start-from a"]
     names = [reproduce.folder_name(command.split()) for command in commands]
     assert len(set(names)) == len(commands)
     assert names[:4] == ["gan", "gan-amp", "gan-lr=1", "gan-lr=1-amp"]
@@ -146,16 +140,17 @@ def test_every_command_has_a_folder_of_its_own():
         assert "/" not in name
 
 
-@pytest.mark.parametrize("command", ["", "python", "evaluate.py runs/a", "train_nothing.py", "--model mlp"])
-def test_a_command_that_is_no_training_is_one_line(args, command):
-    with pytest.raises(UserError, match="must begin with a training script"):
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        *((command, "must begin with a training script") for command in ("", "python", "evaluate.py runs/a", "--lr 1")),
+        *((f"train_gan.py {flag}", f"must not hold {re.split('[ =]', flag)[0]}, ")
+          for flag in ("--seed 3", "--output-dir=a", "--data-dir a", "--resume a", "--auto-resume")),
+    ],
+)  # fmt: skip
+def test_a_command_that_is_no_training_or_sets_what_each_seed_gets_is_one_line(args, command, message):
+    with pytest.raises(UserError, match=message):
         reproduce.run_command(command, args)
-
-
-@pytest.mark.parametrize("flag", ["--seed 3", "--output-dir=a", "--data-dir a", "--resume a", "--auto-resume"])
-def test_flags_that_every_seed_gets_are_refused(args, flag):
-    with pytest.raises(UserError, match=f"must not hold {re.split('[ =]', flag)[0]}, "):
-        reproduce.run_command(f"train_gan.py {flag}", args)
 
 
 @pytest.mark.parametrize(("own", "threads"), [(None, "2"), ("3", "3")])
@@ -186,20 +181,15 @@ def test_the_measures_of_a_likelihood_model_are_beside_the_recorded_ones(tmp_pat
 
 
 def test_after_a_seed_that_failed_no_other_is_begun(args, monkeypatch):
-    begun, second_failed = [], threading.Event()
+    begun = []
 
     def run_seed(command, seed, *_):
         begun.append(seed)
-        if seed == 0:
-            second_failed.wait()
-            time.sleep(0.5)
-        else:
-            second_failed.set()
-            raise UserError(f"seed {seed}")
+        raise UserError(f"seed {seed}")
 
     monkeypatch.setattr(reproduce, "run_seed", run_seed)
-    args.seeds, args.jobs = 9, 2
-    with pytest.raises(UserError, match="seed 1"):
+    args.seeds = 9
+    with pytest.raises(UserError, match="seed 0"):
         reproduce.run_row("first", args)
     assert len(begun) < 9
 
@@ -236,16 +226,41 @@ def test_seeds_of_different_commits_are_a_warning(args, calls, tmp_path, capsys)
     assert "warning: the seeds differ in commit; the row names that of seed 0" in capsys.readouterr().out
 
 
-def test_bands_that_are_not_measured_stay(args, monkeypatch, tmp_path):
+@pytest.fixture
+def quick(args, monkeypatch, tmp_path):
+    """Two short forms, of which the second needs MNIST; `accuracies` of their seeds."""
+    args.data_dir = tmp_path  # which has no MNIST
     monkeypatch.setattr(reproduce, "BANDS", tmp_path / "quick.json")
-    monkeypatch.setattr(reproduce, "QUICK", {"light": ("", "test_accuracy"), "mnist": ("", "fid")})
-    monkeypatch.setitem(reproduce.ROWS, "mnist", ("train_gan.py", ""))
-    monkeypatch.setattr(reproduce, "run_seed", lambda *_: {"test_accuracy": 0.9})
-    band = {"flags": "", "metric": "fid", "low": 1, "high": 2}
+    forms = {"light": (OWN.removeprefix("python "), "test_accuracy"), "mnist": ("train_gan.py", "fid")}
+    monkeypatch.setattr(reproduce, "QUICK", forms)
+    accuracies = [0.9, 0.92, 0.91]
+    monkeypatch.setattr(reproduce, "run_seed", lambda command, seed, *_: {"test_accuracy": accuracies[seed]})
+    return accuracies
+
+
+def test_bands_are_twice_the_range_of_three_seeds_on_either_side(args, quick):
+    band = {"command": "", "metric": "fid", "low": 1, "high": 2}
     reproduce.BANDS.write_text(json.dumps({"mnist": band}))
-    args.record, args.data_dir = True, tmp_path  # which has no MNIST
+    args.record = True
     reproduce.quick(args)
-    assert json.loads(reproduce.BANDS.read_text())["mnist"] == band
+    bands = json.loads(reproduce.BANDS.read_text())
+    assert bands["mnist"] == band  # it was not measured
+    assert (bands["light"]["low"], bands["light"]["high"]) == (pytest.approx(0.86), pytest.approx(0.96))
+
+
+def test_a_short_form_outside_its_band_fails(args, quick, capsys):
+    reproduce.BANDS.write_text(json.dumps({"light": {"low": 0.8, "high": 0.95}}))
+    assert reproduce.quick(args)
+    quick[0] = 0.79
+    assert not reproduce.quick(args)
+    output = capsys.readouterr().out
+    assert "mnist: skipped, there is no MNIST" in output
+    assert "light: test_accuracy 0.7900, band 0.8000 to 0.9500" in output
+
+
+def test_the_pinned_bands_are_those_of_the_short_forms():
+    bands = json.loads(reproduce.BANDS.read_text())
+    assert {name: (band["command"], band["metric"]) for name, band in bands.items()} == reproduce.QUICK
 
 
 @pytest.mark.parametrize("words", [["no-row"], ["mlp-lecture", "--quick"]])

@@ -1,13 +1,24 @@
-"""The loops that most people write: that of pytorch/examples for classifiers, that of PyTorch-GAN for generators."""
+"""The loops that most people write: that of pytorch/examples for classifiers, that of PyTorch-GAN for generators.
+
+`python benchmarks/baseline_loops.py DATA_DIR DEVICE SEED` trains the recipe of pytorch/examples (two convolutions,
+dropout, Adadelta with lr 1 times .7 an epoch, batch 64) until the first epoch with 99.0 % of the test images correct.
+"""
 
 import gzip
+import json
 import statistics
+import sys
+import tempfile
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.utils.data import DataLoader, Subset
 from torchvision.datasets import MNIST
+from torchvision.transforms import Compose, Normalize, ToTensor
 
 from datasets.mnist import find_idx, part_stems
 
@@ -24,11 +35,6 @@ def make_loader(data_dir, folder, transform, batch_size, steps, workers, device)
     return DataLoader(
         data, batch_size, shuffle=True, num_workers=workers, pin_memory=device == "cuda", persistent_workers=workers > 0
     )
-
-
-def make_test_loader(folder, transform):
-    """The test images that `make_loader` has unpacked there."""
-    return DataLoader(MNIST(folder, train=False, transform=transform), batch_size=1000)
 
 
 def train_classifier(model, optimizer, loader, device):
@@ -66,3 +72,32 @@ def train_gan(generator, discriminator, optimizer_g, optimizer_d, loader, device
         losses_d.append(loss_d.item())
         losses_g.append(loss_g.item())
     return {"loss_d": statistics.mean(losses_d), "loss_g": statistics.mean(losses_g)}
+
+
+def race(data_dir, device, seed):
+    """Train until 99.0 % and print the epochs and the test accuracy, [0, 1]."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(
+        nn.Conv2d(1, 32, 3), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout(0.25),
+        nn.Flatten(), nn.Linear(9216, 128), nn.ReLU(), nn.Dropout(0.5), nn.Linear(128, 10),
+    ).to(device)  # fmt: skip
+    optimizer = torch.optim.Adadelta(model.parameters(), lr=1.0)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.7)
+    transform = Compose([ToTensor(), Normalize((0.1307,), (0.3081,))])
+    with tempfile.TemporaryDirectory() as folder:
+        loader = make_loader(data_dir, folder, transform, 64, None, 0, device)
+        test_loader = DataLoader(MNIST(folder, train=False, transform=transform), batch_size=1000)
+        epochs, accuracy = 0, 0.0
+        while accuracy < 0.99 and epochs < 14:
+            train_classifier(model.train(), optimizer, loader, device)
+            schedule.step()
+            epochs += 1
+            model.eval()
+            with torch.no_grad():
+                correct = [(model(images.to(device)).argmax(1).cpu() == labels).sum() for images, labels in test_loader]
+            accuracy = sum(correct).item() / len(test_loader.dataset)
+    print(json.dumps({"epochs": epochs, "test_accuracy": accuracy}))
+
+
+if __name__ == "__main__":
+    race(*sys.argv[1:3], int(sys.argv[3]))
