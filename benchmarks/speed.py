@@ -101,14 +101,14 @@ def start(script: Any, args: argparse.Namespace, batches: Any) -> tuple[utils.Ru
     """The run, its train_step, and the step as the loop runs it, from row numbers to sums of metrics."""
     state, train_step, _ = script.build(args, pick_device(args.device), batches)
     run = utils.Run(args, state)
-    run.meter = utils.Meter()
+    run.meter = utils.Meter(run.device())
     return run, train_step, utils.make_step(run, train_step, batches)
 
 
 def train_epoch(run: utils.Run, step: Callable, batches: Any, epoch: int) -> dict[str, float]:
     """One epoch of this repository's loop without bar, schedules and saves; returns the mean metrics."""
     for rows in batches.rows(epoch):
-        run.meter.count(step(rows), len(rows))
+        step(rows)
     return run.meter.report()
 
 

@@ -50,15 +50,15 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         if message.startswith("unrecognized arguments"):
-            flags = re.findall(r"--[\w-]+", self.format_usage())
-            nearest = [flag for word in message.split() for flag in difflib.get_close_matches(word, flags, 1)]
+            wrong, flags = (re.findall(r"--[\w-]+", text) for text in (message, self.format_usage()))
+            nearest = [flag for word in wrong for flag in difflib.get_close_matches(word, flags, 1)]
             message += f"; did you mean {nearest[0]}?" if nearest else ""
         self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str:
-        hidden = action.default in (None, False, argparse.SUPPRESS) or "%(default)" in (action.help or "")
+        hidden = any(action.default is value for value in (None, False, argparse.SUPPRESS))
         return f"{action.help}{'' if hidden else ' (default: %(default)s)'}"
 
 

@@ -336,7 +336,7 @@ def test_paper_learns_at_the_papers_rates():
 
 def test_the_relativistic_step_is_its_equations():
     """D minimises softplus(l(G(z)) - l(x)) + r1 / 2 (R1 + R2), G softplus(l(x) - l(G(z))); Huang et al. 2024."""
-    _, state, train_step = build("gan", "--adversarial-loss", "relativistic", "--r1", "0.8", "--simultaneous")
+    _, state, train_step = build("gan", "--loss", "relativistic", "--r1", "0.8", "--simultaneous")
     z, images = without_chance(state), torch.rand(6, 1, 28, 28)
     generator, discriminator = copy.deepcopy(state["generator"]), copy.deepcopy(state["discriminator"])
     metrics = train_step(images, torch.zeros(6))
