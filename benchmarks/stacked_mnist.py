@@ -128,7 +128,7 @@ def main(argv=None):
     for way in [options.only] if options.only else WAYS:
         row = {"options": WAYS[way], "epochs": options.epochs, "seeds": [], "training_seconds": []}
         for seed in range(options.seeds):
-            generator, args, seconds = train(way, seed, options)
+            generator, _, seconds = train(way, seed, options)
             samples = decode(generator, latent_noise(generator, SAMPLES, seed))
             row["seeds"].append(mode_measures(read_numbers(judge, samples)))
             row["training_seconds"].append(seconds)

@@ -190,7 +190,7 @@ def test_the_network_of_a_run_is_built_from_its_options():
     assert build_network(options)(torch.zeros(1, 1, 28, 28)).shape == (1, 2)
     old = {"kind": "likelihood", "model": "rnn", "hidden": 8, "units": None, "states": None}  # --units is gone
     assert build_network(old).gru.hidden_size == 8
-    with pytest.raises(ValueError, match="there is no diffusion in models/__init__.py; it has classifier, gan"):
+    with pytest.raises(ValueError, match=r"there is no diffusion in models/__init__\.py; it has classifier, gan"):
         build_network({"kind": "diffusion"})
     with pytest.raises(ValueError, match="the model hmm has no option --hidden; omit it"):
         build_network({"kind": "likelihood", "model": "hmm", "hidden": 8})
