@@ -41,6 +41,7 @@ from photos import read_photo
 
 __all__ = ["classify", "load_model", "main", "sample"]
 
+SAMPLES = 10_000  # by which a generator is measured
 Plots = dict[str, Any]  # file name -> matplotlib's figure, or (images of a grid, its columns)
 
 
@@ -137,7 +138,7 @@ def write_samples(network: Any, args: argparse.Namespace, folder: Path) -> None:
 
 
 def evaluate_generator(network: Any, args: argparse.Namespace, device: torch.device) -> tuple[dict[str, Any], Plots]:
-    """Measures of 10,000 samples beside those of real images, the log-likelihood if the model has one, and plots."""
+    """Measures of SAMPLES images beside those of real images, the log-likelihood if the model has one, and plots."""
     dataset, plots = network.options["dataset"], walk_plots(network, args)
     classes = len(class_names(dataset, args.data_dir, network.options["classes"]))
     train_set, test_set = (load(dataset, args.data_dir, train=part) for part in (True, False))
@@ -151,7 +152,7 @@ def evaluate_generator(network: Any, args: argparse.Namespace, device: torch.dev
             plots.update({f"{name}.png": (grid.cpu(), 10) for name, grid in grids.items()})
     columns = classes if is_conditional(network) else 10
     started = time.monotonic()
-    samples, labels, _ = sample_images(network, torch.arange(10_000) % columns, args.seed)
+    samples, labels, _ = sample_images(network, torch.arange(SAMPLES) % columns, args.seed)
     metrics["sampling_seconds"] = time.monotonic() - started
     pairs = torch.cat([samples[:20], nearest_images(samples[:20], train_set[0])])
     plots.update({"samples.png": (samples[: 10 * columns], columns), "real_images.png": (test_set[0][:100] / 255, 10)})

@@ -1,4 +1,4 @@
-"""demo.py in a real browser: a digit drawn with the mouse, a seven asked for. Needs Gradio, Playwright and Chromium."""
+"""demo.py in a real browser: a digit drawn with the mouse, a seven asked for. Needs Gradio, Playwright, Chromium."""
 
 import os
 import re
@@ -11,11 +11,11 @@ from contextlib import suppress
 import pytest
 import torch
 from helpers import ROOT
-from measures.judge import load_judge
 
 import demo
 import evaluate
 from engine.errors import DataError
+from measures.reference import load_reference
 from photos import read_photo
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -55,8 +55,8 @@ def page(process):
         browser.close()
 
 
-def picture_in(page, name):
-    """The pixels of a picture of the page, [28, 28] from 0 to 1, once it is there."""
+def image_in(page, name):
+    """The pixels of an image of the page, [28, 28] from 0 to 1, once it is there."""
     from io import BytesIO
 
     import numpy as np
@@ -76,7 +76,7 @@ def drawing_of(page):
     pytest.fail("the page has sent no drawing")
 
 
-def test_a_digit_drawn_with_the_mouse_is_read_as_evaluate_reads_the_same_picture(page, tmp_path, capsys, monkeypatch):
+def test_a_digit_drawn_with_the_mouse_is_classified_as_by_evaluate(page, tmp_path, capsys, monkeypatch):
     box = page.locator("#canvas canvas").first.bounding_box()
     left, top = (box[start] + (box[size] - demo.CANVAS) / 2 for start, size in (("x", "width"), ("y", "height")))
     page.locator("#canvas [aria-label=Brush].selected, #canvas [aria-label=Brush]").first.wait_for()
@@ -88,7 +88,7 @@ def test_a_digit_drawn_with_the_mouse_is_read_as_evaluate_reads_the_same_picture
     page.mouse.up()
     page.locator("#answer-0 .p").first.wait_for(timeout=60_000)
     shown = [float(cell.rstrip("%")) / 100 for cell in page.locator("#answer-0 .p").all_inner_texts()]
-    assert picture_in(page, "seen").max() > 0.9
+    assert image_in(page, "seen").max() > 0.9
     if "SCREENSHOT" in os.environ:  # for assets/demo.png
         page.screenshot(path=os.environ["SCREENSHOT"], full_page=True)
 
@@ -100,7 +100,7 @@ def test_a_digit_drawn_with_the_mouse_is_read_as_evaluate_reads_the_same_picture
     assert max(range(10), key=shown.__getitem__) == 7
 
 
-def test_the_seven_that_is_asked_for_is_read_as_a_seven(page):
+def test_the_seven_that_is_asked_for_is_classified_as_a_seven(page):
     page.locator("#digit-0 label", has_text="7").click()
     digits = []
     for seed in range(5):
@@ -108,7 +108,7 @@ def test_the_seven_that_is_asked_for_is_read_as_a_seven(page):
         page.locator("#seed-0 input").fill(str(seed + 1))
         page.locator("#seed-0 input").press("Tab")
         page.wait_for_function("before => document.querySelector('#sample-0 img')?.src != before", arg=before)
-        digits.append(load_judge("cpu").read(picture_in(page, "sample-0").view(1, 1, 28, 28))[1].item())
+        digits.append(load_reference("cpu").read(image_in(page, "sample-0").view(1, 1, 28, 28))[1].item())
     assert digits == [7] * 5
 
 

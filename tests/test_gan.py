@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from engine.pictures import save_gif
 from helpers import DIGITS, load
 from PIL import Image
 
@@ -20,6 +19,7 @@ from datasets import Batches
 from engine import flags as engine_flags
 from engine.adversarial import init_weights
 from engine.errors import Stopped, UserError
+from engine.plots import save_gif
 from measures.watch import Watch, failure_signs
 from models import GANS
 from models.cgan import ConditionalDiscriminator, ConditionalGenerator

@@ -1,7 +1,8 @@
 """models/vae.py, rbm.py, rnn.py and hmm.py: each against what enumeration, quadrature or the textbook says."""
 
-import copy
+import csv
 import itertools
+import json
 import math
 from pathlib import Path
 
@@ -9,10 +10,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from engine.capture import Recorder, require_same
+from helpers import DIGITS
 
-from datasets import load
-from measures.likelihood import draw_states
+import evaluate
+import train_likelihood
+from datasets import binarise, load
+from engine.recorder import Recorder, require_same
+from measures.likelihood import likelihood_measures
+from models import LIKELIHOOD_MODELS
 from models.hmm import HMM
 from models.rbm import RBM
 from models.rnn import RNN
@@ -105,20 +110,6 @@ def test_a_step_can_be_a_cuda_graph(build):
 
 
 @each_model
-def test_a_copy_of_the_state_continues_alike(build):
-    model, images = build(), striped_images(10)
-    model.loss(images)  # moves the persistent chains
-    twin = build()
-    twin.load_state_dict(copy.deepcopy(model.state_dict()))
-    for _ in range(2):
-        losses = []
-        for each in (model, twin):
-            torch.manual_seed(1)
-            losses.append(each.loss(images).item())
-        assert losses[0] == losses[1]
-
-
-@each_model
 def test_bfloat16_hardly_changes_the_loss(build):
     means = striped_images(200).mean(0)
     model, images = build(means), striped_images(20)
@@ -132,9 +123,109 @@ def test_bfloat16_hardly_changes_the_loss(build):
     assert losses[1] == pytest.approx(losses[0], rel=0.01, abs=1)
 
 
-@pytest.mark.parametrize("kind", [VAE, RBM, RNN, HMM])
-def test_kind_of_likelihood(kind):
-    assert kind.likelihood == {VAE: "lower bound", RBM: "estimate", RNN: "exact", HMM: "exact"}[kind]
+@pytest.mark.parametrize("model", [VAE(latent=2, hidden=4), RBM(hidden=6), RNN(4, 2), HMM(4)], ids=LIKELIHOOD_MODELS)
+def test_the_measures_are_the_mean_and_its_error_of_the_models_own_log_likelihood(model, capsys):
+    images, given = striped_images(20), {}
+    if isinstance(model, RBM):
+        model.log_partition = lambda generator: [(500.0, 0.1), (501.5, 0.2)]
+        given = {"log_z": 500.0}
+    scores = model.log_likelihood(images, **given)
+    measures = likelihood_measures(model, images)
+    evaluate.print_likelihood(measures)
+    kinds = {VAE: "lower bound", RBM: "estimate", RNN: "exact", HMM: "exact"}
+    assert measures["kind"] == kinds[type(model)]
+    assert measures["log_likelihood"] == pytest.approx(scores.mean().item(), abs=0.1)
+    assert measures["log_likelihood_error"] == pytest.approx(scores.std().item() / 20**0.5, abs=0.03)
+    assert f"{measures['log_likelihood']:.2f} ±" in capsys.readouterr().out
+    if given:
+        assert measures["log_likelihood_reverse"] == pytest.approx(measures["log_likelihood"] - 1.5)
+
+
+@each_model
+def test_the_images_of_a_model_are_rows_of_ten_that_start_with_the_images(build):
+    images = striped_images(20)
+    grids = build(images.mean(0)).images_of(images, torch.Generator().manual_seed(0))
+    assert grids
+    for name, grid in grids.items():
+        assert grid.shape[1:] == (1, 28, 28), name
+        assert len(grid) % 10 == 0
+        assert torch.equal(grid[:10], images[:10])
+        assert 0 <= grid.min() <= grid.max() <= 1
+
+
+# Training and evaluating ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", LIKELIHOOD_MODELS)
+def test_every_model_is_trained_and_validated_by_the_script(model, tmp_path, monkeypatch):
+    """validate() gives the quick log-likelihood of the held-out images, the last ones, of the EMA."""
+    monkeypatch.setattr(RBM, "quick", {"temperatures": 100})
+    flags = ["--model", model, "--dry-run", "--val-size", "20", "--ema", "0.5", "--output-dir", str(tmp_path / "run")]
+    size = ["--states", "5"] if model == "hmm" else ["--hidden", "5"]
+    result = train_likelihood.main([*DIGITS, *flags, *size])
+    network, _ = evaluate.load_network(tmp_path / "run", "cpu")
+    unseen = binarise(load("digits", "")[0][-20:], train_likelihood.VALIDATION_SEED) / 255
+    expected = network.log_likelihood(unseen, **getattr(network, "quick", {})).mean().item()
+    assert result["val_log_likelihood"] == pytest.approx(expected, rel=0.02)
+    assert -784 < expected < -50
+
+
+class Independent(torch.nn.Module):
+    """A model of one's own: independent pixels. It has no image of itself, and says nothing of its likelihood."""
+
+    seen: list = []  # noqa: RUF012
+
+    def __init__(self, pixel_means=None):
+        super().__init__()
+        self.logits = torch.nn.Parameter(torch.zeros(1, 28, 28))
+
+    def log_likelihood(self, images):
+        return -F.binary_cross_entropy_with_logits(self.logits.expand_as(images), images, reduction="none").sum(
+            (1, 2, 3)
+        )
+
+    def loss(self, images):
+        self.seen.append(images)
+        return -self.log_likelihood(images).mean()
+
+    def sample(self, n, generator):
+        return self.logits.sigmoid().expand(n, 1, 28, 28).detach()
+
+
+@pytest.fixture
+def mine(monkeypatch):
+    monkeypatch.setitem(LIKELIHOOD_MODELS, "mine", Independent)
+    monkeypatch.setattr(Independent, "seen", [])
+    return [*DIGITS, "--model", "mine", "--lr", "0.1", "--schedule", "constant"]
+
+
+def test_a_model_of_ones_own_is_trained_and_evaluated_once_it_is_registered(mine, tmp_path, monkeypatch):
+    train_likelihood.main([*mine, "--epochs", "3", "--val-size", "50", "--output-dir", str(tmp_path / "run")])
+    rows = list(csv.DictReader((tmp_path / "run" / "metrics.csv").open()))
+    values = [float(row["val_log_likelihood"]) for row in rows]
+    assert -784 * math.log(2) < values[0] < values[-1] < 0
+    assert torch.load(tmp_path / "run" / "best.pt", weights_only=True)["epoch"] == 3
+    monkeypatch.setattr(evaluate, "SAMPLES", 100)
+    metrics = evaluate.main([str(tmp_path / "run")])
+    assert metrics == json.loads((tmp_path / "run" / "evaluation" / "metrics.json").read_text())
+    assert metrics["log_likelihood"] == pytest.approx(values[-1], abs=20)
+    assert metrics["parameters"] == 784
+    assert {"fid", "sampling_seconds", "real"} <= metrics.keys()
+
+
+@pytest.mark.parametrize("how", ["dynamic", "fixed", "none"])
+def test_pixels_are_sampled_black_or_white_at_each_visit_or_once_or_not(mine, how, tmp_path, monkeypatch):
+    grey = torch.full((32, 1, 28, 28), 102, dtype=torch.uint8)  # 0.4
+    monkeypatch.setattr(train_likelihood, "load", lambda *_: (grey, torch.zeros(32, dtype=torch.int64)))
+    flags = ["--binarise", how, "--batch-size", "32", "--epochs", "2", "--output-dir", str(tmp_path / "run")]
+    train_likelihood.main([*mine, *flags])
+    first, second = (images.sum(0) for images in Independent.seen[-2:])
+    if how == "none":
+        assert Independent.seen[0].unique().tolist() == pytest.approx([0.4])
+        return
+    assert Independent.seen[0].unique().tolist() == [0, 1]
+    assert Independent.seen[0].mean() == pytest.approx(0.4, abs=0.02)  # not a threshold
+    assert torch.equal(first, second) == (how == "fixed")
 
 
 # VAE ------------------------------------------------------------------------------------------------------------------
@@ -164,21 +255,14 @@ def test_vae_bound_of_many_samples_is_the_integral(small_vae):
     model, images = small_vae
     with torch.no_grad():
         exact = quadrature(model, images)
+    rows = []
+    model.decoder.register_forward_hook(lambda module, inputs, output: rows.append(output.numel() // 784))
     for block in (700, 20_000):  # a part of one image's samples; all samples of all images
         bound = model.log_likelihood(images, samples=5000, block=block)
         assert torch.allclose(bound.double(), exact, atol=0.15), (bound, exact)
-
-
-def test_vae_decodes_no_more_than_a_block_at_once(small_vae):
-    model, images = small_vae
-    rows = []
-    model.decoder.register_forward_hook(lambda module, inputs, output: rows.append(output.numel() // 784))
-    model.log_likelihood(images, samples=50, block=20)
-    assert max(rows) <= 20
-    assert sum(rows) == 150
-    rows.clear()
-    model.log_likelihood(images, samples=50, block=100)
-    assert rows == [100, 50]
+        assert max(rows) <= block, "it decodes no more than a block at once"
+        assert sum(rows) == 15_000
+        rows.clear()
 
 
 def test_vae_elbo_with_analytic_kl_is_the_mean_of_log_w(small_vae):
@@ -237,13 +321,6 @@ def test_rbm_ais_finds_log_z_from_both_sides(small_rbm):
         assert estimate == pytest.approx(log_z, abs=4 * error)
 
 
-def test_rbm_likelihood_without_log_z_estimates_it(small_rbm, monkeypatch):
-    rbm, _ = small_rbm
-    v = all_binary(12)[:5]
-    monkeypatch.setattr(rbm, "log_partition", lambda generator: [(7.0, 0.1), (8.0, 0.1)])
-    assert torch.equal(rbm.log_likelihood(v), rbm.log_likelihood(v, 7.0))
-
-
 def test_rbm_ais_in_too_few_steps_brackets_log_z(small_rbm):
     rbm, _ = small_rbm
     rbm.weight.data.mul_(3)
@@ -297,16 +374,6 @@ def test_rbm_chains_persist_in_training_alone():
     assert rbm.state_dict()["chains"].shape == (7, 784)
 
 
-def test_rbm_reconstructs_what_it_has_learnt():
-    rbm, images = RBM(hidden=30), striped_images(200)
-    optimizer = torch.optim.Adam(rbm.parameters(), 1e-2)
-    for _ in range(60):
-        optimizer.zero_grad()
-        rbm.loss(images).backward()
-        optimizer.step()
-    assert ((rbm.reconstruct(images) > 0.5) == (images > 0.5)).float().mean() > 0.88  # a tenth of the pixels is noise
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not GOLDEN.exists(), reason=f"no {GOLDEN}")
 def test_rbm_log_z_of_the_authors_network(data_dir):
@@ -345,7 +412,7 @@ def test_rnn_uses_all_earlier_pixels_and_no_later_ones():
     assert torch.equal(seen, torch.ones(9, 9).tril(-1).bool())
 
 
-def test_rnn_draws_from_its_own_distribution():
+def test_rnn_samples_its_own_distribution():
     rnn = randomise(RNN(hidden=5, units=3, height=2, width=3))
     x = all_binary(6)
     p = rnn.log_likelihood(x.view(-1, 1, 2, 3)).exp()
@@ -404,40 +471,6 @@ def test_hmm_viterbi_path_is_the_best_of_all_paths(small_hmm):
     assert torch.equal(small_hmm.viterbi(images), paths[joint.argmax(1)])
 
 
-def test_hmm_baum_welch_step_is_the_mean_over_all_paths(small_hmm):
-    images = (torch.rand(40, 1, 4, 2) < 0.6).float()
-    joint, paths = path_likelihoods(small_hmm, images)
-    before = small_hmm.log_likelihood(images).mean()
-    assert small_hmm.baum_welch(images).item() == pytest.approx(before.item(), abs=1e-5)
-    posterior = joint.softmax(1)  # P(s | x)
-    states = F.one_hot(paths, 3).double()  # [paths, T, S]
-    starts = torch.einsum("np,ps->s", posterior, states[:, 0])
-    moves = torch.einsum("np,pti,ptj->ij", posterior, states[:, :-1], states[:, 1:])
-    ink = torch.einsum("np,pts,ntw->sw", posterior, states, images[:, 0].double())
-    visits = torch.einsum("np,pts->s", posterior, states)
-    assert torch.allclose(small_hmm.initial.softmax(0).double(), starts / 40, atol=1e-4)
-    assert torch.allclose(small_hmm.transition.softmax(1).double(), moves / moves.sum(1, keepdim=True), atol=1e-4)
-    assert torch.allclose(small_hmm.emission.sigmoid().double(), ink / visits[:, None], atol=1e-3)
-
-
-def test_hmm_both_ways_of_training_reach_the_same_likelihood():
-    torch.manual_seed(3)
-    truth = randomise(HMM(states=2, pixel_means=torch.full((1, 6, 4), 0.5)), 2.0)
-    images = (torch.rand(300, 1, 6, 4) < truth.sample(300)).float()
-    by_em = HMM(states=2, pixel_means=images.mean(0))
-    by_gradient = copy.deepcopy(by_em)
-    history = [by_em.baum_welch(images).item() for _ in range(150)]
-    assert all(b > a - 1e-3 for a, b in itertools.pairwise(history)), "EM never lowers the likelihood"
-    optimizer = torch.optim.Adam(by_gradient.parameters(), 0.05)
-    for _ in range(500):
-        loss = by_gradient.loss(images)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert history[-1] > history[0] + 1
-    assert -loss.item() == pytest.approx(history[-1], abs=0.02)
-
-
 def test_hmm_stays_finite_far_from_the_data():
     """Black images under states that write white ones: e^-1400, which no float can hold."""
     hmm = HMM(states=4, pixel_means=torch.ones(1, 28, 28), noise=0.0)
@@ -446,10 +479,6 @@ def test_hmm_stays_finite_far_from_the_data():
     loss.backward()
     assert loss.item() == pytest.approx(50 * 784, rel=1e-4)
     assert all(parameter.grad.isfinite().all() for parameter in hmm.parameters())
-
-
-def test_hmm_paths_of_fewer_than_ten_images_are_drawn():
-    assert len(draw_states(HMM(states=4), torch.zeros(6, 1, 28, 28)).axes) == 6
 
 
 def test_hmm_samples_follow_the_transitions():

@@ -1,4 +1,4 @@
-"""The figures that evaluate.py gives generators, each against a second way to the same number."""
+"""The values that evaluate.py gives, each against a second way to the same number or on a constructed case."""
 
 import math
 import subprocess
@@ -8,22 +8,34 @@ import numpy as np
 import pytest
 import torch
 from helpers import ROOT
-from measures.judge import load_judge
 from sklearn.neighbors import KernelDensity
 
 from datasets import load
-from measures import judge as judge_module
-from measures.generator import class_measures, feature_distances, neighbour_measures
+from measures import reference as reference_module
+from measures.classifier import classification_measures, plot_confusion, plot_mistakes
+from measures.generator import (
+    beside_real_images,
+    class_measures,
+    feature_distances,
+    measure_images,
+    nearest_images,
+    neighbour_measures,
+)
 from measures.parzen import SIGMAS, parzen_log_likelihood, parzen_measures
+from measures.reference import load_reference
+
+# Parzen ---------------------------------------------------------------------------------------------------------------
 
 
-def test_parzen_is_scikit_learns_kernel_density():
-    samples, images = torch.rand(50, 1, 4, 4).double(), torch.rand(30, 1, 4, 4).double()
+def test_parzen_is_scikit_learns_kernel_density_in_double():
+    samples, images = torch.rand(50, 1, 4, 4), torch.rand(30, 1, 4, 4)
     ours = parzen_log_likelihood(samples, images, SIGMAS, block=7)
     assert ours.shape == (10, 30)
+    assert ours.dtype == torch.float64
+    assert pytest.approx(np.logspace(-1, 0, 10)) == SIGMAS  # the paper's ten widths
     for sigma, scores in zip(SIGMAS, ours):
-        density = KernelDensity(bandwidth=sigma).fit(samples.flatten(1).numpy())
-        assert scores.numpy() == pytest.approx(density.score_samples(images.flatten(1).numpy()), rel=1e-9)
+        density = KernelDensity(bandwidth=sigma).fit(samples.flatten(1).double().numpy())
+        assert scores.numpy() == pytest.approx(density.score_samples(images.flatten(1).double().numpy()), rel=1e-9)
 
 
 def test_parzen_chooses_sigma_on_the_validation_images_and_scores_the_test_images():
@@ -34,10 +46,6 @@ def test_parzen_chooses_sigma_on_the_validation_images_and_scores_the_test_image
     scores = KernelDensity(bandwidth=0.1).fit(samples.flatten(1).numpy()).score_samples(test.flatten(1).numpy())
     assert measures["parzen_log_likelihood"] == pytest.approx(scores.mean(), rel=1e-5)
     assert measures["parzen_standard_error"] == pytest.approx(scores.std(ddof=1) / math.sqrt(60), rel=1e-5)
-
-
-def test_the_papers_ten_widths():
-    assert pytest.approx(np.logspace(-1, 0, 10)) == SIGMAS
 
 
 @pytest.mark.slow
@@ -57,29 +65,22 @@ print(peak() - before)
     assert int(done.stdout) * 1024 < 1e9
 
 
-def test_a_set_is_at_no_distance_from_itself():
-    features = torch.randn(2000, 16)
-    distances = feature_distances(features, features)
-    assert distances["fid"] == pytest.approx(0, abs=1e-6)
-    assert abs(distances["kid"]) < 0.02
+# Distances, neighbours and classes ------------------------------------------------------------------------------------
 
 
-def test_fid_is_the_formula_for_two_gaussians():
-    a, b = torch.randn(500, 3).double(), torch.randn(700, 3).double() * torch.tensor([1.0, 2, 3]) + 1
+def test_fid_and_kid_are_their_formulas():
+    """FID: the distance of two Gaussians. KID: unbiased MMD with the kernel (x y / d + 1)^3, here of all features."""
+    a, b = torch.randn(500, 3).double(), torch.randn(500, 3).double() * torch.tensor([1.0, 2, 3]) + 1
     a_cov, b_cov = torch.cov(a.T), torch.cov(b.T)
     values, vectors = torch.linalg.eigh(a_cov)
     root = vectors @ values.sqrt().diag() @ vectors.T
     trace = torch.linalg.eigvalsh(root @ b_cov @ root).sqrt().sum()
-    by_hand = (a.mean(0) - b.mean(0)).square().sum() + a_cov.trace() + b_cov.trace() - 2 * trace
-    assert feature_distances(a, b)["fid"] == pytest.approx(by_hand.item(), rel=1e-6)
-
-
-def test_fid_and_kid_grow_with_the_difference():
-    real = torch.randn(1000, 8)
-    near = feature_distances(torch.randn(1000, 8) + 0.1, real)
-    far = feature_distances(torch.randn(1000, 8) + 1, real)
-    assert near["fid"] < far["fid"]
-    assert near["kid"] < far["kid"]
+    fid = (a.mean(0) - b.mean(0)).square().sum() + a_cov.trace() + b_cov.trace() - 2 * trace
+    aa, bb, ab = ((x @ y.T / 3 + 1) ** 3 for x, y in ((a, a), (b, b), (a, b)))
+    kid = sum((k.sum() - k.trace()) / (500 * 499) for k in (aa, bb)) - 2 * ab.mean()
+    distances = feature_distances(a, b)
+    assert distances == {"fid": pytest.approx(fid.item(), rel=1e-6), "kid": pytest.approx(kid.item(), rel=1e-5)}
+    assert feature_distances(a, a)["fid"] == pytest.approx(0, abs=1e-6)
 
 
 def test_neighbour_measures_by_brute_force():
@@ -97,9 +98,10 @@ def test_neighbour_measures_by_brute_force():
         "coverage": inside.any(1).float().mean().item(),
     }
     assert neighbour_measures(fake, real) == pytest.approx(by_hand)
+    assert len({round(value, 3) for value in by_hand.values()}) == 4  # no two could be mistaken for one another
 
 
-def test_a_generator_that_draws_one_image_covers_nothing():
+def test_a_generator_of_one_image_covers_nothing():
     real = torch.randn(500, 4)
     measures = neighbour_measures(real[:1] + 1e-3 * torch.randn(500, 4), real)
     assert measures["precision"] == 1
@@ -116,60 +118,139 @@ def test_class_measures():
     assert one["class_kl"] == pytest.approx(math.log(10))
 
 
-def test_the_judge_reads_at_least_99_4_percent_of_the_test_images(data_dir):
+def test_the_nearest_training_image_is_found_for_each_sample():
+    images = torch.randint(0, 256, (30, 1, 28, 28), dtype=torch.uint8)
+    chosen = torch.tensor([7, 0, 29, 7])
+    samples = (images[chosen] / 255 + 0.05 * torch.randn(4, 1, 28, 28)).clamp(0, 1)
+    assert torch.equal(nearest_images(samples, images), images[chosen] / 255)
+
+
+class Reader:
+    """Instead of the reference classifier: the digit is the first pixel times 10, and the features lie around it."""
+
+    def read(self, images):
+        digits = (images[:, 0, 0, 0] * 10).round().long() % 10
+        return torch.stack([100.0 * digits, images[:, 0, 0, 1], images[:, 0, 0, 2]], 1), digits
+
+
+def digits_like(labels, *, shown=None):
+    """Images whose first pixel says `shown` (None: the label)."""
+    images = torch.rand(len(labels), 1, 28, 28) * 0.9
+    images[:, 0, 0, 0] = (labels if shown is None else shown) / 10
+    return images
+
+
+def test_the_class_measures_of_a_conditional_generator_that_fails_at_some_digits():
+    """It shows a 2 when asked for a 1, and always the same 3."""
+    test_labels, labels = torch.arange(200) % 10, torch.arange(400) % 10
+    samples = digits_like(labels, shown=torch.where(labels == 1, 2, labels))
+    samples[labels == 3] = samples[3].clone() + 1e-4 * torch.rand(40, 1, 28, 28)
+    test_images = digits_like(test_labels)
+    measures = measure_images(samples, labels, Reader(), (test_images[:50], test_images, test_labels))
+    assert measures["conditional_accuracy"] == pytest.approx(0.9)
+    assert measures["class_histogram"] == pytest.approx([0.1, 0, 0.2, *[0.1] * 7])
+    coverage = measures["class_coverage"]
+    assert coverage[1] == 0
+    assert coverage[3] < 0.5
+    assert min(coverage[:1] + coverage[2:3] + coverage[4:]) > 0.8
+
+
+def test_the_real_column_is_of_training_images_that_choose_nothing():
+    """Sixty training images: the first fifty are measured, the last ten choose sigma, the test images are compared."""
+    labels = torch.arange(60) % 5
+    train = (digits_like(labels) * 255).round().to(torch.uint8), labels
+    test = (digits_like(labels) * 255).round().to(torch.uint8), labels
+    samples = digits_like(torch.arange(80) % 5)
+    measures = beside_real_images(samples, None, train, test, Reader(), classes=5)
+    validation, test_images = train[0][50:] / 255, test[0] / 255
+    for part, images in ((measures, samples), (measures["real"], train[0][:50] / 255)):
+        expected = parzen_measures(images, validation, test_images)
+        assert {name: part[name] for name in expected} == pytest.approx(expected)
+        assert part["images"] == len(images)
+        assert part["fid"] == pytest.approx(
+            feature_distances(Reader().read(images)[0], Reader().read(test_images)[0])["fid"]
+        )
+
+
+# The reference classifier ---------------------------------------------------------------------------------------------
+
+
+def test_the_reference_classifier_is_right_about_at_least_99_4_percent_of_the_test_images(data_dir):
     images, labels = load("mnist", data_dir, train=False)
-    features, digits = load_judge("cpu").read(images / 255)
+    features, digits = load_reference("cpu").read(images / 255)
     assert features.shape == (10_000, 256)
     assert (digits == labels).double().mean() >= 0.994
-    assert judge_module.WEIGHTS.stat().st_size < 2_000_000
+    assert reference_module.WEIGHTS.stat().st_size < 2_000_000
 
 
 def test_features_are_the_last_convolutions_averaged_outputs():
-    judge = load_judge("cpu")
-    images = torch.rand(3, 1, 28, 28)
-    features, digits = judge.read(images, block=2)
+    classifier, images = load_reference("cpu"), torch.rand(3, 1, 28, 28)
+    features, digits = classifier.read(images, block=2)
     x = images * 2 - 1
     with torch.no_grad():
         for i in (1, 2, 3):
-            x = getattr(judge, f"bn{i}")(getattr(judge, f"conv{i}")(x)).relu()
+            x = getattr(classifier, f"bn{i}")(getattr(classifier, f"conv{i}")(x)).relu()
     assert torch.allclose(features, x.mean((2, 3)), atol=1e-5)
-    assert torch.equal(digits, judge.fc(x.flatten(1)).argmax(1))
+    assert torch.equal(digits, classifier.fc(x.flatten(1)).argmax(1))
 
 
-def test_the_judge_reads_on_its_own_device():
+def test_the_reference_classifier_computes_on_its_own_device():
     """Here the meta device, which takes the images from the CPU but has no results to copy back."""
     with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
-        load_judge("meta").read(torch.zeros(1, 1, 28, 28))
-
-
-def test_the_judge_gives_features_and_logits():
-    features, logits = load_judge("cpu")(torch.rand(3, 1, 28, 28))
-    assert features.shape == (3, 256)
-    assert logits.shape == (3, 10)
+        load_reference("meta").read(torch.zeros(1, 1, 28, 28))
 
 
 @pytest.mark.parametrize("change", [lambda x: 255 * x, lambda x: 2 * x - 1, lambda x: x + 1e-3])
-def test_the_judge_refuses_pixels_outside_0_to_1(change):
-    judge = load_judge("cpu")
+def test_the_reference_classifier_refuses_pixels_outside_0_to_1(change):
     images = torch.linspace(0, 1, 784).view(1, 1, 28, 28)
-    assert judge.read(images)[0].shape == (1, 256)
-    with pytest.raises(ValueError, match=r"the judge reads images with pixels in \[0, 1\]"):
-        judge.read(change(images))
-    with pytest.raises(ValueError, match=r"pixels from 0 to 255"):
-        judge.read(255 * images)
+    with pytest.raises(
+        ValueError, match=r"pixels from .*; the reference classifier takes images with pixels in \[0, 1\]"
+    ):
+        load_reference("cpu").read(change(images))
 
 
-def test_parzen_is_computed_in_double():
-    samples, images = torch.rand(300, 1, 28, 28), torch.rand(20, 1, 28, 28)
-    densities = parzen_log_likelihood(samples, images, SIGMAS)
-    assert densities.dtype == torch.float64
-    assert torch.equal(densities, parzen_log_likelihood(samples.double(), images.double(), SIGMAS))
-
-
-def test_another_judge_is_refused(tmp_path, monkeypatch):
-    changed = bytearray(judge_module.WEIGHTS.read_bytes())
+def test_another_reference_classifier_is_refused(tmp_path, monkeypatch):
+    changed = bytearray(reference_module.WEIGHTS.read_bytes())
     changed[1000] ^= 1
     (tmp_path / "cnn.pt").write_bytes(changed)
-    monkeypatch.setattr(judge_module, "WEIGHTS", tmp_path / "cnn.pt")
-    with pytest.raises(OSError, match="is not the judge"):
-        load_judge("cpu")
+    monkeypatch.setattr(reference_module, "WEIGHTS", tmp_path / "cnn.pt")
+    with pytest.raises(OSError, match="is not the reference classifier"):
+        load_reference("cpu")
+
+
+# Classifiers ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_classifiers_measures_agree_with_a_count_by_hand():
+    logits, labels = torch.randn(500, 10), torch.randint(10, (500,))
+    metrics = classification_measures(logits, labels)
+    matrix, predictions = torch.tensor(metrics["confusion_matrix"]), logits.argmax(1)
+    for true in range(10):
+        for predicted in range(10):
+            assert matrix[true, predicted] == ((labels == true) & (predictions == predicted)).sum()
+    assert metrics["test_errors"] == 500 - matrix.diag().sum()
+    assert metrics["test_accuracy"] == pytest.approx(1 - metrics["test_errors"] / 500)
+    seven = metrics["per_class"]["7"]
+    assert seven["recall"] == pytest.approx((matrix[7, 7] / matrix[7].sum()).item())
+    assert seven["precision"] == pytest.approx((matrix[7, 7] / matrix[:, 7].sum()).item())
+    probabilities = logits.double().exp() / logits.double().exp().sum(1, keepdim=True)
+    by_hand = -probabilities[torch.arange(500), labels].log().mean().item()  # L = -log Z_i
+    assert metrics["test_loss"] == pytest.approx(by_hand)
+
+
+def test_the_mistakes_shown_are_the_most_confident_ones_in_order():
+    labels = torch.arange(50) % 10
+    logits = torch.zeros(50, 10)
+    logits[torch.arange(50), (labels + 1) % 10] = torch.arange(50) / 10  # each is wrong, each more confident
+    logits[49, labels[49]] = 9  # and this one is right
+    images = torch.arange(50, dtype=torch.uint8).view(50, 1, 1, 1).expand(50, 1, 28, 28)
+    axes = plot_mistakes(images, logits, labels).axes
+    assert [int(axis.images[0].get_array()[0, 0]) for axis in axes] == list(range(48, 18, -1))
+    confidence = logits[48].softmax(0).max()
+    assert axes[0].get_title() == f"9 ({confidence:.0%})\ntrue 8"
+
+
+def test_the_confusion_matrix_has_a_row_for_each_true_class():
+    axis = plot_confusion([[5, 1], [0, 7]], names=["a", "b"]).axes[0]
+    assert axis.images[0].get_array().tolist() == [[5, 1], [0, 7]]
+    assert (axis.get_xlabel(), axis.get_ylabel()) == ("predicted class", "true class")
