@@ -330,7 +330,7 @@ def empty_class(few):
     ("spoil", "parts"),
     [
         (shutil.rmtree, ["no dataset few, neither here nor in data; use one of mnist,", "digits", "folder"]),
-        (remove("train/square", "train/circle"), ["few/train has 1 subfolders", "at least two", "a folder of their own"]),
+        (remove("train/square", "train/circle"), ["few/train has 1 subfolders", "a folder of their own"]),
         (flat, ["few has 0 subfolders", "a folder of their own"]),
         (empty_class, ["few/train/square holds 0 images", ".png", "remove the folder"]),
         (remove("test"), ["few has a folder train, but not both train and test"]),
