@@ -103,15 +103,15 @@ def test_the_other_scripts_take_a_folder_too(few, script, name):
 
 
 def test_a_generator_is_measured_without_what_only_digits_can_be_asked():
-    judge, images = load_reference("cpu"), torch.rand(30, 1, 28, 28)
+    classifier, images = load_reference("cpu"), torch.rand(30, 1, 28, 28)
     reference = images[:10], torch.rand(20, 1, 28, 28), torch.arange(20) % 3
-    measures = measure_images(images, torch.arange(30) % 3, judge, reference, classes=3)
+    measures = measure_images(images, torch.arange(30) % 3, classifier, reference, classes=3)
     assert {"fid", "kid", "coverage", "parzen_log_likelihood"} <= measures.keys()
     assert not {"class_histogram", "class_kl", "conditional_accuracy", "class_coverage"} & measures.keys()
     with pytest.raises(UserError, match="3 images are too few"):
-        measure_images(images[:3], None, judge, reference, classes=3)
+        measure_images(images[:3], None, classifier, reference, classes=3)
     with pytest.raises(UserError, match="2 images are too few"):  # of each of ten classes
-        measure_images(images, torch.arange(30) % 10, judge, (*reference[:2], torch.arange(20) % 10))
+        measure_images(images, torch.arange(30) % 10, classifier, (*reference[:2], torch.arange(20) % 10))
 
 
 # Names ----------------------------------------------------------------------------------------------------------------
@@ -330,7 +330,7 @@ def empty_class(few):
     ("spoil", "parts"),
     [
         (shutil.rmtree, ["no dataset few, neither here nor in data; use one of mnist,", "digits", "folder"]),
-        (remove("train/square", "train/circle"), ["few/train has 1 subfolders", "at least two", "folder of their own"]),
+        (remove("train/square", "train/circle"), ["few/train has 1 subfolders", "a folder of their own"]),
         (flat, ["few has 0 subfolders", "a folder of their own"]),
         (empty_class, ["few/train/square holds 0 images", ".png", "remove the folder"]),
         (remove("test"), ["few has a folder train, but not both train and test"]),
