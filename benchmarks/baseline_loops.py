@@ -86,7 +86,8 @@ def race(data_dir, device, seed):
     transform = Compose([ToTensor(), Normalize((0.1307,), (0.3081,))])
     with tempfile.TemporaryDirectory() as folder:
         loader = make_loader(data_dir, folder, transform, 64, None, 0, device)
-        test_loader = DataLoader(MNIST(folder, train=False, transform=transform), batch_size=1000)
+        test_data = MNIST(folder, train=False, transform=transform)
+        test_loader = DataLoader(test_data, batch_size=1000)
         epochs, accuracy = 0, 0.0
         while accuracy < 0.99 and epochs < 14:
             train_classifier(model.train(), optimizer, loader, device)
@@ -95,9 +96,9 @@ def race(data_dir, device, seed):
             model.eval()
             with torch.no_grad():
                 correct = [(model(images.to(device)).argmax(1).cpu() == labels).sum() for images, labels in test_loader]
-            accuracy = sum(correct).item() / len(test_loader.dataset)
+            accuracy = sum(correct).item() / len(test_data)
     print(json.dumps({"epochs": epochs, "test_accuracy": accuracy}))
 
 
 if __name__ == "__main__":
-    race(*sys.argv[1:3], int(sys.argv[3]))
+    race(sys.argv[1], sys.argv[2], int(sys.argv[3]))

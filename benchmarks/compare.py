@@ -103,7 +103,7 @@ def curves(runs: list[SimpleNamespace], name: str, fine: bool) -> tuple[list[flo
         reports = [row for row in run.curve if fine and name in row and row["epoch"] <= last]
         rows = reports or [row for row in run.history[:last] if name in row]
         points.append(([row["epoch"] for row in rows], [row[name] for row in rows]))
-    epochs = min((x for x, _ in points), key=len)
+    epochs: list[float] = min((x for x, _ in points), key=len)
     seconds = [np.interp(epochs, range(len(run.seconds)), run.seconds) for run in runs]
     return epochs, np.mean(seconds, axis=0), np.array([np.interp(epochs, *each) for each in points])
 
@@ -163,13 +163,13 @@ def main(argv: list[str] | None = None) -> None:
     runs = [read_run(folder) for folder in {Path(path).resolve(): Path(path) for path in paths}.values()]
     shortest = min(len(run.history) for run in runs)
     metrics = [{name for row in run.history[:shortest] for name in row} - {"epoch"} for run in runs]
-    names = [name for name in runs[0].figures if all(name in each for each in metrics)]
+    names = [name for name in runs[0].values if all(name in each for each in metrics)]
     if not names:
         raise UserError("these runs have no metric in common; compare runs of one script")
-    settings = {}
+    by_setting: dict[str, list[SimpleNamespace]] = {}
     for run in runs:
-        settings.setdefault(run.setting, []).append(run)
-    settings = list(settings.values())
+        by_setting.setdefault(run.setting, []).append(run)
+    settings = list(by_setting.values())
     labels, differences = name_settings(settings)
     print_table(settings, labels)
     print("".join(f"{label}: {text}\n" for label, text in zip(labels, differences) if text), end="")

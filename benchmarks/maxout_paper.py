@@ -55,7 +55,7 @@ def begin(args: argparse.Namespace, state: dict[str, Any], epoch_length: int) ->
 
 def loss_with_dropout(model: torch.nn.Module, batches: Batches) -> float:
     """The mean cross-entropy over all images of `batches`, with dropout as in training. `model` is not changed."""
-    model, total = copy.deepcopy(model).train(), 0.0
+    model, total = copy.deepcopy(model).train(), torch.zeros(())
     with torch.no_grad():
         for images, labels in map(batches.take, batches.rows(0)):
             total = total + torch.nn.functional.cross_entropy(model(images), labels, reduction="sum")

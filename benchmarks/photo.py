@@ -218,7 +218,7 @@ def save(page, path, condition, rng):
 # Measuring ------------------------------------------------------------------------------------------------------------
 
 
-def measure(condition: str, digits: Any, labels: list[int], folder: str, seed: int) -> dict[str, float]:
+def measure(digits: Any, labels: list[int], folder: str, seed: int, condition: str) -> dict[str, float]:
     """How many of the digits are read correctly in this condition, read wrong, and rejected."""
     reference, make, wrong, rejected = load_reference("cpu"), {**CONDITIONS, **SAVED}[condition], 0, 0
     for i, (digit, label) in enumerate(zip(digits, labels)):
@@ -228,8 +228,8 @@ def measure(condition: str, digits: Any, labels: list[int], folder: str, seed: i
             read = reference.read(read_photo(path) / 255)[1].tolist()
             wrong += read != [label]
             problem = f"{path.name}: read as {', '.join(map(str, read))}" if read != [label] else ""
-        except OSError as error:
-            rejected, problem = rejected + 1, str(error)
+        except OSError as reason:
+            rejected, problem = rejected + 1, str(reason)
         if problem:
             print(problem, file=sys.stderr)
     accuracy = 1 - (wrong + rejected) / len(digits)
@@ -255,8 +255,8 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as temporary, ProcessPoolExecutor(args.processes) as pool:
         folder = args.save or temporary
         Path(folder).mkdir(exist_ok=True)
-        digits = {"digits": images[chosen, 0].numpy(), "labels": labels[chosen].tolist()}
-        for name, row in zip(names, pool.map(partial(measure, **digits, folder=folder, seed=args.seed), names)):
+        digits = images[chosen, 0].numpy(), labels[chosen].tolist(), folder, args.seed
+        for name, row in zip(names, pool.map(partial(measure, *digits), names)):
             print(
                 "{:24} {accuracy:7.1%} ± {standard_error:.1%}  {wrong} wrong, {rejected} rejected".format(name, **row),
                 flush=True,

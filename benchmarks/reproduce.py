@@ -290,7 +290,7 @@ def record(name: str, metrics: list[Row], folders: list[Path]) -> None:
     for key in PROVENANCE:
         if any(other[key] != config[key] for other in others):
             print(f"  warning: the seeds differ in {key}; the row names that of seed 0")
-    row = {
+    row: Row = {
         "command": f"python {command}",
         "published": published,
         "options": {key: value for key, value in config["options"].items() if key not in LEFT_OUT},

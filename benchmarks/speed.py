@@ -152,7 +152,7 @@ def baseline(command: str, device: str, workers: int, data_dir: str, folder: str
         make = partial(torch.optim.SGD, lr=args.lr, momentum=args.momentum)
     transform = Compose([ToTensor(), Normalize((0.5,), (0.5,))]) if classifies else ToTensor()
     loader = baseline_loops.make_loader(data_dir, folder, transform, args.batch_size, steps, workers, device)
-    train: Any = partial(baseline_loops.train_gan, conditional=hasattr(args, "mismatched"))
+    train: Any = partial(baseline_loops.train_gan, conditional=args.kind == "cgan")
     train = baseline_loops.train_classifier if classifies else train
     return partial(train, *networks, *(make(network.parameters()) for network in networks), loader, device), {}
 
@@ -266,7 +266,7 @@ def plot_steps(rows: dict[str, Row]) -> Figure:
         places = [place + 0.8 * (i + 0.5) / len(names) - 0.4 for place in range(len(rows))]
         axis.barh(places, [row["loops"][name]["ms"] for row in rows.values()], 0.8 / len(names), label=name)
     for place, row in enumerate(rows.values()):
-        axis.vlines(row["limit_ms"], place - 0.4, place + 0.4, "black", label=None if place else "the machine's limit")
+        axis.vlines(row["limit_ms"], place - 0.4, place + 0.4, "black", label="" if place else "the machine's limit")
     axis.set(yticks=range(len(rows)), yticklabels=list(rows), xlabel="milliseconds a step", xscale="log")
     axis.set_ylim(len(rows) - 0.5, -0.5)  # the first row on top
     axis.xaxis.set_major_formatter("{x:g}")
@@ -351,7 +351,8 @@ def train_on(source: str, path: Path, labels: torch.Tensor, device: str, pipe: A
         if source == "memory":
             batches = Batches(torch.from_numpy(np.load(path)), labels, 256, pick_device(device))
         else:  # the class StreamedBatches, as docs/extending.md shows it
-            text, scope = (ROOT / "docs" / "extending.md").read_text("utf-8"), {}
+            text = (ROOT / "docs" / "extending.md").read_text("utf-8")
+            scope: Row = {}
             exec(re.findall(r"```python\n(# datasets/streamed.py\n.*?)```", text, re.DOTALL)[0], scope)
             batches = scope["StreamedBatches"](path, labels, 256, pick_device(device))
         _, _, step = start(script, args, batches)

@@ -119,7 +119,8 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     GANS["stacked"] = (StackedGenerator, StackedDiscriminator)
 
-    reference, rows = load_reference("cpu"), {}
+    reference = load_reference("cpu")
+    rows: dict[str, list[dict[str, float]]] = {}
     for way in [options.only] if options.only else WAYS:
         rows[way] = []
         for seed in range(options.seeds):

@@ -6,7 +6,6 @@ python benchmarks/tables.py
 import argparse
 import csv
 import json
-import re
 import statistics
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -307,10 +306,11 @@ def fill(page: Path) -> str:
     """The text of a page with each of its sections up to date."""
     text = page.read_text("utf-8")
     for name, make in PAGES[page].items():
-        pattern = rf"<!-- {name} -->\n.*?<!-- /{name} -->"
-        section = f"<!-- {name} -->\n{make()}\n<!-- /{name} -->"
-        text, count = re.subn(pattern, lambda _, section=section: section, text, flags=re.DOTALL)
-        assert count == 1, f"{page} has {count} sections {name}"
+        start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+        before, _, rest = text.partition(start)
+        _, found, after = rest.partition(end)
+        assert found, f"{page} has no section {name}"
+        text = f"{before}{start}{make()}\n{end}{after}"
     return text
 
 
