@@ -313,6 +313,18 @@ def test_a_failed_download_leaves_only_verified_files(tmp_path, serve, monkeypat
     assert files_below(tmp_path) == sorted(good)
 
 
+def test_a_disk_that_fills_up_leaves_no_half_file(tmp_path, serve, monkeypatch):
+    def write_half(path, content):
+        with open(path, "wb") as file:
+            file.write(content[: len(content) // 2])
+        raise OSError("No space left on device")
+
+    serve(Server)
+    monkeypatch.setattr(Path, "write_bytes", write_half)
+    assert "No space left" in error_of("mnist", tmp_path)
+    assert files_below(tmp_path) == []
+
+
 def closed_mirror(address):
     """Called in a process of the test's own."""
     pin_tiny()
