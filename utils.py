@@ -1,7 +1,5 @@
 """The training loop. A script defines the training step; the loop runs it.
 
-From a batch to a number on the screen:
-
     rows         which images: row numbers, shuffled by the seed and the epoch        batches.rows
     take         their pixels and labels, on the device                               batches.take
     train_step   forward pass, backward pass, update; returns metrics                 the script's
@@ -9,13 +7,11 @@ From a batch to a number on the screen:
     report       reads their means every --log-interval steps, for the progress bar   below
 
 An epoch ends when every image has been seen once. Then the network is validated, samples are saved, and a row of
-metrics and a checkpoint are written. `--resume RUN` continues with the batch after the last save: everything in
-`run.state` (networks, optimizers, schedules, EMA), the random numbers, the metrics and the position are restored.
+metrics and a checkpoint are written. `--resume RUN` continues with the batch after the last save.
 
-Edit a train_step as you like: its losses, updates and metrics. The loop advances the schedules and the EMA.
-On a GPU, and with --compile, the step is captured: recorded once and replayed without Python, so it must stay on the
-device and do the same in every step: no `.item()`, no `if` on a tensor, no Python number that changes.
-engine/captured.py runs the step a few times first; it detects and names what cannot be captured. With
+Edit a train_step as you like. On a GPU, and with --compile, the step is captured: recorded once and replayed without
+Python, so it must stay on the device and do the same in every step: no `.item()`, no `if` on a tensor, no Python number
+that changes. engine/captured.py runs it a few times first; it detects and names what cannot be captured. With
 `--no-cuda-graph` and without `--compile`, the step runs eagerly.
 """
 
@@ -38,7 +34,7 @@ from engine.plots import plot_curves, save_gif, save_grid
 from engine.run import Metrics, Run
 
 TrainStep = Callable[[torch.Tensor, torch.Tensor], dict[str, torch.Tensor | float]]
-Totals = dict[str, tuple[float, int]]  # metric -> its sum over images, and their number
+Totals = dict[str, tuple[float, float]]  # metric -> its sum over images, and their number
 DRY_RUN_STEPS = 8  # enough to capture the step and to replay it
 
 
@@ -128,16 +124,16 @@ def make_step(run: Run, train_step: TrainStep, batches: Any) -> Callable[[torch.
     The step is compiled with --compile, and is a CUDA graph on a GPU; otherwise it runs eagerly. Reading the images is
     part of it, unless `batches.on_device` is False.
     """
-    device, meter = run.device(), run.meter
+    device = run.device()
     emas = [item for item in run.state.values() if isinstance(item, EMA)]
 
-    def step_on(images: torch.Tensor, labels: torch.Tensor) -> tuple[str, ...]:
+    def step_on(images: torch.Tensor, labels: torch.Tensor) -> None:
         # Without autocast's cache, which would return stale weights after an update within the step.
         with torch.autocast(device.type, torch.bfloat16, enabled=run.loop.amp, cache_enabled=False):
             metrics = train_step(images, labels)
         for ema in emas:
             ema.update()
-        return meter.add(metrics, len(images))
+        run.meter.add(metrics, len(images))
 
     if getattr(batches, "on_device", True):
         step = capture(lambda rows: step_on(*batches.take(rows)), run)
@@ -146,11 +142,10 @@ def make_step(run: Run, train_step: TrainStep, batches: Any) -> Callable[[torch.
         step = lambda rows: captured(*batches.take(rows))  # noqa: E731
 
     def run_step(rows: torch.Tensor) -> None:
-        if len(rows) < world_size():
-            return  # a last batch with fewer images than processes
-        part = shard(rows)  # all rows, unless torchrun started several processes
-        run.share = len(part) / len(rows)
-        meter.count(step(part), len(part))
+        if len(rows) >= world_size():  # else a last batch with fewer images than processes is skipped
+            part = shard(rows)  # all rows, unless torchrun started several processes
+            run.share = len(part) / len(rows)
+            step(part)
 
     return run_step
 
@@ -164,33 +159,27 @@ class Meter:
     def __init__(self, device: torch.device | str = "cpu"):
         self.device = device
         self.sums: dict[str, torch.Tensor] = {}  # since the last report, on this rank
-        self.counts: dict[str, int] = {}  # of images
+        self.counts: dict[str, torch.Tensor] = {}  # of images
         self.epoch: Totals = {}  # since the epoch began, up to the last report, over all ranks
 
-    def add(self, metrics: dict[str, torch.Tensor | float], images: int) -> tuple[str, ...]:
-        """Add means over so many images; return their names. Part of the captured step."""
+    def add(self, metrics: dict[str, torch.Tensor | float], images: int) -> None:
+        """Add means over so many images. Part of the captured step, so it writes to the same tensors each time."""
         for name, value in metrics.items():
             if isinstance(value, torch.Tensor):
                 if value.dim():
                     raise UserError(f"train_step returns {name} with shape {list(value.shape)}; return its mean")
                 value = value.detach().float()
             if name not in self.sums:
-                self.sums[name] = torch.zeros((), device=self.device)
+                self.sums[name], self.counts[name] = (torch.zeros((), device=self.device) for _ in range(2))
             self.sums[name].add_(value, alpha=images)
-        return tuple(metrics)
-
-    def count(self, names: tuple[str, ...], images: int) -> None:
-        """Count the images behind what `add` has summed. Not part of the step: a graph cannot count in Python."""
-        for name in names:
-            self.counts[name] = self.counts.get(name, 0) + images
+            self.counts[name].add_(images)
 
     def report(self) -> Metrics:
         """Return the means over all ranks since the last report, and add these images to the epoch's."""
         totals = add_up(all_gather(self.totals()))
         self.epoch = add_up([self.epoch, totals])
-        for value in self.sums.values():
-            value.zero_()  # in place: a graph adds to this very tensor
-        self.counts = {}
+        for value in (*self.sums.values(), *self.counts.values()):
+            value.zero_()
         return means_of(totals)
 
     def end_epoch(self) -> Metrics:
@@ -200,8 +189,8 @@ class Meter:
 
     def totals(self) -> Totals:
         """Sums and counts since the last report, on this rank."""
-        sums = torch.stack(list(self.sums.values())).tolist() if self.sums else []
-        return {name: (value, self.counts[name]) for name, value in zip(self.sums, sums) if name in self.counts}
+        values = torch.stack([*self.sums.values(), *self.counts.values()]).tolist() if self.sums else []
+        return dict(zip(self.sums, zip(values, values[len(self.sums) :])))
 
     def state_dict(self) -> dict[str, Totals]:
         return {"since_report": self.totals(), "epoch": self.epoch}
@@ -213,21 +202,21 @@ class Meter:
             ranks = [{**ranks[0], "since_report": add_up(since)}] * world_size() if ranks else []
         for state in ranks[rank() : rank() + 1]:
             self.epoch = state["epoch"]
-            for name, (value, count) in state["since_report"].items():
-                self.sums[name], self.counts[name] = torch.tensor(value, device=self.device), count
+            for name, pair in state["since_report"].items():
+                self.sums[name], self.counts[name] = (torch.tensor(value, device=self.device) for value in pair)
 
 
 def add_up(parts: list[Totals]) -> Totals:
     totals: Totals = {}
     for part in parts:
         for name, (value, count) in part.items():
-            before, images = totals.get(name, (0.0, 0))
+            before, images = totals.get(name, (0.0, 0.0))
             totals[name] = (before + value, images + count)
     return totals
 
 
 def means_of(totals: Totals) -> Metrics:
-    return {name: value / count for name, (value, count) in totals.items()}
+    return {name: value / count for name, (value, count) in totals.items() if count}
 
 
 def report(run: Run, steps: int) -> None:
