@@ -19,15 +19,19 @@ def init_weights(generator: nn.Module, discriminator: nn.Module, kind: str, pixe
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
             zero_bias(layer)
     elif kind == "paper":
-        for network, limit in ((generator, 0.05), (discriminator, 0.005)):
-            of_labels = set(linear_layers(network.get_submodule("from_y"))) if hasattr(network, "from_y") else set()
-            for layer in linear_layers(network):
-                if layer not in of_labels:
-                    nn.init.uniform_(layer.weight, -limit, limit)
-                    zero_bias(layer)
+        init_uniform(generator, 0.05)
+        init_uniform(discriminator, 0.005)
         layers = linear_layers(generator)
         if layers and layers[-1].bias is not None and layers[-1].out_features == pixel_means.numel():
             layers[-1].bias.copy_(pixel_means.flatten().clamp(1e-3, 1 - 1e-3).logit())
+
+
+def init_uniform(network: nn.Module, limit: float) -> None:
+    of_labels = set(linear_layers(network.get_submodule("from_y"))) if hasattr(network, "from_y") else set()
+    for layer in linear_layers(network):
+        if layer not in of_labels:
+            nn.init.uniform_(layer.weight, -limit, limit)
+            zero_bias(layer)
 
 
 def linear_layers(network: nn.Module) -> list[nn.Linear]:
