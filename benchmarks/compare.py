@@ -121,13 +121,11 @@ def plot(settings: list[list[SimpleNamespace]], labels: list[str], names: list[s
 
 def mean_sd(name: str, values: list[float]) -> str:
     """The mean of a metric's values as text, with ± standard deviation if there are several."""
-    return format_metric(name, statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None)
-
-
-def format_metric(name: str, mean: float, sd: float | None = None) -> str:
     scale, unit = (100, " %") if name.endswith("accuracy") else (1, " nats" * name.endswith("log_likelihood"))
+    mean = scale * statistics.mean(values)
     digits = 1 if name == "seconds" else 2 if unit or abs(mean) >= 10 else 4
-    return f"{scale * mean:.{digits}f}" + ("" if sd is None else f" ± {scale * sd:.{digits}f}") + unit
+    spread = f" ± {scale * statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean:.{digits}f}{spread}{unit}"
 
 
 def print_table(settings: list[list[SimpleNamespace]], labels: list[str]) -> None:
