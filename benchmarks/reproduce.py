@@ -111,9 +111,9 @@ ROWS = {
 
 # name -> a short form of the row, in float32 and not compiled, and what is compared.
 QUICK = {
-    "gan-best": ("train_gan.py --recipe best --dataset digits --epochs 40", "fid"),
+    "gan-best": ("train_gan.py --recipe best --dataset digits --epochs 25", "fid"),
     "mlp-lecture": ("train_classifier.py --model mlp --recipe lecture", "test_accuracy"),
-    "digits-best": ("train_classifier.py --recipe best --dataset digits --epochs 10", "test_accuracy"),
+    "digits-best": ("train_classifier.py --recipe best --dataset digits --epochs 6", "test_accuracy"),
 }
 
 PROVENANCE = ("torch", "python", "processor", "cores", "threads", "gpu", "commit")
