@@ -54,12 +54,9 @@ def run_step(name: str, commit: str, args: argparse.Namespace) -> dict[str, Any]
     for words in commands:
         if status == 0:
             left = max(1, LIMIT - int(time.monotonic() - started))
-            process = subprocess.Popen(
-                ["timeout", "--signal=INT", str(left), sys.executable, *words],  # a training saves first
-                cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            )  # fmt: skip
-            output += process.communicate()[0]
-            status = process.returncode
+            limited = ["timeout", "--signal=INT", str(left), sys.executable, *words]  # a training saves first
+            done = subprocess.run(limited, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            status, output = done.returncode, output + done.stdout
     row = {
         "commands": [" ".join(["python", *words]).replace(args.data_dir, "data") for words in commands],
         "seconds": round(time.monotonic() - started, 1),
@@ -81,7 +78,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data-dir", default="data", help="folder of the datasets")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="cpu tries the command")
     parser.add_argument("--output-dir", default="runs/gpu", help="folder of the runs")
-    parser.add_argument("--again", action="store_true", help="run the steps again that have already succeeded")
     args = parser.parse_args(argv)
     if unknown := [name for name in args.names if name not in STEPS]:
         parser.error(f"no step {', '.join(unknown)}; choose from {', '.join(STEPS)}")
@@ -92,15 +88,14 @@ def main(argv: list[str] | None = None) -> None:
     path = RESULTS if args.device == "cuda" else Path(args.output_dir) / "trial.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     results = json.loads(path.read_text()) if path.is_file() else {"steps": {}}
-    commit = str(environment()["commit"])
+    commit, steps = str(environment()["commit"]), results["steps"]
     for name in args.names:
-        before = results["steps"].get(name, {})
-        if before.get("succeeded") and before.get("commit") == commit and not args.again:
+        if steps.get(name, {}).get("succeeded") and steps[name]["commit"] == commit:
             print(f"{name}: already done")
             continue
-        results["steps"][name] = run_step(name, commit, args)
+        steps[name] = run_step(name, commit, args)
         path.write_text(json.dumps({**results, **environment()}, indent=2) + "\n")
-    if failed := [name for name, row in results["steps"].items() if not row["succeeded"]]:
+    if failed := [name for name, row in steps.items() if not row["succeeded"]]:
         raise UserError(f"failed: {', '.join(failed)}; their output is in {path}; fix it and run this again")
 
 

@@ -158,23 +158,18 @@ class Whole:
             good &= not begun or (f"--resume {run}" in line and saved)
         if not saved:
             shutil.rmtree(run, ignore_errors=True)
-        good &= self.train(run, resume=saved) == 0 and same_run(self.folder, run)
+        good &= self.train(run, resume=saved) == 0 and same(contents(self.folder), contents(run))
         shutil.rmtree(run)
         return good
 
 
-def same_run(a: Path, b: Path) -> bool:
-    """Whether checkpoints, tables and samples of two runs are equal, byte by byte or tensor by tensor; but for time."""
-    for path in a.rglob("*"):
-        other = b / path.relative_to(a)
-        equal = other.exists()
-        if path.suffix == ".pt":
-            equal = equal and same(*({**load(each), "seconds": None} for each in (path, other)))
-        elif path.suffix in (".csv", ".png", ".gif") and path.name not in ("curves.png", "seconds.csv"):
-            equal = equal and path.read_bytes() == other.read_bytes()
-        if not equal:
-            return False
-    return not list(b.rglob("*.tmp"))
+def contents(run: Path) -> dict[Path, Any]:
+    """What two equal runs have in common: checkpoints, tables and samples, without times; and no temporary file."""
+    found: dict[Path, Any] = {}
+    for path in run.rglob("*"):
+        if path.suffix in (".pt", ".csv", ".png", ".gif", ".tmp") and path.name not in ("curves.png", "seconds.csv"):
+            found[path.relative_to(run)] = {**load(path), "seconds": 0} if path.suffix == ".pt" else path.read_bytes()
+    return found
 
 
 def interruptions(name: str, what: str, folder: Path, count: int) -> list[tuple[str, bool]]:
@@ -190,12 +185,12 @@ def interruptions(name: str, what: str, folder: Path, count: int) -> list[tuple[
 
 
 def damage(path: Path, count: int, read: Callable[[], Any]) -> Trials:
-    """Cut the file short at `count` places, and change one byte at as many.
+    """`count` times, cut the file short or change one of its bytes.
 
     It passes if `read` fails with one line that names the file, or returns what it held (a byte of no effect).
     """
     content, whole, rng = path.read_bytes(), read(), random.Random(0)
-    for place in [0, *(rng.randrange(len(content)) for _ in range(2 * count - 1))]:
+    for place in [0, *(rng.randrange(len(content)) for _ in range(count - 1))]:
         cut, changed = content[:place], bytes([content[place] ^ rng.randrange(1, 256)])
         cut_short = place == 0 or rng.random() < 0.5
         path.write_bytes(cut if cut_short else cut + changed + content[place + 1 :])
@@ -231,15 +226,15 @@ def main() -> None:
     parser = flags.ArgumentParser("reliability.py", __doc__)
     add = parser.add_argument
     add("what", choices=[*SIGNALS, "damage"], help="what to do to runs or files")
-    add("--count", type=flags.number(int, 1), default=200, help="kills or signals; or cuts and changes of each file")
+    add("--count", type=flags.number(int, 1), default=200, help="kills or signals; or damages to each file")
     add("--data-dir", default="data", help="folder that holds MNIST")
     add("--record", action="store_true", help="write the row to benchmarks/results/reliability.csv")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
+        each = partial(interruptions, what=args.what, folder=Path(folder), count=-(-args.count // len(SCRIPTS)))
         if args.what == "damage":
             trials = list(damaged_files(Path(folder), args.count, args.data_dir))
         else:
-            each = partial(interruptions, what=args.what, folder=Path(folder), count=-(-args.count // len(SCRIPTS)))
             with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("fork")) as pool:
                 trials = [trial for own in pool.map(each, SCRIPTS) for trial in own]
     failed = [what for what, good in trials if not good]

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks processes
     [
         pytest.param("kills", 12, 12, marks=pytest.mark.slow),
         pytest.param("signals", 6, 6, marks=pytest.mark.slow),
-        ("damage", 4, 32),  # two checkpoints and two files of MNIST, cut short or changed
+        ("damage", 8, 32),  # two checkpoints and two files of MNIST, cut short or changed
     ],
 )
 def test_a_run_survives(what, count, trials, data_dir, tmp_path):
