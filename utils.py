@@ -201,7 +201,7 @@ class Meter:
     def totals(self) -> Totals:
         """Sums and counts since the last report, on this rank."""
         sums = torch.stack(list(self.sums.values())).tolist() if self.sums else []
-        return {name: (value, self.counts[name]) for name, value in zip(self.sums, sums) if name in self.counts}
+        return {name: (value, self.counts.get(name, 0)) for name, value in zip(self.sums, sums)}
 
     def state_dict(self) -> dict[str, Totals]:
         return {"since_report": self.totals(), "epoch": self.epoch}
@@ -227,7 +227,7 @@ def add_up(parts: list[Totals]) -> Totals:
 
 
 def means_of(totals: Totals) -> Metrics:
-    return {name: value / count for name, (value, count) in totals.items()}
+    return {name: value / count for name, (value, count) in totals.items() if count}
 
 
 def report(run: Run, steps: int) -> None:
