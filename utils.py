@@ -100,7 +100,8 @@ def train(
         if run.kind:
             print(f"now evaluate it: python evaluate.py {run.folder}")
     finally:
-        run.lock.release()
+        if run.lock:  # rank 0 holds it
+            run.lock.release()
     return {"folder": str(run.folder), **run.history[-1]}
 
 
