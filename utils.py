@@ -61,43 +61,33 @@ def train(
     SIGTERM, after which it raises Stopped. Raises UserError if a metric or a weight is not finite. Returns the run
     folder and the metrics of the last epoch.
     """
-    epochs = 1 if run.loop.dry_run else run.loop.epochs
     steps = min(len(batches), DRY_RUN_STEPS) if run.loop.dry_run else len(batches)
-
-    def finished() -> bool:
-        return run.epoch >= epochs or bool(run.history and should_stop(run.history[-1]))
-
     run.meter = Meter(run.device())
     run.restore()
     step = make_step(run, train_step, batches)
-    schedules = [item for item in run.state.values() if isinstance(item, LRScheduler)]
-    if finished():
+    if finished(run, should_stop):
         print(f"run already finished at epoch {run.epoch}")
     try:
         with caught_signals() as signals:
             if run.epoch == run.batch == 0:
                 run.save()
-            while not finished():
+            while not finished(run, should_stop):
                 for rows in progress(run, batches, steps):
                     step(rows)
-                    for schedule in schedules:
-                        schedule.step()
                     run.batch += 1
-                    if run.batch % run.loop.log_interval == 0 or run.batch == steps:
-                        report(run, steps)
+                    report(run, steps)
                     save(run, signals, due=run.save_due())
-                end_epoch(run, validate, score, sample)
-                print(f"epoch {run.epoch}/{epochs}  {listed(run.history[-1])}  {run.seconds[-2]:.1f} s", flush=True)
-                if after_epoch and rank() == 0:
-                    after_epoch(run.history[-1])
-                run.write_metrics()
-                save(run, [] if finished() else signals, due=True)
+                end_epoch(run, validate, score, sample, after_epoch)
+                save(run, [] if finished(run, should_stop) else signals, due=True)
         save_plots(run)
-        if run.kind:
-            print(f"now evaluate it: python evaluate.py {run.folder}")
+        print(f"now evaluate it: python evaluate.py {run.folder}")
     finally:
         run.lock.release()
     return {"folder": str(run.folder), **run.history[-1]}
+
+
+def finished(run: Run, should_stop: Callable[[Metrics], bool]) -> bool:
+    return run.epoch >= run.epochs or bool(run.history and should_stop(run.history[-1]))
 
 
 def progress(run: Run, batches: Any, steps: int) -> Iterator[torch.Tensor]:
@@ -111,21 +101,21 @@ def progress(run: Run, batches: Any, steps: int) -> Iterator[torch.Tensor]:
             reports = len(run.curve)
             yield rows
             if len(run.curve) > reports:
-                means = {name: value for name, value in run.curve[-1].items() if name != "epoch"}
-                bar.set_postfix({name: f"{value:.4f}" for name, value in means.items()}, refresh=False)
+                bar.set_postfix_str(listed(run.curve[-1]), refresh=False)
                 bar.update(run.batch - bar.n)
                 if hidden and run.batch < steps:
-                    print(f"epoch {run.epoch + 1} step {run.batch}/{steps}  {listed(means)}", flush=True)
+                    print(f"epoch {run.epoch + 1} step {run.batch}/{steps}  {listed(run.curve[-1])}", flush=True)
 
 
 def make_step(run: Run, train_step: TrainStep, batches: Any) -> Callable[[torch.Tensor], None]:
     """Return a function that runs one step, from row numbers to sums of metrics.
 
-    The step is compiled with --compile, and is a CUDA graph on a GPU; otherwise it runs eagerly. Reading the images is
-    part of it, unless `batches.on_device` is False.
+    It also advances every EMA and schedule in `run.state`. The step is compiled with --compile, and is a CUDA graph on
+    a GPU; otherwise it runs eagerly. Reading the images is part of it, unless `batches.on_device` is False.
     """
     device = run.device()
     emas = [item for item in run.state.values() if isinstance(item, EMA)]
+    schedules = [item for item in run.state.values() if isinstance(item, LRScheduler)]
 
     def step_on(images: torch.Tensor, labels: torch.Tensor) -> None:
         # Without autocast's cache, which would return stale weights after an update within the step.
@@ -146,6 +136,8 @@ def make_step(run: Run, train_step: TrainStep, batches: Any) -> Callable[[torch.
             part = shard(rows)  # all rows, unless torchrun started several processes
             run.share = len(part) / len(rows)
             step(part)
+        for schedule in schedules:
+            schedule.step()
 
     return run_step
 
@@ -220,20 +212,27 @@ def means_of(totals: Totals) -> Metrics:
 
 
 def report(run: Run, steps: int) -> None:
-    """Append the means since the last report to the curve. Raises UserError if one is not finite."""
-    means = run.meter.report()
-    run.require_finite(means)
-    if means:  # none if the only batch since the last report was skipped
-        run.curve.append({"epoch": run.epoch + run.batch / steps, **means})
+    """Every --log-interval steps, and at the end of the epoch: append the means since the last report to the curve."""
+    if run.batch % run.loop.log_interval == 0 or run.batch == steps:
+        means = run.meter.report()
+        run.require_finite(means)
+        if means:  # none if the only batch since the last report was skipped
+            run.curve.append({"epoch": run.epoch + run.batch / steps, **means})
 
 
-def end_epoch(run: Run, validate: Callable | None, score: str | None, sample: Callable | None) -> None:
-    """Validate, append a row to the history, save samples, and save best.pt if this is the best epoch."""
+def end_epoch(
+    run: Run, validate: Callable | None, score: str | None, sample: Callable | None, after_epoch: Callable | None
+) -> None:
+    """Validate, print a row of metrics and append it to the history, save samples, and best.pt if it is the best."""
     row = run.end_epoch({**run.meter.end_epoch(), **(broadcast(validate) if validate else {})})
     if sample and rank() == 0:
         save_grid(sample(), run.folder / "samples" / f"epoch-{row['epoch']:04d}.png", columns=10)
     if score in row and run.best_epoch(score) == run.epoch:
         run.save("best.pt")
+    print(f"epoch {run.epoch}/{run.epochs}  {listed(row)}  {run.seconds[-2]:.1f} s", flush=True)
+    if after_epoch and rank() == 0:
+        after_epoch(row)
+    run.write_metrics()
 
 
 def save(run: Run, signals: list[int], due: bool) -> None:
