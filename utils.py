@@ -87,7 +87,8 @@ def train(
                 finish_epoch(run, validate, score, sample, after_epoch)
                 save(run, [] if finished(run, should_stop) else signals, due=True)
         save_plots(run)
-        print(f"now evaluate it: python evaluate.py {run.folder}")
+        if "kind" in run.args:  # by which evaluate.py rebuilds the network
+            print(f"now evaluate it: python evaluate.py {run.folder}")
     finally:
         run.lock.release()
     return {"folder": str(run.folder), **run.history[-1]}
