@@ -58,7 +58,8 @@ class Run:
         given = vars(args)
         self.args, self.state = args, state
         self.loop = LoopOptions(**{key.name: given[key.name] for key in fields(LoopOptions) if key.name in given})
-        self.script, self.kind = given.get("script", ""), given.get("kind", "")
+        self.script = given.get("script", "")
+        self.epochs = 1 if self.loop.dry_run else self.loop.epochs
         if self.loop.batch_size < world_size():
             raise UserError(f"--batch-size {self.loop.batch_size} is less than the {world_size()} processes; raise it")
         self.epoch, self.batch = 0, 0  # done: whole epochs, and batches of the current one

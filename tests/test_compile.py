@@ -52,13 +52,10 @@ def losses(case, folder, compiled):
     state, train_step, _ = script.build(args, torch.device("cpu"), batches)
     run = utils.Run(args, state)
     run.meter = utils.Meter()
-    schedules = [item for item in state.values() if isinstance(item, torch.optim.lr_scheduler.LRScheduler)]
     step, means = utils.make_step(run, train_step, batches), []
     rows = (rows for epoch in itertools.count() for rows in batches.rows(epoch) if len(rows) == args.batch_size)
     for batch in itertools.islice(rows, STEPS):
         step(batch)
-        for schedule in schedules:
-            schedule.step()
         means.append([value for name, value in run.meter.report().items() if name.startswith("loss")])
     run.lock.release()
     return torch.tensor(means), state

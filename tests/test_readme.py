@@ -64,7 +64,8 @@ def test_rows_were_made_with_the_options_of_their_commands_and_with_five_seeds()
         assert differing <= {"--compile"}, name  # which trains to the same values
         script = importlib.import_module(Path(script).stem)
         options = vars(parse_args(script.get_args_parser(), script.RECIPES, script.VARIANTS, flags))
-        assert {**row["options"], "compile": options["compile"]}.items() <= options.items(), name
+        ours = {name: options[name] for name in ("compile", "script")}
+        assert {**row["options"], **ours}.items() <= options.items(), name
         assert len(row.get("test_errors", row.get("seeds"))) == FEWER_SEEDS.get(name, 5), name
         assert not (row["commit"] or "").endswith("-dirty"), name
 
