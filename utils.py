@@ -90,7 +90,8 @@ def train(
         if "kind" in run.args:  # by which evaluate.py rebuilds the network
             print(f"now evaluate it: python evaluate.py {run.folder}")
     finally:
-        run.lock.release()
+        if run.lock:  # rank 0 holds it
+            run.lock.release()
     return {"folder": str(run.folder), **run.history[-1]}
 
 

@@ -58,7 +58,7 @@ def test_no_right_to_make_a_folder_is_one_line(tmp_path):
 def test_a_folder_that_vanishes_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(Batches, "rows", Batches.rows)  # restored at the end
     act_at((1, 0), lambda: shutil.rmtree(tmp_path / "run"))
-    with pytest.raises(UserError, match=r"run/checkpoint\.pt could not be written \(No such file or directory\)"):
+    with pytest.raises(UserError, match=r"run/metrics\.csv could not be written \(No such file or directory\)"):
         train(*FLAGS, "--epochs", 2, "--output-dir", tmp_path / "run")
 
 

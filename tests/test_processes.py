@@ -188,10 +188,9 @@ def test_a_signal_to_one_process_stops_all_and_another_number_of_processes_resum
 
 
 def test_after_the_death_of_a_process_torchrun_ends_with_the_same_run(tmp_path):
-    words = [*MLP, "--save-interval", "0"]
-    run(2, "train_classifier.py", *words, "--output-dir", "whole", cwd=tmp_path)
+    run(2, "train_classifier.py", *MLP, "--output-dir", "whole", cwd=tmp_path)
     launcher = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
-    _, errors = torchrun(tmp_path, one_dies, *words, "--auto-resume", launcher=launcher)
+    _, errors = torchrun(tmp_path, one_dies, *MLP, "--save-interval", "0.1", "--auto-resume", launcher=launcher)
     assert "another process of this job has ended" in errors
     whole, again = (load(tmp_path / folder / "checkpoint.pt") for folder in ("whole", "run"))
     assert all(torch.equal(a, b) for (_, a), (_, b) in zip(tensors(whole["state"]), tensors(again["state"])))
