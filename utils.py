@@ -143,7 +143,7 @@ def make_step(run: Run, train_step: TrainStep, batches: Any) -> Callable[[torch.
     def run_step(rows: torch.Tensor) -> None:
         if len(rows) >= world_size():  # else a last batch with fewer images than processes is skipped
             part = shard(rows)  # all rows, unless torchrun started several processes
-            run.share = len(part) / len(rows)  # by which engine/distributed.py weights this rank's gradients
+            run.fraction = len(part) / len(rows)  # by which engine/distributed.py weights this rank's gradients
             captured(part)
         for schedule in schedules:
             schedule.step()

@@ -124,8 +124,10 @@ class CapturedStep:
             for group, momentum in zip(self.groups(), self.momenta)
             for parameter in group["params"]
         }
+        states = [state for optimizer in self.optimizers for state in optimizer.state.values()]
+        counts = {state["step"].data_ptr(): state["step"].item() for state in states if "step" in state}
         try:
-            function = compile_step(self.step, self.inputs, momenta)
+            function = compile_step(self.step, self.inputs, momenta, counts)
             function(*self.inputs)
         except Exception as error:  # no compiler, no Triton, an operation that Inductor lacks, another torch
             lines = str(error).splitlines() or [type(error).__name__]

@@ -69,9 +69,9 @@ class Run:
         self.saved = time.monotonic()
         self.begun = False  # whether this process continues a run whose first step was made by the same code
         self.meter: Any = None  # sums of the current epoch's metrics; utils.train sets it
-        self.share = 1.0  # fraction of the batch that this rank computes
+        self.fraction = 1.0  # fraction of the batch that this rank computes
         for optimizer in self.optimizers():
-            optimizer.register_step_pre_hook(lambda optimizer, *_: sum_gradients(optimizer, self.share))
+            optimizer.register_step_pre_hook(lambda optimizer, *_: sum_gradients(optimizer, self.fraction))
         self.folder = Path(self.loop.resume or broadcast(lambda: str(new_folder(self.loop.output_dir, name))))
         self.lock: Any = None
         broadcast(self.take_lock)

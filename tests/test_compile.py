@@ -164,3 +164,19 @@ def test_several_processes_run_eagerly_and_say_so(tmp_path, monkeypatch, capsys)
     step = captured.capture(len, start(tmp_path / "run", {}, compile=True))
     assert step is len
     assert capsys.readouterr().out.count("every step runs eagerly: there are several processes") == 1
+
+
+@pytest.mark.slow
+def test_a_layer_that_was_frozen_at_first_has_its_own_bias_correction(tmp_path):
+    weights = {}
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(1, 30)
+        optimizer = torch.optim.Adam(layer.parameters(), lr=0.01, fused=True)
+        for _ in range(50):  # of the bias alone
+            layer.bias.grad = torch.ones_like(layer.bias)
+            optimizer.step()
+        run = start(tmp_path / str(compiled), {"layer": layer, "optimizer": optimizer}, compile=compiled)
+        utils.train(run, fit(layer, optimizer), ten_images(batch_size=2))
+        weights[compiled] = layer.weight.detach()
+    torch.testing.assert_close(weights[True], weights[False], rtol=1e-5, atol=1e-7)
