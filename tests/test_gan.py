@@ -375,9 +375,9 @@ def test_a_generator_that_returns_no_images_is_refused(images):
 def test_a_stopped_run_has_its_plots_and_the_samples_of_each_epoch(tmp_path, monkeypatch):
     """From the same noise in every epoch; a checkpoint is chosen on the samples of the EMA."""
     monkeypatch.setattr(Watch, "warn", lambda self, row: row["epoch"] == 2 and signal.raise_signal(signal.SIGINT))
-    flags = ["--batch-size", "1437", "--epochs", "4", "--ema", "0.5", "--output-dir", str(tmp_path / "run")]
+    flags = ["--batch-size", "1437", "--epochs", "4", "--lr", "0.005", "--ema", "0.5", "--output-dir"]
     with pytest.raises(Stopped, match="stopped and saved"):
-        train_gan.main([*DIGITS, *flags])
+        train_gan.main([*DIGITS, *flags, str(tmp_path / "run")])
     assert (tmp_path / "run" / "curves.png").stat().st_size > 0
     frames = Image.open(tmp_path / "run" / "samples.gif")
     assert frames.n_frames == 2

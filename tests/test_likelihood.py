@@ -166,7 +166,7 @@ def test_every_model_is_trained_and_validated_by_the_script(model, tmp_path, mon
     network, _ = evaluate.load_network(tmp_path / "run", "cpu")
     unseen = binarise(load("digits", "")[0][-20:], train_likelihood.VALIDATION_SEED) / 255
     expected = network.log_likelihood(unseen, **getattr(network, "quick", {})).mean().item()
-    assert result["val_log_likelihood"] == pytest.approx(expected, rel=0.02)
+    assert result["val_log_likelihood"] == pytest.approx(expected, rel=0.02 if model == "vae" else 1e-5)
     assert -784 < expected < -50
 
 

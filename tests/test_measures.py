@@ -161,8 +161,10 @@ def test_the_real_column_is_of_training_images_that_choose_nothing():
     train = (digits_like(labels) * 255).round().to(torch.uint8), labels
     test = (digits_like(labels) * 255).round().to(torch.uint8), labels
     samples = digits_like(torch.arange(80) % 5)
+    train[0][50:] = (samples[:10] * 255).round().to(torch.uint8)  # the narrowest sigma is best for these alone
     measures = beside_real_images(samples, None, train, test, Reader(), classes=5)
     validation, test_images = train[0][50:] / 255, test[0] / 255
+    assert measures["parzen_sigma"] == pytest.approx(0.1)
     for part, images in ((measures, samples), (measures["real"], train[0][:50] / 255)):
         expected = parzen_measures(images, validation, test_images)
         assert {name: part[name] for name in expected} == pytest.approx(expected)
