@@ -142,10 +142,10 @@ def test_the_last_images_are_held_out():
 
 @pytest.mark.usefixtures("tiny")
 @pytest.mark.parametrize(("name", "gz"), [("mnist", False), ("mnist", True), ("kmnist", True)])
-def test_a_damaged_file_is_named_with_a_remedy(tmp_path, name, gz):
+@pytest.mark.parametrize("spoil", [lambda x: x[:-1], lambda x: x + b"more", lambda x: x[:200] + b"\x55" + x[201:]])
+def test_a_damaged_file_is_named_with_a_remedy(tmp_path, name, gz, spoil):
     path = write_tiny(tmp_path, name, gz) / (f"{TEST_IMAGES}.gz" if gz else TEST_IMAGES)
-    content = path.read_bytes()
-    path.write_bytes(content[:200] + bytes([content[200] ^ 1]) + content[201:])
+    path.write_bytes(spoil(path.read_bytes()))
     message = error_of(name, tmp_path, train=False)
     assert str(path) in message
     assert "delete it to download it again" in message

@@ -108,9 +108,10 @@ def sizes(network):
     return [tuple(p.shape) for p in network.parameters() if p.dim() == 2]
 
 
-@pytest.mark.parametrize(
-    ("name", "dropout"), [("paper", [(0.2, 784), (0.5, 240), (0.5, 240)]), ("large", [(0.2, 240), (0.2, 240)])]
-)
+PAPER, LARGE = [(0.2, 784), (0.5, 240), (0.5, 240)], [(0.2, 240), (0.2, 240)]
+
+
+@pytest.mark.parametrize(("name", "dropout"), [("paper", PAPER), ("large", LARGE)])
 def test_paper_and_large_networks_have_the_papers_layers_and_their_own_dropout(name, dropout):
     generator, discriminator = (network() for network in GANS[name])
     assert sizes(generator) == [(1200, 100), (1200, 1200), (784, 1200)]

@@ -8,7 +8,6 @@ import pytest
 import torch
 from sklearn.neighbors import KernelDensity
 
-from datasets import load
 from engine.errors import UserError
 from measures import reference as reference_module
 from measures.classifier import classification_measures, plot_confusion, plot_mistakes, print_report
@@ -153,14 +152,6 @@ def test_too_few_images_are_refused():
 
 
 # The reference classifier ---------------------------------------------------------------------------------------------
-
-
-def test_the_reference_classifier_is_right_about_at_least_99_4_percent_of_the_test_images(data_dir):
-    images, labels = load("mnist", data_dir, train=False)
-    features, digits = load_reference("cpu").read(images / 255)
-    assert features.shape == (10_000, 256)
-    assert (digits == labels).double().mean() >= 0.994
-    assert reference_module.WEIGHTS.stat().st_size < 2_000_000
 
 
 def test_features_are_the_last_convolutions_averaged_outputs():
