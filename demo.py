@@ -87,9 +87,19 @@ def add_generator(gr: Any, page: Any, i: int, name: str, model: Any) -> None:
             t = gr.Slider(0, 1, 0, step=0.01, label="walk from one z to the other")
         image = gr.Image(label="sample", elem_id=f"sample-{i}", width=260, height=260)
     controls = [seed, other, t, number]
-    show = lambda *values: enlarge(sample_between(model, *values))  # noqa: E731
     for trigger in (page.load, *(control.change for control in controls)):
-        trigger(show, controls, image, show_progress="hidden")
+        trigger(lambda *values: enlarge(sample_between(model, *values)), controls, image, show_progress="hidden")
+
+
+def build_page(gr: Any, models: dict[str, Any]) -> Any:
+    generators = {run: model for run, model in models.items() if hasattr(model, "sample")}
+    classifiers = {run: model for run, model in models.items() if run not in generators}
+    with gr.Blocks(title="Deep Learning Bootcamp", analytics_enabled=False) as page:
+        if classifiers:
+            add_canvas(gr, page, classifiers)
+        for i, (name, model) in enumerate(generators.items()):
+            add_generator(gr, page, i, name, model)
+    return page
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -100,13 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ImportError as error:
         raise UserError("demo.py needs Gradio; install it: pip install -r requirements-demo.txt") from error
     runs = args.run or sorted(str(path.relative_to(ROOT)) for path in (ROOT / "weights").glob("*.pt"))
-    models = {run: load_model(run) for run in runs}
-    classifiers = {run: model for run, model in models.items() if not hasattr(model, "sample")}
-    with gr.Blocks(title="Deep Learning Bootcamp", analytics_enabled=False) as page:
-        if classifiers:
-            add_canvas(gr, page, classifiers)
-        for i, name in enumerate(run for run in models if run not in classifiers):
-            add_generator(gr, page, i, name, models[name])
+    page = build_page(gr, {run: load_model(run) for run in runs})
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # no fonts from elsewhere
     where: dict[str, Any] = dict(server_name="127.0.0.1", server_port=args.port or None, prevent_thread_lock=True)
     _, url, _ = page.launch(**where, share=False, quiet=True, theme=theme)

@@ -117,7 +117,8 @@ def plot(settings: list[list[SimpleNamespace]], labels: list[str], names: list[s
             epochs, seconds, values = curves(runs, name, fine)
             color, style = f"C{i % 10}", ("-", "--", ":", "-.")[i // 10 % 4]
             for axis, x in zip(axes, (epochs, seconds)):
-                axis.plot(x, values.mean(0), style, color=color, lw=1, label=label, ms=3, marker="o" * (len(x) < 20))
+                marker = "o" if len(epochs) < 20 else ""
+                axis.plot(x, values.mean(0), style, color=color, lw=1, label=label, ms=3, marker=marker)
                 axis.fill_between(x, values.min(0), values.max(0), color=color, alpha=0.2, lw=0)
             ends += values[:, min(len(epochs) // 4, len(epochs) - 2) :].flatten().tolist()
         margin = 0.05 * (max(ends) - min(ends))
@@ -157,19 +158,25 @@ def print_table(settings: list[list[SimpleNamespace]], labels: list[str]) -> Non
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
 
 
+def read_settings(patterns: list[str]) -> list[list[SimpleNamespace]]:
+    """The runs of each setting. Raises UserError."""
+    paths = [path for each in patterns for path in ([each] if Path(each).exists() else sorted(glob(each)) or [each])]
+    settings: dict[str, list[SimpleNamespace]] = {}
+    for folder in {Path(path).resolve(): Path(path) for path in paths}.values():
+        run = read_run(folder)
+        settings.setdefault(run.setting, []).append(run)
+    return list(settings.values())
+
+
 def main(argv: list[str] | None = None) -> None:
     args = get_args_parser().parse_args(argv)
-    paths = [path for each in args.runs for path in ([each] if Path(each).exists() else sorted(glob(each)) or [each])]
-    runs = [read_run(folder) for folder in {Path(path).resolve(): Path(path) for path in paths}.values()]
+    settings = read_settings(args.runs)
+    runs = [run for own in settings for run in own]
     shortest = min(len(run.history) for run in runs)
     metrics = [{name for row in run.history[:shortest] for name in row} - {"epoch"} for run in runs]
     names = [name for name in runs[0].values if all(name in each for each in metrics)]
     if not names:
         raise UserError("these runs have no metric in common; compare runs of one script")
-    by_setting: dict[str, list[SimpleNamespace]] = {}
-    for run in runs:
-        by_setting.setdefault(run.setting, []).append(run)
-    settings = list(by_setting.values())
     labels, differences = name_settings(settings)
     print_table(settings, labels)
     print("".join(f"{label}: {text}\n" for label, text in zip(labels, differences) if text), end="")

@@ -336,7 +336,7 @@ def main() -> None:
     times = collections.Counter(trial[:2] for trial in trials)
     passed = collections.Counter(trial[:2] for trial in trials if trial[2])
     rows = [[args.what, *key, str(count), str(passed[key])] for key, count in times.items()]
-    print("\n".join(",".join(row) for row in rows))
+    csv.writer(sys.stdout, lineterminator="\n").writerows(rows)
     if args.record:
         kept = [row for row in csv.reader(RESULTS.open()) if row[0] != args.what]
         with RESULTS.open("w", newline="") as file:

@@ -112,8 +112,8 @@ ROWS = {
 
 # name -> a short form of the row, in float32 and not compiled, and what is compared.
 QUICK = {
-    "gan-best": ("train_gan.py --recipe best --dataset digits --epochs 25", "fid"),
-    "cgan-best": ("train_cgan.py --recipe best --dataset digits --epochs 25", "conditional_accuracy"),
+    "gan-best": ("train_gan.py --recipe best --dataset digits --epochs 40", "fid"),
+    "cgan-best": ("train_cgan.py --recipe best --dataset digits --epochs 40", "conditional_accuracy"),
     "mlp-lecture": ("train_classifier.py --model mlp --recipe lecture", "test_accuracy"),
     "digits-best": ("train_classifier.py --recipe best --dataset digits --epochs 10", "test_accuracy"),
 }

@@ -56,15 +56,20 @@ def init_weights(generator: nn.Module, discriminator: nn.Module, kind: str, pixe
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
             zero_bias(layer)
     elif kind == "paper":
-        for network, limit in ((generator, 0.05), (discriminator, 0.005)):
-            of_labels = linear_layers(getattr(network, "from_y", nn.Identity()))
-            for layer in linear_layers(network):
-                if layer not in of_labels:
-                    nn.init.uniform_(layer.weight, -limit, limit)
-                    zero_bias(layer)
+        init_uniform(generator, 0.05)
+        init_uniform(discriminator, 0.005)
         for layer in linear_layers(generator)[-1:]:
             if layer.bias is not None and layer.out_features == pixel_means.numel():
                 layer.bias.copy_(pixel_means.flatten().clamp(1e-3, 1 - 1e-3).logit())
+
+
+def init_uniform(network: nn.Module, limit: float) -> None:
+    """U(-limit, limit) in all linear layers but those that take labels."""
+    of_labels = linear_layers(getattr(network, "from_y", nn.Identity()))
+    for layer in linear_layers(network):
+        if layer not in of_labels:
+            nn.init.uniform_(layer.weight, -limit, limit)
+            zero_bias(layer)
 
 
 def linear_layers(network: nn.Module) -> list[nn.Linear]:

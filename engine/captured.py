@@ -41,7 +41,7 @@ def capture(step: Callable, run: "Run") -> Callable:
 
 
 class CapturedStep:
-    """`step(*tensors)`, captured. Returns what `step` returned when it was recorded.
+    """`step(*tensors)`, captured.
 
     compiled: by Inductor (--compile). graph: as a CUDA graph, of the compiled step if there is one.
     begun: whether the run has made a step. If not, the first one runs eagerly, because it allocates the optimizer's
@@ -66,29 +66,29 @@ class CapturedStep:
         self.compiled, self.graph, self.begun, self.eager = compiled, graph, begun, False
         self.captured: Callable | None = None
         self.settings: list[Any] | None = None  # of the optimizers, as recorded
-        self.result: Any = None
         self.calls = 0  # of the captured step
         self.short_lived = 0  # how many captured steps in a row were replayed only a few times
         self.momenta = [torch.zeros((), device=device) for _ in self.groups()]
         for optimizer in optimizers:
             prepare(optimizer, device)
 
-    def __call__(self, *inputs: torch.Tensor) -> Any:
+    def __call__(self, *inputs: torch.Tensor) -> None:
         if self.eager or not self.begun or len(inputs[0]) != self.batch_size:
             self.begun = True
-            return self.step(*inputs)
+            self.step(*inputs)
+            return
         if self.settings != (settings := self.recorded_settings()):
             self.short_lived = self.short_lived + 1 if self.settings and self.calls <= COMPARED else 0
             if self.short_lived == 2:  # the first may belong to a run that was resumed just before a change
                 print("every step runs eagerly: a setting of the optimizer changes too often", flush=True)
                 self.eager = True
-                return self.step(*inputs)
+                self.step(*inputs)
+                return
             self.settings, self.calls, self.captured = settings, 0, None
         if self.captured is None:
             self.captured = self.capture(inputs)
         self.calls += 1
         self.captured(*inputs)
-        return self.result
 
     def capture(self, inputs: Sequence[torch.Tensor]) -> Callable:
         """Check the step, capture it, and roll back what that changed."""
@@ -110,7 +110,7 @@ class CapturedStep:
         first = None
         for _ in range(COMPARED):
             with Recorder(self.device, undo) as recorder:
-                self.result = self.step(*self.inputs)
+                self.step(*self.inputs)
             first = first or recorder
             require_same(first, recorder)
 
@@ -124,8 +124,10 @@ class CapturedStep:
             for group, momentum in zip(self.groups(), self.momenta)
             for parameter in group["params"]
         }
+        states = [state for optimizer in self.optimizers for state in optimizer.state.values()]
+        counts = {state["step"].data_ptr(): state["step"].item() for state in states if "step" in state}
         try:
-            function = compile_step(self.step, self.inputs, momenta)
+            function = compile_step(self.step, self.inputs, momenta, counts)
             function(*self.inputs)
         except Exception as error:  # no compiler, no Triton, an operation that Inductor lacks, another torch
             lines = str(error).splitlines() or [type(error).__name__]
@@ -141,14 +143,12 @@ class CapturedStep:
         graph, random = torch.cuda.CUDAGraph(), random_state()
         try:
             with torch.cuda.graph(graph):
-                result = function(*self.inputs)
+                function(*self.inputs)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # raised when the recording ends; its cause is the error before
             replace_generator(self.device, random)
             raise UserError(self.refusal(str(error.__context__ or error).splitlines()[0])) from error
-        if not self.compiled and result != self.result:
-            raise UserError(self.refusal(f"it returned {result} after {self.result}"))
 
         def replay(*inputs: torch.Tensor) -> None:
             for own, given in zip(self.inputs, inputs):

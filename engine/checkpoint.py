@@ -129,5 +129,5 @@ def upgrade(checkpoint: dict[str, Any]) -> None:
     checkpoint["types"] = checkpoint.pop("classes", {})
     for rank_state in checkpoint.get("ranks", []):
         sums, counts = rank_state["meter"]["sums"], rank_state["meter"]["counts"]
-        totals = {name: (value, counts[name]) for name, value in sums.items() if name in counts}
+        totals = {name: (value, counts.get(name, 0)) for name, value in sums.items()}
         rank_state["meter"] = {"since_report": totals, "epoch": {}}

@@ -92,14 +92,14 @@ def sync_flags(signals: list[int], due: bool) -> tuple[int, bool]:
     return tuple(flags.tolist())
 
 
-def sum_gradients(optimizer: torch.optim.Optimizer, share: float) -> None:
-    """Before an update: the gradient of the whole batch's mean loss. share: the fraction that this rank computed.
+def sum_gradients(optimizer: torch.optim.Optimizer, fraction: float) -> None:
+    """Before an update: the gradient of the whole batch's mean loss. fraction: of the batch, which this rank computed.
 
     Not DistributedDataParallel, which does not support `create_graph=True`, as the R1 penalty needs it.
     """
     if world_size() > 1:
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        total = torch.cat([gradient.flatten() for gradient in gradients]) * share
+        total = torch.cat([gradient.flatten() for gradient in gradients]) * fraction
         with collective():
             dist.all_reduce(total)
         parts = total.split([gradient.numel() for gradient in gradients])

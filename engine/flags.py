@@ -149,10 +149,7 @@ def parse_args(
     argv = sys.argv[1:] if argv is None else argv
     known = [word for word in argv if word not in ("-h", "--help")]
     if resume := run_to_resume(parser.parse_known_args(known)[0]):
-        defaults = load_checkpoint(resume, warn=False)["options"]
-        if defaults["kind"] != (kind := parser.get_default("kind")):
-            remedy = f"use {defaults['script']}"
-            raise UserError(f"{resume} is a run of the kind {defaults['kind']}, not {kind}; {remedy}")
+        defaults = options_of(resume, parser.get_default("kind"))
         parser.set_defaults(**defaults, resume=resume)
     else:
         choose_recipe(parser, recipes, variants or {}, known)
@@ -160,7 +157,8 @@ def parse_args(
     changed = {name: value for name, value in vars(args).items() if value != parser.get_default(name)}
     if resume:
         refuse_changes(args, changed, defaults)
-    print(f"recipe {args.recipe}", *(f"{name}={value}" for name, value in changed.items() if name != "recipe"))
+    changed.pop("recipe", None)
+    print(f"recipe {args.recipe}", *(f"{name}={value}" for name, value in changed.items()))
     return args
 
 
@@ -175,6 +173,14 @@ def run_to_resume(args: argparse.Namespace) -> str | None:
     if args.auto_resume and not args.output_dir:
         raise UserError("--auto-resume needs --output-dir, the folder of the run to resume or to start")
     return args.output_dir if args.auto_resume and has_checkpoint(args.output_dir) else None
+
+
+def options_of(run: str, kind: str) -> dict[str, Any]:
+    """The options of a run. Raises UserError if it is of another kind."""
+    options = load_checkpoint(run, warn=False)["options"]
+    if options["kind"] != kind:
+        raise UserError(f"{run} is a run of the kind {options['kind']}, not {kind}; use {options['script']}")
+    return options
 
 
 def choose_recipe(parser: ArgumentParser, recipes: Recipes, variants: Variants, argv: Sequence[str]) -> None:

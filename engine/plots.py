@@ -9,6 +9,7 @@ import torch
 from engine.checkpoint import write_atomically
 
 if TYPE_CHECKING:  # matplotlib, torchvision and Pillow take a while to import and are needed late
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
@@ -16,27 +17,32 @@ def plot_curves(history: list[dict], curve: list[dict], path: Path) -> None:
     """One panel per metric: reports during training as a line, validation after each epoch as dots."""
     from matplotlib.figure import Figure
 
-    training = list(dict.fromkeys(name for row in curve for name in row if name != "epoch"))
-    validated = list(dict.fromkeys(name for row in history for name in row if name.startswith("val_")))
-    names = training + [name for name in validated if name.removeprefix("val_") not in training]
-    if not names:
+    panels = {name: [(curve, name, "-", "training")] for name in names_of(curve)}
+    for key in names_of(history):
+        if key.startswith("val_"):
+            name = key.removeprefix("val_")
+            panels.setdefault(name if name in panels else key, []).append((history, key, "o-", "validation"))
+    if not panels:
         return
-    columns = min(3, len(names))
-    rows = -(-len(names) // columns)
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
     figure = Figure(figsize=(5 * columns, 4 * rows), layout="constrained")
-    for place, name in enumerate(names):
-        axis = figure.add_subplot(rows, columns, place + 1)
-        lines = [(curve, name, "-", "training")] if name in training else []
-        lines += [
-            (history, key, "o-", "validation") for key in dict.fromkeys((name, f"val_{name}")) if key in validated
-        ]
-        for table, key, style, label in lines:
-            points = [(row["epoch"], row[key]) for row in table if key in row]
-            axis.plot(*zip(*points), style if len(points) > 1 else "o", lw=1, ms=3, label=label)
-        axis.set(xlabel="epoch", ylabel=name)
-        axis.grid(alpha=0.3)
-        axis.legend()
+    for place, (name, lines) in enumerate(panels.items(), 1):
+        plot_panel(figure.add_subplot(rows, columns, place), name, lines)
     save_figure(figure, path)
+
+
+def plot_panel(axis: "Axes", name: str, lines: list[tuple[list[dict], str, str, str]]) -> None:
+    for table, key, style, label in lines:
+        points = [(row["epoch"], row[key]) for row in table if key in row]
+        axis.plot(*zip(*points), style if len(points) > 1 else "o", lw=1, ms=3, label=label)
+    axis.set(xlabel="epoch", ylabel=name)
+    axis.grid(alpha=0.3)
+    axis.legend()
+
+
+def names_of(rows: list[dict]) -> list[str]:
+    return [name for name in dict.fromkeys(name for row in rows for name in row) if name != "epoch"]
 
 
 def save_figure(figure: "Figure", path: Path) -> None:

@@ -32,22 +32,24 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if function.namespace == "profiler":
             return function(*args, **kwargs)
-        inputs = tree_leaves((args, kwargs))
         if function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
             raise NotCapturable(f"it waits for a value on the device ({function}, as .item() or a boolean mask does)")
         for tensor in written(function, args, kwargs):
             if storage_of(tensor) not in self.made:
                 self.undo.keep(tensor)
         outputs = self.run(function, args, kwargs)
-        for value in (*inputs, *tree_leaves(outputs)):
-            if isinstance(value, torch.Tensor) and value.device.type != self.device.type:
-                raise NotCapturable(f"{function} uses a tensor on the {value.device.type}")
-        self.operations.append((str(function), *map(self.describe, inputs)))
-        known = {storage_of(tensor) for tensor in inputs if isinstance(tensor, torch.Tensor)}
-        for tensor in tree_leaves(outputs):
-            if isinstance(tensor, torch.Tensor) and storage_of(tensor) not in known:
-                self.made[storage_of(tensor)] = len(self.operations)
+        self.record(str(function), tree_leaves((args, kwargs)), tensors_of(outputs))
         return outputs
+
+    def record(self, name: str, inputs: list[Any], outputs: list[torch.Tensor]) -> None:
+        for tensor in (*tensors_of(inputs), *outputs):
+            if tensor.device.type != self.device.type:
+                raise NotCapturable(f"{name} uses a tensor on the {tensor.device.type}")
+        self.operations.append((name, *map(self.describe, inputs)))
+        known = {storage_of(tensor) for tensor in tensors_of(inputs)}
+        for tensor in outputs:
+            if storage_of(tensor) not in known:
+                self.made[storage_of(tensor)] = len(self.operations)
 
     def run(self, function, args, kwargs):
         return function(*args, **kwargs)
@@ -86,6 +88,10 @@ def written(function: Any, args: tuple, kwargs: dict[str, Any]) -> list[torch.Te
         if (argument.alias_info and argument.alias_info.is_write)
         or argument.name in ("running_mean", "running_var")  # batch norm changes them and does not declare it
     ]
+    return tensors_of(values)
+
+
+def tensors_of(values: Any) -> list[torch.Tensor]:
     return [value for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
 
 

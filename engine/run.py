@@ -58,7 +58,8 @@ class Run:
         given = vars(args)
         self.args, self.state = args, state
         self.loop = LoopOptions(**{key.name: given[key.name] for key in fields(LoopOptions) if key.name in given})
-        self.script, self.kind = given.get("script", ""), given.get("kind", "")
+        self.script = given.get("script", "")
+        self.epochs = 1 if self.loop.dry_run else self.loop.epochs
         if self.loop.batch_size < world_size():
             raise UserError(f"--batch-size {self.loop.batch_size} is less than the {world_size()} processes; raise it")
         self.epoch, self.batch = 0, 0  # done: whole epochs, and batches of the current one
@@ -68,9 +69,9 @@ class Run:
         self.saved = time.monotonic()
         self.begun = False  # whether this process continues a run whose first step was made by the same code
         self.meter: Any = None  # sums of the current epoch's metrics; utils.train sets it
-        self.share = 1.0  # fraction of the batch that this rank computes
+        self.fraction = 1.0  # fraction of the batch that this rank computes
         for optimizer in self.optimizers():
-            optimizer.register_step_pre_hook(lambda optimizer, *_: sum_gradients(optimizer, self.share))
+            optimizer.register_step_pre_hook(lambda optimizer, *_: sum_gradients(optimizer, self.fraction))
         self.folder = Path(self.loop.resume or broadcast(lambda: str(new_folder(self.loop.output_dir, name))))
         self.lock: Any = None
         broadcast(self.take_lock)
