@@ -134,10 +134,6 @@ def assert_fills(values, limit):
     assert values.abs().mean() == pytest.approx(limit / 2, rel=0.1)
 
 
-def correlation(x, y):
-    return torch.corrcoef(torch.stack([x, y]))[0, 1].item()
-
-
 @pytest.mark.parametrize("shape", [(3, 1, 28, 28), (2, 3, 20, 24)])
 def test_distort_keeps_the_shape_and_without_limits_the_image(shape):
     images = torch.rand(shape)
@@ -147,33 +143,27 @@ def test_distort_keeps_the_shape_and_without_limits_the_image(shape):
     torch.testing.assert_close(distort(images, **STILL), images, rtol=0, atol=1e-4)
 
 
-def test_shift_moves_the_whole_image_by_up_to_that_many_pixels():
-    x, y = origins(shift=3)
-    for moved in (x[:, 6:-6, 6:-6] - torch.arange(6.0, 22), y[:, 6:-6, 6:-6] - torch.arange(6.0, 22).view(-1, 1)):
-        assert (moved - moved[:, :1, :1]).abs().max() < 1e-3
-        assert_fills(moved[:, 0, 0], 3)
-    assert correlation(x[:, 13, 13], y[:, 13, 13]) == pytest.approx(0, abs=0.1)
+def slope(coordinate, down):
+    """By how much a coordinate changes from pixel to pixel to the right, or down, about the middle; [N]."""
+    ends = (coordinate[:, 18, 13], coordinate[:, 9, 13]) if down else (coordinate[:, 13, 18], coordinate[:, 13, 9])
+    return (ends[0] - ends[1]) / 9
 
 
-def test_degrees_turn_the_image_by_up_to_that_angle():
-    x, y = origins(degrees=20)
-    along, across = (x[:, 13, 18] - x[:, 13, 9]) / 9, (y[:, 13, 18] - y[:, 13, 9]) / 9
-    torch.testing.assert_close(along**2 + across**2, torch.ones(2000), rtol=0, atol=1e-3)
-    assert_fills(torch.atan2(across, along).rad2deg(), 20)
-
-
-def test_scale_stretches_width_and_height_apart_by_up_to_that_fraction():
-    x, y = origins(scale=0.2)
-    width, height = (x[:, 13, 18] - x[:, 13, 9]) / 9 - 1, (y[:, 18, 13] - y[:, 9, 13]) / 9 - 1
-    assert_fills(width, 0.2)
-    assert_fills(height, 0.2)
-    assert correlation(width, height) == pytest.approx(0, abs=0.1)
-
-
-def test_shear_slants_by_up_to_that_angle():
-    x, y = origins(shear=15)
-    assert_fills((x[:, 18, 13] - x[:, 9, 13]) / 9, math.tan(math.radians(15)))
-    torch.testing.assert_close(y[:, :, 13], torch.arange(28.0).expand(2000, 28), rtol=0, atol=1e-3)
+@pytest.mark.parametrize(
+    ("limits", "measure", "limit"),
+    [
+        ({"shift": 3}, lambda x, y: [x[:, 13, 13] - 13, y[:, 13, 13] - 13], 3),
+        ({"degrees": 20}, lambda x, y: [torch.atan2(slope(y, False), slope(x, False)).rad2deg()], 20),
+        ({"scale": 0.2}, lambda x, y: [slope(x, False) - 1, slope(y, True) - 1], 0.2),
+        ({"shear": 15}, lambda x, y: [slope(x, True)], math.tan(math.radians(15))),
+    ],
+)
+def test_each_map_is_random_up_to_its_limit(limits, measure, limit):
+    values = measure(*origins(**limits))
+    for each in values:
+        assert_fills(each, limit)
+    if len(values) == 2:  # width and height, or across and down, are independent
+        assert torch.corrcoef(torch.stack(values))[0, 1].item() == pytest.approx(0, abs=0.1)
 
 
 @pytest.mark.parametrize("black", [-1.0, 0.3])
