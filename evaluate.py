@@ -14,6 +14,7 @@ From Python:
 import argparse
 import io
 import json
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -31,11 +32,11 @@ from engine.device import pick_device
 from engine.errors import UserError, run_script
 from engine.folder import make_folder
 from engine.plots import save_figure, save_grid
-from measures.classifier import classification_measures, plot_confusion, plot_filters, plot_mistakes, print_report
+from measures.classifier import classification_measures, plot_confusion, plot_mistakes, print_report
 from measures.generator import beside_real_images, nearest_images, print_measures
 from measures.likelihood import likelihood_measures, print_likelihood
 from measures.reference import load_reference
-from measures.samples import NOISE_SEED, columns_of, is_conditional, sample_images, spread, walks
+from measures.samples import NOISE_SEED, is_conditional, sample_images, spread, walks
 from measures.trained import class_numbers, classify, load_model, load_network, sample
 from photos import read_photo
 
@@ -106,9 +107,8 @@ def evaluate_classifier(model: Any, args: argparse.Namespace, device: torch.devi
     plots = {
         "confusion_matrix.png": plot_confusion(metrics["confusion_matrix"], names),
         "mistakes.png": plot_mistakes(images, logits, labels, names),
-        "filters.png": plot_filters(model),
     }
-    return {"model": options["model"], **metrics}, {name: plot for name, plot in plots.items() if plot}
+    return {"model": options["model"], **metrics}, plots
 
 
 def suffix(args: argparse.Namespace) -> str:
@@ -133,7 +133,7 @@ def write_samples(network: Any, args: argparse.Namespace, folder: Path) -> None:
     packed, name = io.BytesIO(), f"samples-{args.samples}{suffix(args)}"
     np.savez_compressed(packed, **{key: array.numpy() for key, array in arrays.items() if array is not None})
     write_atomically(folder / f"{name}.npz", packed.getvalue())
-    grid = shown, args.columns or columns_of(len(shown))
+    grid = shown, args.columns or math.ceil(len(shown) ** 0.5)
     save({f"{name}.png": grid, **walk_plots(network, args)}, folder, f"{name}.npz")
 
 
