@@ -142,6 +142,10 @@ def test_the_updates_are_torchs(name, tmp_path):
     torch.testing.assert_close(weights[True], weights[False], rtol=1e-5, atol=1e-7)
 
 
+def set_environment(settings):
+    os.environ.update(settings)
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -153,7 +157,7 @@ def test_the_updates_are_torchs(name, tmp_path):
 def test_without_a_compiler_or_with_a_space_in_its_paths_a_process_trains(tmp_path, settings):
     """In the second case, compiled or not."""
     settings = {name: value and str(tmp_path / value) for name, value in settings.items()}
-    before = partial(os.environ.update, settings)
+    before = partial(set_environment, settings)
     output, errors = run("train_classifier.py", *MLP, "--dry-run", cwd=tmp_path, before=before)
     assert output.count("not compiled: ") == 1 or ("PATH" not in settings and "\ncompiled in" in output)
     assert "Traceback" not in errors
