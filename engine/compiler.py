@@ -85,16 +85,16 @@ def adam(
     if amsgrad or maximize or found_inf is not None:
         return NotImplemented
     t = torch.stack(steps).to(weights[0].dtype)
-    rates, scales = lr / correction(beta1, t), correction(beta2, t).rsqrt()
+    rate, scale = lr / correction(beta1, t), correction(beta2, t).rsqrt()  # of each weight
     if len({counts.get(step.data_ptr()) for step in steps}) == 1:  # else some weights have been trained for longer
-        rates, scales = ([once(each)] * len(steps) for each in (rates, scales))
-    for w, g, m, v, rate, scale in zip(weights, gradients, averages, squares, rates, scales, strict=True):
+        rate, scale = once(rate).expand(len(steps)), once(scale).expand(len(steps))
+    for i, (w, g, m, v) in enumerate(zip(weights, gradients, averages, squares, strict=True)):
         old = w * (1 - lr * weight_decay) if decoupled and weight_decay else w
         if weight_decay and not decoupled:
             g = g + weight_decay * w
         m.lerp_(g, 1 - beta1)
         v.copy_(beta2 * v + (1 - beta2) * g * g)
-        w.copy_(old - rate * m / (v.sqrt() * scale + eps))
+        w.copy_(old - rate[i] * m / (v.sqrt() * scale[i] + eps))
     return None
 
 

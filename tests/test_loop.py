@@ -212,15 +212,12 @@ def test_a_stopped_run_leaves_its_plots_and_resumes_even_with_other_metrics(tmp_
         return {"label": mean_of(labels), "new": mean_of(labels)}
 
     utils.train(resumed, train_step, ten_images(batch_size=2))
-    of_second_epoch = [value for epoch, value in seen if epoch == 1]
-    before, after = of_second_epoch[:3], of_second_epoch[3:]
+    second_epoch = [value for epoch, value in seen if epoch == 1]
     rows = list(csv.DictReader((folder / "metrics.csv").open()))
     assert list(rows[0]) == ["epoch", "label", "old", "new"]
     assert [float(row["label"]) for row in rows] == pytest.approx([4.5] * 3)
-    assert float(rows[0]["old"]) == pytest.approx(4.5)
-    assert float(rows[1]["old"]) == pytest.approx(sum(before) / 3)
-    assert float(rows[1]["new"]) == pytest.approx(sum(after) / 2)
-    assert float(rows[2]["new"]) == pytest.approx(4.5)
+    assert [float(row["old"]) for row in rows[:2]] == pytest.approx([4.5, sum(second_epoch[:3]) / 3])
+    assert [float(row["new"]) for row in rows[1:]] == pytest.approx([sum(second_epoch[3:]) / 2, 4.5])
     assert (rows[0]["new"], rows[2]["old"]) == ("", "")
 
 
@@ -301,18 +298,6 @@ def test_a_checkpoint_is_on_the_disk_before_its_name_points_to_it(tmp_path, monk
     watch("replace", os.replace)
     checkpoint.write_atomically(tmp_path / "file", b"content")
     assert done == [("fsync", 7), ("replace", 7)]
-
-
-def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
-    def full(number):
-        raise OSError(28, "No space left on device")
-
-    checkpoint.write_atomically(tmp_path / "file", b"old")
-    monkeypatch.setattr(checkpoint.os, "fsync", full)
-    with pytest.raises(UserError, match=r"file could not be written \(No space left on device\)"):
-        checkpoint.write_atomically(tmp_path / "file", b"new")
-    assert (tmp_path / "file").read_bytes() == b"old"
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_grid_shows_pixels_as_they_are_row_by_row(tmp_path):

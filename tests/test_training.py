@@ -422,11 +422,6 @@ def test_every_recipe_runs_on_every_model(model, recipe):
     train(*DIGITS, "--recipe", recipe, "--model", model, "--dry-run")
 
 
-def test_amp_trains(tmp_path):
-    train(*MLP, "--amp", "--lr", "1e-3", "--epochs", 3, "--output-dir", "run")
-    assert load(tmp_path / "run" / "checkpoint.pt")["history"][-1]["accuracy"] > 0.85
-
-
 # What a user can do wrong ---------------------------------------------------------------------------------------------
 
 
@@ -435,9 +430,7 @@ def test_amp_trains(tmp_path):
     [
         (train_classifier, ["--model", "vgg"], ["--model", "vgg", "cnn"]),
         (train_classifier, ["--batch-size", "0"], ["--batch-size", "whole number from 1"]),
-        (train_classifier, ["--batch-size", "9" * 30], ["--batch-size"]),
         (train_classifier, ["--lr", "nan"], ["--lr"]),
-        (train_classifier, ["--betas", "1", "0.9"], ["--betas"]),
         (train_classifier, ["--learning-rat", "1"], ["--learning-rat"]),
         *((train_classifier, ["--device", name], [f"must be auto, cpu, cuda, cuda:1, ... or mps, not {name}"])
           for name in ("gpu", "cuda:x", "cpu:0")),
