@@ -80,12 +80,12 @@ def test_a_process_that_is_killed_resumes_with_the_same_command(undisturbed, tmp
 
 
 OTHERS = {
-    "maxout paper": (train_classifier, ["--recipe", "paper"]),
     "gan lecture": (train_gan, ["--batch-size", "100", "--ema", "0.99", "--val-size", "937"]),
     "rbm": (train_likelihood, ["--model", "rbm", "--hidden", "16", "--batch-size", "100"]),  # with persistent chains
     "hmm": (train_likelihood, ["--model", "hmm", "--states", "56", "--binarise", "fixed"]),
 }
 LONG = {
+    "maxout paper": (train_classifier, ["--recipe", "paper"]),
     "cnn with amp": (train_classifier, ["--model", "cnn", "--amp", "--batch-size", "200", "--val-size", "37"]),
     "gan paper with amp": (train_gan, ["--recipe", "paper", "--val-size", "137", "--amp"]),
     "cgan paper": (train_cgan, ["--recipe", "paper", "--val-size", "137"]),
