@@ -81,7 +81,7 @@ def plot_mistakes(images: Tensor, logits: Tensor, labels: Tensor, names: Sequenc
 
 
 def plot_filters(model: nn.Module) -> Any:
-    """Weights into the first layer's first 64 units: a CNN's kernels, or an MLP's weights as images; None if neither."""
+    """Weights into the first layer's first 64 units: a CNN's kernels, or an MLP's as images; None if neither."""
     weight = next(p for p in model.parameters() if p.dim() > 1).detach().cpu()[:64]
     if weight.dim() != 4 and weight.shape[1:] != (28 * 28,):
         return None

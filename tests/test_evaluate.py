@@ -45,7 +45,7 @@ def test_the_first_command_learns_and_the_report_says_how_well(tmp_path, capsys)
     assert metrics["test_accuracy"] >= 0.8  # by chance 0.1
     assert f"test accuracy {metrics['test_accuracy']:.2%}: {metrics['test_errors']} errors in 360 images" in output
     assert f"{metrics['per_class']['7']['f1-score']:.4f}" in output
-    plots = {"confusion_matrix.png", "mistakes.png"}
+    plots = {"confusion_matrix.png", "mistakes.png", "filters.png"}
     assert {path.name for path in folder.iterdir()} == {"metrics.json"} | plots
     for name in plots:
         Image.open(folder / name).verify()

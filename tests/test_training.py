@@ -28,8 +28,7 @@ from engine import run as run_module
 from engine.checkpoint import load_checkpoint, write_atomically
 from engine.device import pick_device
 from engine.errors import Stopped, UserError
-from models import CLASSIFIERS
-from models.mlp import MLP
+from models import CLASSIFIERS, mlp
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="kills processes with POSIX signals")
 
@@ -373,7 +372,7 @@ def test_the_ema_is_what_is_validated_on_the_last_images(tmp_path):
     images, labels = load_images("digits", "")
     losses = {}
     for name, state in (("ema", checkpoint["state"]["ema"]["model"]), ("raw", checkpoint["state"]["model"])):
-        network = MLP()
+        network = mlp.MLP()
         network.load_state_dict(state)
         with torch.no_grad():
             logits = network(images[-137:] / 255 * 2 - 1)
