@@ -32,9 +32,8 @@ def make_loader(data_dir, folder, transform, batch_size, steps, workers, device)
     data = MNIST(folder, train=True, transform=transform)
     if steps:
         data = Subset(data, range(batch_size * steps))
-    return DataLoader(
-        data, batch_size, shuffle=True, num_workers=workers, pin_memory=device == "cuda", persistent_workers=workers > 0
-    )
+    several = dict(num_workers=workers, pin_memory=device == "cuda", persistent_workers=workers > 0)
+    return DataLoader(data, batch_size, shuffle=True, **several)
 
 
 def train_classifier(model, optimizer, loader, device):
@@ -52,20 +51,19 @@ def train_classifier(model, optimizer, loader, device):
 
 
 def train_gan(generator, discriminator, optimizer_g, optimizer_d, loader, device, conditional):
-    losses_d, losses_g = [], []
+    losses_d, losses_g, bce = [], [], F.binary_cross_entropy
     for images, labels in loader:
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         given = [labels] if conditional else []
         fakes = generator(torch.rand(len(images), 100, device=device), *given)
         real = discriminator(images, *given).sigmoid()
         fake = discriminator(fakes.detach(), *given).sigmoid()
-        loss_d = F.binary_cross_entropy(real, torch.ones_like(real))
-        loss_d = loss_d + F.binary_cross_entropy(fake, torch.zeros_like(fake))
+        loss_d = bce(real, torch.ones_like(real)) + bce(fake, torch.zeros_like(fake))
         optimizer_d.zero_grad()
         (loss_d / 2).backward()
         optimizer_d.step()
-        again = discriminator(fakes, *given).sigmoid()
-        loss_g = F.binary_cross_entropy(again, torch.ones_like(again))
+        fake = discriminator(fakes, *given).sigmoid()
+        loss_g = bce(fake, torch.ones_like(fake))
         optimizer_g.zero_grad()
         loss_g.backward()
         optimizer_g.step()
@@ -86,8 +84,7 @@ def race(data_dir, device, seed):
     transform = Compose([ToTensor(), Normalize((0.1307,), (0.3081,))])
     with tempfile.TemporaryDirectory() as folder:
         loader = make_loader(data_dir, folder, transform, 64, None, 0, device)
-        test_data = MNIST(folder, train=False, transform=transform)
-        test_loader = DataLoader(test_data, batch_size=1000)
+        test_loader = DataLoader(MNIST(folder, train=False, transform=transform), batch_size=1000)
         epochs, accuracy = 0, 0.0
         while accuracy < 0.99 and epochs < 14:
             train_classifier(model.train(), optimizer, loader, device)
@@ -95,8 +92,8 @@ def race(data_dir, device, seed):
             epochs += 1
             model.eval()
             with torch.no_grad():
-                correct = [(model(images.to(device)).argmax(1).cpu() == labels).sum() for images, labels in test_loader]
-            accuracy = sum(correct).item() / len(test_data)
+                correct = [(model(x.to(device)).argmax(1).cpu() == y).float().mean().item() for x, y in test_loader]
+            accuracy = statistics.mean(correct)
     print(json.dumps({"epochs": epochs, "test_accuracy": accuracy}))
 
 

@@ -12,7 +12,6 @@ import json
 import statistics
 import sys
 from glob import glob
-from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,22 +26,14 @@ from engine.errors import UserError, run_script
 from engine.folder import read_config
 
 # Options that make no other setting.
-SAME = (
-    "seed",
-    "classes",
-    "data_dir",
-    "log_interval",
-    "save_interval",
-    "first_stage",
-    "goal",
-)  # options that make no other setting
+SAME = ("seed", "classes", "data_dir", "log_interval", "save_interval", "first_stage", "goal")
 MEASURES = ("test_accuracy", "log_likelihood", "parzen_log_likelihood", "fid", "coverage", "conditional_accuracy")
 
 
 def get_args_parser() -> flags.ArgumentParser:
     parser = flags.ArgumentParser("compare.py", __doc__)
     parser.add_argument("runs", metavar="RUN", nargs="+", help='run folders, or patterns such as "runs/mlp-*"')
-    parser.add_argument("--output", metavar="FILE", help="the plot (None: compare.png, or the next free name)")
+    parser.add_argument("--output", metavar="FILE", default="compare.png", help="the plot")
     return parser
 
 
@@ -58,12 +49,13 @@ def read_run(folder: Path) -> SimpleNamespace:
     options = {name: value for name, value in config["options"].items() if name not in SAME}
     options["device"] = config["device"].split(":")[0]  # instead of auto
     code = load_checkpoint(folder, warn=False)["code"] if has_checkpoint(folder) else {}
-    run = SimpleNamespace(folder=folder, seed=config["options"]["seed"], options=options, history=history, curve=curve)
-    run.setting = json.dumps([options, config["classes"], code], sort_keys=True)
-    run.seconds = np.cumsum([0, *(row["seconds"] for row in seconds)]).tolist()  # at the end of each epoch
-    run.values = {"seconds": run.seconds[-1], **{name: value for row in history for name, value in row.items()}}
-    run.values.update(read_measures(folder, run.values.pop("epoch")))
-    return run
+    ends = np.cumsum([0, *(row["seconds"] for row in seconds)]).tolist()  # of the epochs, in seconds
+    last = {name: value for row in history for name, value in row.items() if name != "epoch"}
+    return SimpleNamespace(
+        folder=folder, seed=config["options"]["seed"], options=options, history=history, curve=curve, seconds=ends,
+        setting=json.dumps([options, config.get("types"), code], sort_keys=True),
+        values={"seconds": ends[-1], **last, **read_measures(folder, history[-1]["epoch"])},
+    )  # fmt: skip
 
 
 def read_csv(path: Path) -> list[dict[str, float]]:
@@ -84,13 +76,11 @@ def read_measures(folder: Path, epoch: float) -> dict[str, float]:
 
 def name_settings(settings: list[list[SimpleNamespace]]) -> tuple[list[str], list[str]]:
     """The label of each setting, its folder without the seed; and the options in which it differs from others."""
-    labels, differences = [], []
-    for runs in settings:
+    labels, differences, everything = [], [], [runs[0].options for runs in settings]
+    for runs, own in zip(settings, everything):
         several = f" ({len(runs)} {'seeds' if len({run.seed for run in runs}) == len(runs) else 'runs'})"
         folder = str(runs[0].folder)
         labels.append(folder.removesuffix(f"-{runs[0].seed}") + several if runs[1:] else folder)
-    everything = [runs[0].options for runs in settings]
-    for own in everything:
         names = [name for name in own if any(str(other.get(name)) != str(own[name]) for other in everything)]
         differences.append(" ".join(f"{name}={own[name]}" for name in names))
     return labels, differences
@@ -115,32 +105,27 @@ def plot(settings: list[list[SimpleNamespace]], labels: list[str], names: list[s
         ends = []
         for i, (runs, label) in enumerate(zip(settings, labels)):
             epochs, seconds, values = curves(runs, name, fine)
-            color, style = f"C{i % 10}", ("-", "--", ":", "-.")[i // 10 % 4]
             for axis, x in zip(axes, (epochs, seconds)):
-                marker = "o" if len(epochs) < 20 else ""
-                axis.plot(x, values.mean(0), style, color=color, lw=1, label=label, ms=3, marker=marker)
-                axis.fill_between(x, values.min(0), values.max(0), color=color, alpha=0.2, lw=0)
+                axis.plot(x, values.mean(0), ".-", color=f"C{i % 10}", lw=1, label=label, ms=4)
+                axis.fill_between(x, values.min(0), values.max(0), color=f"C{i % 10}", alpha=0.2, lw=0)
             ends += values[:, min(len(epochs) // 4, len(epochs) - 2) :].flatten().tolist()
         margin = 0.05 * (max(ends) - min(ends))
         for axis, x in zip(axes, ("epoch", "seconds of training")):
             axis.set(xlabel=x, ylabel=name)
-            axis.grid(alpha=0.3)
             if margin:  # not the first quarter of the training, beside which 92 % and 93 % look alike
                 axis.set_ylim(min(ends) - margin, max(ends) + margin)
-    title = "line: mean; band: lowest to highest seed" if max(map(len, settings)) > 1 else None
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper left", title=title, alignment="left")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper left")
+    figure.suptitle("line: mean; band: lowest to highest seed")
     return figure
 
 
 def mean_sd(name: str, values: list[float]) -> str:
     """The mean of a metric's values as text, with ± standard deviation if there are several."""
-    return format_metric(name, statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None)
-
-
-def format_metric(name: str, mean: float, sd: float | None = None) -> str:
     scale, unit = (100, " %") if name.endswith("accuracy") else (1, " nats" * name.endswith("log_likelihood"))
+    mean = scale * statistics.mean(values)
     digits = 1 if name == "seconds" else 2 if unit or abs(mean) >= 10 else 4
-    return f"{scale * mean:.{digits}f}" + ("" if sd is None else f" ± {scale * sd:.{digits}f}") + unit
+    spread = f" ± {scale * statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean:.{digits}f}{spread}{unit}"
 
 
 def print_table(settings: list[list[SimpleNamespace]], labels: list[str]) -> None:
@@ -158,23 +143,16 @@ def print_table(settings: list[list[SimpleNamespace]], labels: list[str]) -> Non
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
 
 
-def read_settings(patterns: list[str]) -> list[list[SimpleNamespace]]:
-    """The runs of each setting. Raises UserError."""
-    paths = [path for each in patterns for path in ([each] if Path(each).exists() else sorted(glob(each)) or [each])]
-    settings: dict[str, list[SimpleNamespace]] = {}
-    for folder in {Path(path).resolve(): Path(path) for path in paths}.values():
-        run = read_run(folder)
-        settings.setdefault(run.setting, []).append(run)
-    return list(settings.values())
-
-
 def main(argv: list[str] | None = None) -> None:
     args = get_args_parser().parse_args(argv)
-    settings = read_settings(args.runs)
-    runs = [run for own in settings for run in own]
+    paths = [path for each in args.runs for path in ([each] if Path(each).exists() else sorted(glob(each)) or [each])]
+    runs = [read_run(folder) for folder in {Path(path).resolve(): Path(path) for path in paths}.values()]
+    of_setting: dict[str, list[SimpleNamespace]] = {}
+    for run in runs:
+        of_setting.setdefault(run.setting, []).append(run)
+    settings = list(of_setting.values())
     shortest = min(len(run.history) for run in runs)
-    metrics = [{name for row in run.history[:shortest] for name in row} - {"epoch"} for run in runs]
-    names = [name for name in runs[0].values if all(name in each for each in metrics)]
+    names = [name for name in runs[0].values if all(name in run.history[shortest - 1] for run in runs)]
     if not names:
         raise UserError("these runs have no metric in common; compare runs of one script")
     labels, differences = name_settings(settings)
@@ -182,10 +160,8 @@ def main(argv: list[str] | None = None) -> None:
     print("".join(f"{label}: {text}\n" for label, text in zip(labels, differences) if text), end="")
     if missing := [str(run.folder) for run in runs if not run.values.keys() & MEASURES]:
         print(f"without a test result, which evaluate.py adds: {' '.join(missing)}")
-    free = (Path(f"compare-{i}.png" if i > 1 else "compare.png") for i in count(1))
-    output = Path(args.output or next(path for path in free if not path.exists()))
-    plots.save_figure(plot(settings, labels, names, fine=shortest < 5), output)
-    print(f"wrote {output}")
+    plots.save_figure(plot(settings, labels, names, fine=shortest < 5), Path(args.output))
+    print(f"wrote {args.output}")
 
 
 if __name__ == "__main__":

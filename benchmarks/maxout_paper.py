@@ -24,7 +24,6 @@ import utils
 from datasets import Batches, hold_out, load
 from engine import flags, optim
 from engine.checkpoint import load_checkpoint
-from engine.device import pick_device
 from engine.errors import UserError, run_script
 
 RECIPES, VARIANTS = train_classifier.RECIPES, train_classifier.VARIANTS
@@ -43,9 +42,8 @@ def begin(args: argparse.Namespace, state: dict[str, Any], epoch_length: int) ->
     first = load_checkpoint(Path(args.first_stage or "") / "best.pt")
     for name in ("recipe", "dataset", "val_size", "batch_size", "black", "max_norm"):
         if first["options"][name] != getattr(args, name):
-            raise UserError(
-                f"{args.first_stage} was trained with another --{name.replace('_', '-')}; use the same here"
-            )
+            flag = name.replace("_", "-")
+            raise UserError(f"{args.first_stage} was trained with another --{flag}; use the same here")
     for name in ("model", "optimizer"):
         state[name].load_state_dict(first["state"][name])
     (group,) = state["optimizer"].param_groups
@@ -63,14 +61,11 @@ def loss_with_dropout(model: torch.nn.Module, batches: Batches) -> float:
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    args = flags.parse_args(get_args_parser(), RECIPES, VARIANTS, argv)
-    device = pick_device(args.device)
-    torch.manual_seed(args.seed)
-    everything = load(args.dataset, args.data_dir)
-    first_batches, val_batches = (
-        Batches(*part, 1000, device, black=args.black, shuffle=False) for part in hold_out(*everything, args.val_size)
-    )
-    batches = Batches(*everything, args.batch_size, device, black=args.black, seed=args.seed)
+    args, device = flags.start(get_args_parser(), RECIPES, VARIANTS, argv)
+    images = load(args.dataset, args.data_dir)
+    parts = [Batches(*part, 1000, device, args.black, shuffle=False) for part in hold_out(*images, args.val_size)]
+    first_batches, val_batches = parts
+    batches = Batches(*images, args.batch_size, device, args.black, seed=args.seed)
     state, train_step, network = train_classifier.build(args, device, batches)
     if not args.resume:
         begin(args, state, len(batches))
@@ -81,11 +76,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         accuracy = (logits.argmax(1) == labels).float().mean().item()
         return {"val_accuracy": accuracy, "val_loss_with_dropout": loss_with_dropout(network, val_batches)}
 
+    def should_stop(row):
+        return row["val_loss_with_dropout"] <= args.goal
+
     print(f"until val_loss_with_dropout is at most {args.goal:.4g}, the first stage's on its training images")
     run = utils.Run(args, state, name="maxout-paper")
-    return utils.train(
-        run, train_step, batches, validate, should_stop=lambda r: r["val_loss_with_dropout"] <= args.goal
-    )
+    return utils.train(run, train_step, batches, validate, should_stop=should_stop)
 
 
 if __name__ == "__main__":

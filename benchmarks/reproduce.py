@@ -9,10 +9,8 @@ If it was interrupted, the same command resumes it. With --jobs 2, two seeds tra
 cores; OMP_NUM_THREADS sets another number of threads for each. Only --record writes to benchmarks/results/ and assets/.
 """
 
-import contextlib
 import csv
 import hashlib
-import importlib
 import json
 import os
 import re
@@ -30,11 +28,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from compare import MEASURES, format_metric, mean_sd
+from compare import MEASURES, mean_sd
 from engine import flags
 from engine.checkpoint import has_checkpoint, load_checkpoint
 from engine.errors import UserError, run_script
 from engine.provenance import warn_if_code_changed
+from tables import accuracy
 
 RESULTS = ROOT / "benchmarks" / "results" / "results.json"
 BANDS = ROOT / "benchmarks" / "results" / "quick.json"
@@ -113,7 +112,6 @@ ROWS = {
 # name -> a short form of the row, in float32 and not compiled, and what is compared.
 QUICK = {
     "gan-best": ("train_gan.py --recipe best --dataset digits --epochs 40", "fid"),
-    "cgan-best": ("train_cgan.py --recipe best --dataset digits --epochs 40", "conditional_accuracy"),
     "mlp-lecture": ("train_classifier.py --model mlp --recipe lecture", "test_accuracy"),
     "digits-best": ("train_classifier.py --recipe best --dataset digits --epochs 10", "test_accuracy"),
 }
@@ -166,12 +164,7 @@ def run_seed(command: str, seed: int, folder: Path, args: Namespace, processes: 
         if has_checkpoint(folder):
             warn_if_code_changed(load_checkpoint(folder), folder)
     else:
-        if has_checkpoint(folder):
-            call(script, "--resume", folder)
-        else:
-            for path in (folder / "config.json", folder / "best.pt", *folder.glob("*.tmp")):  # of a run without one
-                path.unlink(missing_ok=True)
-            call(script, *options, "--seed", seed, "--output-dir", folder)
+        call(script, *options, "--seed", seed, "--output-dir", folder, "--auto-resume")
         call("evaluate.py", folder)
     return json.loads(metrics.read_text())
 
@@ -179,8 +172,6 @@ def run_seed(command: str, seed: int, folder: Path, args: Namespace, processes: 
 def run_all(tasks: list[tuple[str, int, Path]], args: Namespace) -> list[Row]:
     """Run (command, seed, folder) tasks, --jobs at a time; returns their metrics.json."""
     processes: list[subprocess.Popen] = []
-    for command, _, folder in tasks:
-        refuse_another_run(command, folder)
     with ThreadPoolExecutor(args.jobs) as pool:
         jobs = [pool.submit(run_seed, *task, args, processes) for task in tasks]
         try:
@@ -203,21 +194,6 @@ def run_seeds(name: str, command: str, args: Namespace) -> tuple[list[Path], lis
     return folders, run_all([(command, seed, folder) for seed, folder in enumerate(folders)], args)
 
 
-def refuse_another_run(command: str, folder: Path) -> None:
-    """Raise UserError if the run in `folder`, if there is one, was started with other options than `command`."""
-    if not has_checkpoint(folder):
-        return
-    script, *options = shlex.split(command)
-    module = importlib.import_module(Path(script).stem)
-    with contextlib.redirect_stdout(None):
-        now = vars(flags.parse_args(module.get_args_parser(), module.RECIPES, module.VARIANTS, options))
-    then = load_checkpoint(folder, warn=False)["options"]
-    for name in sorted(now.keys() & then.keys() - {"seed", *LEFT_OUT, *flags.FREE_ON_RESUME} | {"epochs"}):
-        if now[name] != then[name]:
-            remedy = "delete it, or name another --output-dir"
-            raise UserError(f"{folder} was trained with {name}={then[name]}, not {name}={now[name]}; {remedy}")
-
-
 def run_row(name: str, args: Namespace) -> None:
     """Run a row's seeds. With --record, put it into results.json and its images into assets/."""
     command, published = ROWS[name]
@@ -231,8 +207,7 @@ def run_row(name: str, args: Namespace) -> None:
 
 def run_command(command: str, args: Namespace) -> None:
     """Run the seeds of a command that is not a row."""
-    words = shlex.split(command)
-    words = words[1:] if words[:1] == ["python"] else words
+    words = shlex.split(command.removeprefix("python "))
     if not words or not words[0].startswith("train_") or not (ROOT / words[0]).is_file():
         raise UserError(f'--command {command!r} must begin with a training script, like "train_gan.py --recipe best"')
     if ours := OURS & {word.split("=")[0] for word in words}:
@@ -243,10 +218,8 @@ def run_command(command: str, args: Namespace) -> None:
 
 
 def folder_name(words: list[str]) -> str:
-    """'train_gan.py --lr 1e-3 --amp' -> 'gan-lr=1e-3-amp': another command has another name."""
-    script, *words = [re.sub(r"[^\w.,+=-]", "%", word) for word in words]
-    name = script.removeprefix("train_").removesuffix(".py")
-    name += "".join(f"-{word[2:]}" if word.startswith("--") else f"={word}" for word in words)
+    """'train_gan.py --lr 1e-3 --amp' -> 'gan--lr-1e-3--amp': another command has another name."""
+    name = re.sub(r"[^\w.,+=-]", "%", "-".join(words)).removeprefix("train_").replace(".py", "", 1).replace("---", "--")
     return name if len(name) <= 120 else f"{name[:110]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
@@ -255,21 +228,12 @@ def print_seeds(name: str, folders: list[Path], metrics: list[Row], row: Row) ->
     print(f"{name}, {len(folders)} seed{'s' * (len(folders) > 1)}")
     for measure in MEASURES:
         if measure in metrics[0]:
+            values = [seed[measure] for seed in row.get("seeds", []) if measure in seed]
+            before = accuracy(row) if "test_errors" in row else mean_sd(measure, values) if values else ""
             text = mean_sd(measure, [seed[measure] for seed in metrics])
-            print(f"  {measure} {text}{recorded(measure, row)}")
+            print(f"  {measure} {text}{', recorded ' * bool(before)}{before}")
     print(f"  seconds of training {mean_sd('seconds', [sum(read_seconds(folder)) for folder in folders])}")
     print("  plot: python benchmarks/compare.py", *(f'"{folder}"' for folder in folders))
-
-
-def recorded(measure: str, row: Row) -> str:
-    if measure == "test_accuracy" and "test_errors" in row:
-        seeds = row["test_errors"]
-        text = format_metric(measure, row["test_accuracy_mean"], row["test_accuracy_sd"] if len(seeds) > 1 else None)
-    elif measure in row.get("seeds", [{}])[0]:
-        text, seeds = mean_sd(measure, [seed[measure] for seed in row["seeds"]]), row["seeds"]
-    else:
-        return ""
-    return f", recorded {text} with {len(seeds)} seed{'s' * (len(seeds) > 1)}"
 
 
 def read_seconds(folder: Path) -> list[float]:
@@ -309,11 +273,10 @@ def record(name: str, metrics: list[Row], folders: list[Path]) -> None:
     rows = {**read_results(), name: row}
     in_order = {name: rows[name] for name in ROWS if name in rows}
     RESULTS.write_text(json.dumps(in_order, indent=2) + "\n")
-    print(f"  wrote {RESULTS}")
     for (row_name, source), target in KEPT.items():
         if row_name == name:
             shutil.copy(folders[0] / source, ROOT / "assets" / target)
-            print(f"  wrote assets/{target}")
+    print(f"  wrote {RESULTS}")
 
 
 def quick(args: Namespace) -> bool:
@@ -322,10 +285,10 @@ def quick(args: Namespace) -> bool:
     names = [name for name, (command, _) in QUICK.items() if "digits" in command or has_mnist(args.data_dir)]
     print("".join(f"{name}: skipped, there is no MNIST in {args.data_dir}\n" for name in QUICK.keys() - names), end="")
     seeds = range(3 if args.record else 1)
-    one_thread_each = Namespace(**{**vars(args), "jobs": os.cpu_count()})
+    args.jobs = os.cpu_count()  # with one thread each
     with tempfile.TemporaryDirectory() as folder:
         tasks = [(QUICK[name][0], seed, Path(folder) / f"{name}-{seed}") for name in names for seed in seeds]
-        metrics = run_all(tasks, one_thread_each)
+        metrics = run_all(tasks, args)
     for i, name in enumerate(names):
         command, measure = QUICK[name]
         values = [seed[measure] for seed in metrics[i * len(seeds) : (i + 1) * len(seeds)]]
@@ -336,7 +299,7 @@ def quick(args: Namespace) -> bool:
         good &= low <= values[0] <= high
         print(f"{name}: {measure} {values[0]:.4f}, band {low:.4f} to {high:.4f}", flush=True)
     if args.record:
-        BANDS.write_text(json.dumps(bands, indent=2) + "\n")
+        BANDS.write_text(json.dumps({name: bands[name] for name in QUICK if name in bands}, indent=2) + "\n")
     return good
 
 
@@ -362,11 +325,8 @@ def get_args_parser() -> flags.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     parser = get_args_parser()
     args = parser.parse_args(argv)
-    for name in args.names:
-        if name not in ROWS:
-            parser.error(f"there is no row {name}; --list prints them")
-    if args.quick and args.names:
-        parser.error("--quick has rows of its own; omit the names")
+    if unknown := [name for name in args.names if name not in ROWS]:
+        parser.error(f"there is no row {unknown[0]}; --list prints them")
     if args.quick:
         sys.exit(0 if quick(args) else "a short form falls outside its band in benchmarks/results/quick.json")
     if args.list or not (args.names or args.command is not None):

@@ -3,7 +3,6 @@
 python benchmarks/tables.py
 """
 
-import argparse
 import csv
 import json
 import statistics
@@ -12,11 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
 ROOT = Path(__file__).resolve().parent.parent
 MEASURED = ROOT / "benchmarks" / "results"
-CHOICES = ROOT / "assets" / "choices.png"
 
 # Slide -> where it is in the code: file, and the beginning of a line.
 SLIDES = [
@@ -152,8 +148,8 @@ def results_table() -> str:
     for name, row in read("results.json").items():
         if "test_errors" in row:
             errors = ", ".join(map(str, row["test_errors"]))
-            cells = [name, f"`{row['command']}`", extremes(row["epochs_trained"]), accuracy(row), errors]
-            lines.append([*cells, minutes(row), row["published"]])
+            cells = [extremes(row["epochs_trained"]), accuracy(row), errors, minutes(row)]
+            lines.append([name, f"`{row['command']}`", *cells, row["published"]])
     return table(["name", "command", "epochs", "test accuracy", "test errors", "minutes", "published"], lines)
 
 
@@ -165,8 +161,8 @@ def generators_table() -> str:
     header += ["conditional accuracy", "class coverage, fraction of real", "minutes", "published"]
     lines = []
     for name, row in rows.items():
-        cells = [name, f"`{row['command']}`", extremes(row["epochs_evaluated"]), str(len(row["seeds"]))]
-        lines.append([*cells, *generator_cells(row["seeds"], real), minutes(row), row["published"]])
+        cells = [extremes(row["epochs_evaluated"]), str(len(row["seeds"])), *generator_cells(row["seeds"], real)]
+        lines.append([name, f"`{row['command']}`", *cells, minutes(row), row["published"]])
     return table(header, [*lines, ["real training images", "", "", "", *generator_cells([real], real), "", ""]])
 
 
@@ -218,22 +214,6 @@ def best_table() -> str:
     return table(header, [*lines, ["", "real training images", quality([real_images(rows)]), ""]])
 
 
-def plot_choices(path: Path) -> None:
-    """The lecturer's comparison: the MLP's test accuracy with each activation and each loss, mean and deviation."""
-    rows, figure = read("results.json"), Figure(figsize=(8, 3), layout="constrained")
-    panels = {"activation": ("relu", "leaky-relu", "tanh", "sigmoid"), "loss": ("cross-entropy", "bce", "mse", "mae")}
-    for axis, (title, names) in zip(figure.subplots(1, 2), panels.items()):
-        own = [rows[f"mlp-{name}"] if i else rows["mlp-lecture"] for i, name in enumerate(names)]
-        means = [100 * row["test_accuracy_mean"] for row in own]
-        deviations = [100 * row["test_accuracy_sd"] for row in own]
-        axis.errorbar(names, means, yerr=deviations, fmt="o", capsize=4, color="#4a7fb5")
-        for place, mean in enumerate(means):
-            axis.annotate(f"{mean:.1f}", (place, mean), xytext=(8, 0), textcoords="offset points", va="center")
-        axis.set(title=title, ylabel="test accuracy, %", xlim=(-0.5, len(names) - 0.3))
-        axis.grid(axis="y", alpha=0.3)
-    figure.savefig(path, dpi=120)
-
-
 # Speed, reliability ---------------------------------------------------------------------------------------------
 
 
@@ -241,17 +221,16 @@ def speed_table(device: str) -> str:
     """Milliseconds a step of each loop, how often it fits into the baseline's, and the losses of these steps."""
     speed = read(f"speed-{device}.json")
     names = [name for name in LOOPS if name in next(iter(speed["rows"].values()))["loops"]]
-    header = ["", *(LOOPS[name] for name in names)]
     times, losses = [], []
     for case, row in speed["rows"].items():
         loops = row["loops"]
-        cells = [f"{loops[name]['ms']:.2f} ms" + spread(loops[name], "baseline", name) for name in names]
+        cells = [f"{loops[name]['ms']:.2f} ms{speedup(loops[name], 'baseline', ', ')}" for name in names]
         cells.append(f"{100 * row['limit_ms'] / min(loop['ms'] for loop in loops.values()):.0f} %")
-        if "JAX" in loops:
-            cells.append(spread(loops["ours, compiled"], "JAX").removeprefix(", "))
+        if "JAX" in names:
+            cells.append(speedup(loops["ours, compiled"], "JAX"))
         times.append([case, *cells])
-        metrics = [loops[name]["metrics"].values() for name in names]
-        losses.append([case, *(", ".join(f"{value:.3f}" for value in values) for values in metrics)])
+        losses.append([case, *(", ".join(f"{x:.3f}" for x in loops[name]["metrics"].values()) for name in names)])
+    header = ["", *(LOOPS[name] for name in names)]
     more = ["fraction of the limit", *["`--compile` over JAX"] * ("JAX" in names)]
     return (
         f"{table([*header, *more], times)}\n\nLoss and accuracy, or the losses of D and G, in the last of these turns:"
@@ -261,10 +240,10 @@ def speed_table(device: str) -> str:
     )
 
 
-def spread(loop: Row, other: str, name: str = "") -> str:
-    """How many times as fast as the other loop, median and range of the turns."""
+def speedup(loop: Row, other: str, before: str = "") -> str:
+    """`before`, and how many times as fast as the other loop, median and range of the turns; empty for that loop."""
     median, low, high = loop["times_as_fast_as"][other]
-    return "" if name == other else f", {median:.2f} ({low:.2f} to {high:.2f})"
+    return f"{before}{median:.2f} ({low:.2f} to {high:.2f})" if (low, high) != (1, 1) else ""
 
 
 def reliability_table() -> str:
@@ -311,13 +290,6 @@ def fill(page: Path) -> str:
     return text
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.parse_args(argv)
-    for page in PAGES:
-        page.write_text(fill(page), "utf-8", newline="\n")
-    plot_choices(CHOICES)
-
-
 if __name__ == "__main__":
-    main()
+    for each in PAGES:
+        each.write_text(fill(each), "utf-8", newline="\n")
