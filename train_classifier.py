@@ -74,12 +74,7 @@ def get_args_parser() -> flags.ArgumentParser:
     add("--elastic", type=number(float, 0), default=0.0, help="with --augment: largest elastic displacement, in pixels")
     add = parser.group("how to train")
     add("--schedule", choices=["constant", "cosine", "maxout"], default="constant", help="learning rate over time")
-    add(
-        "--label-smoothing",
-        type=number(float, 0, 1),
-        default=0.0,
-        help="fraction of the target given to all classes",
-    )
+    add("--label-smoothing", type=number(float, 0, 1), default=0.0, help="fraction of the target for all classes")
     add("--max-norm", type=number(float, 0), help="largest norm of a linear unit's incoming weights")
     add("--patience", type=number(int, 1), help="stop after this many epochs without a better validation accuracy")
     return parser

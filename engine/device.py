@@ -37,7 +37,7 @@ def pick_device(name: str, amp: bool = False) -> torch.device:
 
 
 def find_device(name: str) -> torch.device:
-    """The device of that name. Raises UserError if there is none, or if torchrun chooses the GPU."""
+    """Raises UserError if there is no such device, or if torchrun chooses the GPU."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(kind for kind, found in available.items() if found)
@@ -61,7 +61,7 @@ def emulates_bfloat16(device: torch.device) -> bool:
 
 
 def seconds_of_product(dtype: torch.dtype) -> float:
-    """The shortest time of five that a product of two matrices takes one thread of the CPU."""
+    """The shortest of five times that one thread of the CPU needs to multiply two matrices."""
     x, threads = torch.ones(128, 128, dtype=dtype), torch.get_num_threads()
     torch.set_num_threads(1)  # on a busy machine, several would wait for one another
     seconds = min(timeit.repeat(lambda: x @ x, number=1, repeat=5))
@@ -72,12 +72,9 @@ def seconds_of_product(dtype: torch.dtype) -> float:
 def keep_freed_memory() -> None:
     """Keep the C library from returning memory after each step only to fault it in again in the next one."""
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except AttributeError:  # not glibc
-        return
-    mallopt(M_MMAP_THRESHOLD, 32 << 20)
-    mallopt(M_TRIM_THRESHOLD, 512 << 20)
+    if hasattr(libc := ctypes.CDLL(None), "mallopt"):  # glibc
+        libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)
+        libc.mallopt(M_TRIM_THRESHOLD, 512 << 20)
 
 
 def random_generators() -> dict[str, ModuleType]:

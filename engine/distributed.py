@@ -76,19 +76,12 @@ def rank_0_first(make: Callable[[], Any]) -> Any:
     return made if rank() == 0 else make()
 
 
-def shard(rows: torch.Tensor) -> torch.Tensor:
-    """This rank's shard of the rows of a batch."""
-    return rows.tensor_split(world_size())[rank()]
-
-
 def sync_flags(signals: list[int], due: bool) -> tuple[int, bool]:
     """The same decision on every rank: a signal that any of them received, or 0, and whether any has a save due."""
-    signal = signals[0] if signals else 0
-    if world_size() == 1:
-        return signal, due
-    flags = torch.tensor([signal, due])
-    with collective():
-        dist.all_reduce(flags, dist.ReduceOp.MAX)
+    flags = torch.tensor([max(signals, default=0), due])
+    if world_size() > 1:
+        with collective():
+            dist.all_reduce(flags, dist.ReduceOp.MAX)
     return tuple(flags.tolist())
 
 
