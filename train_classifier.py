@@ -61,8 +61,7 @@ LOSSES = {
 
 
 def get_args_parser() -> flags.ArgumentParser:
-    parser = flags.training_parser("classifier", __file__, __doc__, RECIPES, DATASETS)
-    number = flags.number
+    parser, number = flags.training_parser("classifier", __file__, __doc__, RECIPES, DATASETS), flags.number
     add = parser.group("what to train")
     add("--model", choices=list(CLASSIFIERS), default="cnn", help="network to train")
     add("--activation", choices=list(ACTIVATIONS), help="activation function of the hidden layers, by default ReLU")
@@ -110,8 +109,8 @@ def build(args: Namespace, device: torch.device, batches: Any) -> tuple[dict[str
 
 def target_probabilities(args: Namespace, device: torch.device | str) -> Tensor:
     """The target for each label, [classes, classes]: one-hot rows, smoothed with --label-smoothing."""
-    classes = len(args.classes)
-    return torch.eye(classes, device=device) * (1 - args.label_smoothing) + args.label_smoothing / classes
+    classes, smoothing = len(args.classes), args.label_smoothing
+    return torch.eye(classes, device=device) * (1 - smoothing) + smoothing / classes
 
 
 def check(args: Namespace, model: nn.Module, batches: Any) -> None:

@@ -40,8 +40,7 @@ VARIANTS: flags.Variants = {
 
 
 def get_args_parser() -> flags.ArgumentParser:
-    parser = flags.training_parser("likelihood", __file__, __doc__, RECIPES, DATASETS)
-    number = flags.number
+    parser, number = flags.training_parser("likelihood", __file__, __doc__, RECIPES, DATASETS), flags.number
     add = parser.group("what to train")
     add("--model", choices=list(LIKELIHOOD_MODELS), default="vae", help="network")
     add("--hidden", type=number(int, 1), help="hidden units (vae, rbm, rnn)")

@@ -11,14 +11,13 @@ From a batch to a number on the screen:
 
 After each step the loop updates every EMA and advances every schedule in `run.state`. An epoch ends when every image
 has been seen once: the network is validated, samples are saved, and a row of metrics and a checkpoint are written.
-`--resume RUN` continues with the batch after the last checkpoint, which holds the options, `run.state` (weights,
-optimizers, schedules, EMA), the random state, the metrics and the position.
+`--resume RUN` continues with the batch after the last checkpoint.
 
 Edit a train_step as you like, within these limits: on a GPU, or with --compile, the step is captured, which means
 recorded once and replayed without Python. So it must stay on the device and do the same in every step: no `.item()`, no
 `print` of a tensor, no `images[mask]`, no `if` on a tensor, no Python number that changes. Random numbers, and an `if`
 on an option, are fine. engine/captured.py detects and names what cannot be captured; with `--no-cuda-graph` and without
-`--compile`, the step runs eagerly, as ordinary PyTorch does, and these limits do not apply.
+`--compile`, the step runs eagerly, and these limits do not apply.
 """
 
 import itertools
@@ -164,10 +163,15 @@ def finish_epoch(
     run: Run, validate: Callable | None, score: str | None, sample: Callable | None, after_epoch: Callable | None
 ) -> None:
     """Validate, print a row of metrics and append it to the history, save samples, and best.pt if it is the best."""
-    means = run.meter.epoch_means()
-    row = run.end_epoch({**means, **(broadcast(validate) if validate else {})})  # run.epoch += 1, run.batch = 0
+    metrics = {**run.meter.epoch_means(), **(broadcast(validate) if validate else {})}
+    run.count_seconds()
+    run.seconds.append(0.0)
+    run.epoch, run.batch = run.epoch + 1, 0
+    run.require_finite(metrics)
+    row: Metrics = {"epoch": run.epoch, **metrics}
+    run.history.append(row)
     if sample and rank() == 0:
-        save_grid(sample(), run.folder / "samples" / f"epoch-{row['epoch']:04d}.png", columns=10)
+        save_grid(sample(), run.folder / "samples" / f"epoch-{run.epoch:04d}.png", columns=10)
     if score in row and run.best_epoch(score) == run.epoch:
         run.save("best.pt")
     print(f"epoch {run.epoch}/{run.epochs}  {listed(row)}  {run.seconds[run.epoch - 1]:.1f} s", flush=True)

@@ -22,8 +22,8 @@ def compile_step(
 ) -> Callable:
     """Compile `step(*inputs)`, which must be the same operations on the same tensors in every call.
 
-    The step runs once, and its operations are recorded below autograd: those of the forward pass, of the backward pass
-    and of the updates, in one graph. Tensors that it finds, such as weights, become inputs of the graph.
+    The step runs once, and its operations are recorded below autograd: forward pass, backward pass and updates, in one
+    graph. Tensors that it finds, such as weights, become inputs of the graph.
     momenta: address of a parameter -> SGD's momentum, as a tensor that may change between calls.
     counts: address of Adam's step count of a parameter -> its value.
     """
@@ -69,8 +69,7 @@ def lift_tensors(traced: GraphModule) -> list[torch.Tensor]:
     return found
 
 
-# The updates, written out so that Inductor can fuse them with the gradients that they read. `torch.optim` has them as
-# one operation, which Inductor would call as it is.
+# The updates, which `torch.optim` has as one operation, written out so that Inductor can fuse them with the gradients.
 
 
 def adam(

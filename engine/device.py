@@ -79,12 +79,9 @@ def keep_freed_memory() -> None:
 
 def random_generators() -> dict[str, ModuleType]:
     """The modules with a random number generator that a step may draw from, by name."""
-    modules = {"cpu": torch}
-    if torch.cuda.is_initialized():  # not if this run is on the CPU because the GPU is taken
-        modules["cuda"] = torch.cuda
-    if torch.backends.mps.is_available():
-        modules["mps"] = torch.mps
-    return modules
+    gpu = torch.cuda.is_initialized()  # not if this run is on the CPU because the GPU is taken
+    mps = torch.backends.mps.is_available()
+    return {"cpu": torch, **({"cuda": torch.cuda} if gpu else {}), **({"mps": torch.mps} if mps else {})}
 
 
 def random_state() -> dict[str, torch.Tensor]:

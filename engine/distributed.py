@@ -1,7 +1,6 @@
 """Several processes that torchrun started: each computes its shard of every batch, rank 0 prints and saves.
 
-Gradients are summed over the ranks before each update, so that all ranks keep the same weights. Everything here also
-works in a single process, where it does nothing.
+All ranks keep the same weights: gradients are summed before each update. A single process needs none of this.
 """
 
 import os
@@ -95,6 +94,5 @@ def sum_gradients(optimizer: torch.optim.Optimizer, fraction: float) -> None:
         total = torch.cat([gradient.flatten() for gradient in gradients]) * fraction
         with collective():
             dist.all_reduce(total)
-        parts = total.split([gradient.numel() for gradient in gradients])
-        for gradient, part in zip(gradients, parts):  # in place: a fused update needs the weights' memory layout
-            gradient.copy_(part.view_as(gradient))
+        for gradient, part in zip(gradients, total.split([gradient.numel() for gradient in gradients])):
+            gradient.copy_(part.view_as(gradient))  # in place: a fused update needs the weights' memory layout

@@ -79,16 +79,14 @@ def caught_signals() -> Iterator[list[int]]:
     Python delivers signals to the main thread alone: in any other, the list stays empty.
     """
     caught: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield caught
-        return
+    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
 
     def catch(number, frame):
         if caught and not dist.is_torchelastic_launched():  # torchrun repeats the terminal's signal
             interrupt(number, frame)
         caught.append(number)
 
-    before = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, catch) for number in numbers}
     try:
         yield caught
     finally:

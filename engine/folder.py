@@ -1,7 +1,6 @@
 """The folder of a run: a new one, and a lock on it."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +36,6 @@ def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        if folder.is_symlink():
-            raise UserError(f"{folder} is a link to {os.readlink(folder)}, which is missing; create that") from error
         remedy = "allow writing there, or use another folder"
         raise UserError(f"{folder} cannot be created ({error.strerror}); {remedy}") from error
 

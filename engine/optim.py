@@ -64,8 +64,8 @@ class MaxoutSchedule(LRScheduler):
 class EMA:
     """Exponential moving average of a network's weights and of batch norm's statistics, as the network `self.model`.
 
-    average = d * average + (1 - d) * weights, where d rises from 0.1 to `decay` as (1 + updates) / (10 + updates), so
-    that the initial weights are soon forgotten. Not torch's AveragedModel, which waits for the device at each update.
+    average = d * average + (1 - d) * weights, where d rises from 0.1 to `decay` as (1 + updates) / (10 + updates).
+    Not torch's AveragedModel, which waits for the device at each update.
     """
 
     def __init__(self, model: nn.Module, decay: float):
@@ -84,10 +84,6 @@ class EMA:
         torch._foreach_lerp_(self.averages, self.weights, [1 - keep] * len(self.weights))
         for average, count in self.counts:
             average.copy_(count)
-
-    def restart(self) -> None:
-        """Start from the network's weights, as after they were loaded from a file."""
-        torch._foreach_copy_(self.averages, self.weights)
 
     def state_dict(self) -> dict[str, Any]:
         return {"model": self.model.state_dict(), "updates": self.updates}

@@ -24,17 +24,13 @@ def plot_curves(history: list[dict], curve: list[dict], path: Path) -> None:
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(5 * columns, 4 * rows), layout="constrained")
     for place, (name, lines) in enumerate(panels.items(), 1):
-        plot_panel(figure.add_subplot(rows, columns, place), name, lines)
+        axis = figure.add_subplot(rows, columns, place, xlabel="epoch", ylabel=name)
+        for table, key, style, label in lines:
+            points = [(row["epoch"], row[key]) for row in table if key in row]
+            axis.plot(*zip(*points), style if len(points) > 1 else "o", lw=1, ms=3, label=label)
+        axis.grid(alpha=0.3)
+        axis.legend()
     save_figure(figure, path)
-
-
-def plot_panel(axis: Any, name: str, lines: list[tuple[list[dict], str, str, str]]) -> None:
-    for table, key, style, label in lines:
-        points = [(row["epoch"], row[key]) for row in table if key in row]
-        axis.plot(*zip(*points), style if len(points) > 1 else "o", lw=1, ms=3, label=label)
-    axis.set(xlabel="epoch", ylabel=name)
-    axis.grid(alpha=0.3)
-    axis.legend()
 
 
 def names_of(rows: list[dict]) -> list[str]:

@@ -41,7 +41,9 @@ class Run:
 
     def __init__(self, args: argparse.Namespace, state: dict[str, Any], name: str = "run"):
         self.args, self.state = argparse.Namespace(**{**DEFAULTS, **vars(args)}), state
-        self.script = vars(args).get("script", "")
+        self.options = {name: value for name, value in vars(self.args).items() if name not in WHERE}  # which are saved
+        self.types = {name: type(item).__name__ for name, item in state.items()}
+        self.script = self.options.get("script", "")
         self.epochs = 1 if self.args.dry_run else self.args.epochs
         if self.args.batch_size < world_size():
             raise UserError(f"--batch-size {self.args.batch_size} is less than the {world_size()} processes; raise it")
@@ -69,12 +71,6 @@ class Run:
         tensors = (tensor for network in self.networks().values() for tensor in network.state_dict().values())
         return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
-    def options(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self.args).items() if name not in WHERE}
-
-    def types(self) -> dict[str, str]:
-        return {name: type(item).__name__ for name, item in self.state.items()}
-
     def save(self, name: str = "checkpoint.pt") -> None:
         """Write everything that resuming needs. Raises UserError instead if a metric or a weight is not finite."""
         meter = self.meter.state_dict()
@@ -88,7 +84,7 @@ class Run:
             }
             self.require_finite({key: largest(value) for key, value in state.items()})
             checkpoint = {
-                "options": self.options(), "types": self.types(), "code": code_fingerprint(self.script), "state": state,
+                "options": self.options, "types": self.types, "code": code_fingerprint(self.script), "state": state,
                 "ranks": ranks, "seconds": self.seconds, **{key: getattr(self, key) for key in POSITION},
             }  # fmt: skip
             content = io.BytesIO()
@@ -142,11 +138,11 @@ class Run:
                 raise UserError(f"--start-from {path}: its {name} is another network: {reason}") from error
         for item in self.state.values():
             if isinstance(item, EMA):
-                item.restart()
+                torch._foreach_copy_(item.averages, item.weights)
 
     def load_state(self, checkpoint: dict[str, Any]) -> None:
         for name, then in checkpoint["types"].items():
-            now = self.types().get(name, "gone")
+            now = self.types.get(name, "gone")
             if now != then and not isinstance(self.state.get(name), torch.nn.Module):
                 remedy = "undo the edit, or start a new run"
                 raise UserError(f"{name}: {self.folder} was trained with {then}, the code now has {now}; {remedy}")
@@ -156,15 +152,6 @@ class Run:
         except (KeyError, RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"{self.folder} does not match the code, which has changed since: {reason}") from error
-
-    def end_epoch(self, row: Metrics) -> Metrics:
-        """Close the current epoch; its metrics, `row`, become a row of the history, which is returned."""
-        self.count_seconds()
-        self.seconds.append(0.0)
-        self.epoch, self.batch = self.epoch + 1, 0
-        self.require_finite(row)
-        self.history.append({"epoch": self.epoch, **row})
-        return self.history[-1]
 
     def best_epoch(self, score: str) -> int:
         """The first epoch with the highest `score`, a metric. Raises UserError if no epoch has it."""
@@ -193,7 +180,7 @@ class Run:
 
     def write_config(self) -> None:
         """config.json: the options, and what is needed to trace a result to its code and machine."""
-        config = {"options": self.options(), "types": self.types(), "device": str(self.device()), **environment()}
+        config = {"options": self.options, "types": self.types, "device": str(self.device()), **environment()}
         before = read_config(self.folder).get("commit")
         if self.args.resume and before and config["commit"]:  # every commit that trained this run
             known = config["commit"] in before.split(", then ")
