@@ -179,11 +179,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     args.digit = args.digit and class_numbers(args.digit, network.options["classes"])
     folder = evaluation_folder(Path(args.run))
     make_folder(folder)
-    if args.image and not classify_photos(network, args.image, folder):
-        sys.exit(1)
+    if args.image:
+        if not classify_photos(network, args.image, folder):
+            sys.exit(1)
+        return None
     if args.samples is not None:
         write_samples(network, args, folder)
-    if args.image or args.samples is not None:
         return None
     measure = evaluate_generator if hasattr(network, "sample") else evaluate_classifier
     measured, plots = measure(network, args, device)

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from engine.device import random_state, set_random_state
 from engine.distributed import world_size
 from engine.errors import UserError
-from engine.recorder import Before, NotCapturable, Recorder, is_capturable, prepare, require_same, roll_back
+from engine.recorder import Before, NotCapturable, Recorder, is_capturable, prepare, require_same
 
 if TYPE_CHECKING:
     from engine.run import Run
@@ -85,24 +85,21 @@ class CapturedStep:
         """Check the step, capture it, and roll back what that changed."""
         self.inputs = [tensor.clone() for tensor in inputs]  # a graph reads these very tensors
         random, before = random_state(), Before()
+        recorders = [Recorder(self.device, before) for _ in range(COMPARED)]
         try:
             with side_stream() if self.graph else nullcontext():
-                self.warm_up(before)
+                for recorder in recorders:  # the warm-up check
+                    with recorder:
+                        self.step(*self.inputs)
+                    require_same(recorders[0], recorder)
                 function = self.compile() if self.compiled else self.step
         except NotCapturable as error:
             raise UserError(self.refusal(error)) from error
         finally:
-            roll_back(before)
+            for tensor, copy in reversed(before.values()):
+                tensor.copy_(copy)
             set_random_state(random, fresh_seed=0)
         return self.record_graph(function) if self.graph else function
-
-    def warm_up(self, before: Before) -> None:
-        """Run the step several times, and raise NotCapturable if its operations differ."""
-        recorders = [Recorder(self.device, before) for _ in range(COMPARED)]
-        for recorder in recorders:
-            with recorder:
-                self.step(*self.inputs)
-            require_same(recorders[0], recorder)
 
     def compile(self) -> Callable:
         from engine.compiler import compile_step  # imports torch's compiler, which takes a second

@@ -34,10 +34,7 @@ def is_sealed(content: bytes) -> bool:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """On rank 0, write `content` to `path` entirely or not at all. A valid checkpoint.pt becomes previous.pt first.
-
-    Raises UserError.
-    """
+    """On rank 0, write `content` to `path` whole. A valid checkpoint.pt becomes previous.pt first. Raises UserError."""
     if rank() > 0:
         return
     temporary = path.with_name(path.name + ".tmp")

@@ -15,7 +15,7 @@ from engine.errors import UserError
 
 
 def pick_device(name: str, amp: bool = False) -> torch.device:
-    """The device for --device; `auto` takes CUDA, then MPS, then the CPU; `cuda:1` is the second GPU. Raises UserError.
+    """The device for --device; `auto` takes CUDA, then MPS, then the CPU. Raises UserError.
 
     Under torchrun, joins the process group and takes the GPU of this process's local rank.
     """

@@ -32,12 +32,8 @@ class Stopped(OneLine):
 
 
 def run_script(main: Callable[[], object]) -> None:
-    """Call `main()`. Expected errors print one line and exit with status 1; bugs keep their traceback.
-
-    Of several processes, only rank 0 prints.
-    """
-    if dist.is_torchelastic_launched() and os.environ["RANK"] != "0":
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    """Call `main()`. Expected errors print one line and exit with status 1; bugs keep their traceback."""
+    print_on_rank_0_only()
     name, before = Path(sys.argv[0]).name, signal.signal(signal.SIGTERM, interrupt)
     try:
         main()
@@ -59,6 +55,11 @@ def run_script(main: Callable[[], object]) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
         signal.signal(signal.SIGTERM, before)  # a signal while Python shuts down would print a traceback
+
+
+def print_on_rank_0_only() -> None:
+    if dist.is_torchelastic_launched() and os.environ["RANK"] != "0":
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
 def is_out_of_memory(error: Exception) -> bool:

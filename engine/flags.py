@@ -134,19 +134,16 @@ def parse_args(
     parser: ArgumentParser, recipes: Recipes, variants: Variants | None = None, argv: Sequence[str] | None = None
 ) -> argparse.Namespace:
     """Parsed flags. They override the recipe or, with --resume, the run's own options. Raises UserError."""
-    argv = sys.argv[1:] if argv is None else argv
-    known = [word for word in argv if word not in ("-h", "--help")]
+    kind = parser.get_default("kind")
+    known = [word for word in (sys.argv[1:] if argv is None else argv) if word not in ("-h", "--help")]
     if resume := run_to_resume(parser.parse_known_args(known)[0]):
-        defaults = load_checkpoint(resume, warn=False)["options"]
-        if defaults["kind"] != parser.get_default("kind"):
-            raise UserError(f"{resume} is a run of the kind {defaults['kind']}; use {defaults['script']}")
-        parser.set_defaults(**defaults, resume=resume)
+        parser.set_defaults(**load_checkpoint(resume, warn=False)["options"], resume=resume)
     else:
         choose_recipe(parser, recipes, variants or {}, known)
     args = parser.parse_args(argv)
     changed = {name: value for name, value in vars(args).items() if value != parser.get_default(name)}
     if resume:
-        refuse_changes(args, changed, defaults)
+        refuse_changes(parser, kind, args, changed)
     changed.pop("recipe", None)
     print(f"recipe {args.recipe}", *(f"{name}={value}" for name, value in changed.items()))
     return args
@@ -173,12 +170,14 @@ def choose_recipe(parser: ArgumentParser, recipes: Recipes, variants: Variants, 
         parser.set_defaults(**variants.get((recipe, name), {}))
 
 
-def refuse_changes(args: argparse.Namespace, changed: dict[str, Any], options: dict[str, Any]) -> None:
-    """Raise UserError if a flag would make the resumed run another run."""
+def refuse_changes(parser: ArgumentParser, kind: str, args: argparse.Namespace, changed: dict[str, Any]) -> None:
+    """Raise UserError if the resumed run is of another kind, or a flag would make it another run."""
+    if args.kind != kind:
+        raise UserError(f"{args.resume} is a run of the kind {args.kind}; use {args.script}")
     if args.schedule == "cosine" and "epochs" in changed:
         remedy = f"omit the flag, or start a new run with --start-from {args.resume}"
         raise UserError(f"--epochs {args.epochs}: this run's learning rate ends with its last epoch; {remedy}")
     for name in changed.keys() - FREE_ON_RESUME:
         value, flag = changed[name], name.replace("_", "-")
         flag = f"--no-{flag}" if value is False else f"--{flag}" if value is True else f"--{flag} {value}"
-        raise UserError(f"{flag}: {args.resume} was trained with {name}={options.get(name)}; omit {flag}")
+        raise UserError(f"{flag}: {args.resume} was trained with {name}={parser.get_default(name)}; omit {flag}")

@@ -1,4 +1,4 @@
-"""Sums of the metrics, which stay on the device until they are reported."""
+"""Means of the metrics."""
 
 import torch
 

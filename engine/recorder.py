@@ -1,4 +1,4 @@
-"""What a step does, operation by operation: whether it does the same each time, and how to undo it."""
+"""What a step does, operation by operation: whether it does the same each time, and what it wrote to."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ class Recorder(TorchDispatchMode):
     """Records each operation of a step: its name, its Python numbers, and the tensors it reads.
 
     device: where every tensor must be. Raises NotCapturable at an operation that a captured step cannot repeat.
-    before: gets (tensor, copy from before it was first written to), by its place in memory; `roll_back` takes it.
+    before: gets each tensor and a copy from before it was first written to, by its place in memory.
     """
 
     def __init__(self, device: torch.device, before: Before | None = None):
@@ -65,11 +65,6 @@ class Recorder(TorchDispatchMode):
         return (*value.shape, origin)
 
 
-def roll_back(before: Before) -> None:
-    for tensor, copy in reversed(before.values()):
-        tensor.copy_(copy)
-
-
 def written(function: Any, args: tuple, kwargs: dict[str, Any]) -> list[torch.Tensor]:
     """The tensors among the arguments of an operation that it changes in place."""
     values = [
@@ -106,10 +101,7 @@ def is_capturable(optimizer: Optimizer) -> bool:
 
 
 def prepare(optimizer: Optimizer, device: torch.device) -> None:
-    """Move what the optimizer changes in each step onto the device.
-
-    Where the optimizer reads its learning rate there, it becomes a tensor that a schedule can change.
-    """
+    """Move what changes in each step onto the device; a learning rate that is read there becomes a tensor."""
     for group in optimizer.param_groups:
         if group.get("fused") or isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
             group["lr"] = torch.as_tensor(float(group["lr"]), device=device)
