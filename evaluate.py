@@ -4,11 +4,6 @@ python evaluate.py runs/cnn-mnist                              # numbers and plo
 python evaluate.py weights/cnn.pt --image mine.jpg other.png   # classify your own digits
 python evaluate.py runs/gan-mnist                              # a generator: FID, Parzen log-likelihood, coverage, ...
 python evaluate.py weights/cgan.pt --samples 100 --digit 7     # sample from it
-
-From Python:
-    from evaluate import classify, load_model, sample
-    classify(load_model("weights/cnn.pt"), images)        # probabilities [N, 10]
-    sample(load_model("weights/cgan.pt"), 16, digit=7)    # images [16, 1, 28, 28]
 """
 
 import argparse
@@ -40,7 +35,7 @@ from measures.samples import NOISE_SEED, is_conditional, sample_images, spread, 
 from measures.trained import class_numbers, classify, load_model, load_network, sample
 from photos import read_photo
 
-__all__ = ["classify", "load_model", "main", "sample"]
+__all__ = ["classify", "load_model", "main", "sample"]  # from evaluate import classify, load_model, sample
 
 SAMPLES = 10_000  # by which a generator is measured
 Plots = dict[str, Any]  # file name -> matplotlib's figure, or (images of a grid, its columns)

@@ -106,11 +106,8 @@ class CapturedStep:
 
         print("compiling the training step", flush=True)
         started = time.monotonic()
-        momenta = {
-            parameter.data_ptr(): momentum
-            for group, momentum in zip(self.groups(), self.momenta)
-            for parameter in group["params"]
-        }
+        pairs = zip(self.groups(), self.momenta)
+        momenta = {parameter.data_ptr(): momentum for group, momentum in pairs for parameter in group["params"]}
         states = [state for optimizer in self.optimizers for state in optimizer.state.values()]
         counts = {state["step"].data_ptr(): state["step"].item() for state in states if "step" in state}
         try:

@@ -45,12 +45,10 @@ def find_device(name: str) -> torch.device:
     if not available[device.type]:
         reason = f"this machine or this build of torch has no {device.type} device"
         raise UserError(f"--device {name}: {reason}; use --device auto")
-    if device.index is not None:
-        if dist.is_torchelastic_launched():
-            raise UserError(f"--device {name}: torchrun gives each process a GPU of its own; use --device cuda")
-        if device.index >= torch.cuda.device_count():
-            last = torch.cuda.device_count() - 1
-            raise UserError(f"--device {name}: the last GPU of this machine is cuda:{last}")
+    if device.index is not None and dist.is_torchelastic_launched():
+        raise UserError(f"--device {name}: torchrun gives each process a GPU of its own; use --device cuda")
+    if device.index is not None and device.index >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: the last GPU of this machine is cuda:{torch.cuda.device_count() - 1}")
     return device
 
 

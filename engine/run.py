@@ -95,11 +95,9 @@ class Run:
     def require_finite(self, values: Metrics) -> None:
         for name, value in values.items():
             if not math.isfinite(value):
-                step = (
-                    f"step {self.batch} of epoch {self.epoch + 1}" if self.batch else f"the end of epoch {self.epoch}"
-                )
+                at = f"step {self.batch} of epoch {self.epoch + 1}" if self.batch else f"the end of epoch {self.epoch}"
                 remedy = "start a new run with a lower --lr, or without --amp"
-                raise UserError(f"{name} is not finite at or shortly before {step}; {remedy}")
+                raise UserError(f"{name} is not finite at or shortly before {at}; {remedy}")
 
     def restore(self) -> None:
         """Continue from the checkpoint of --resume, and write config.json. Raises UserError.
