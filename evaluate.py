@@ -27,7 +27,7 @@ from engine.device import pick_device
 from engine.errors import UserError, run_script
 from engine.folder import make_folder
 from engine.plots import save_figure, save_grid
-from measures.classifier import classification_measures, plot_confusion, plot_mistakes, print_report
+from measures.classifier import classification_measures, plot_confusion, plot_filters, plot_mistakes, print_report
 from measures.generator import beside_real_images, nearest_images, print_measures
 from measures.likelihood import likelihood_measures, print_likelihood
 from measures.reference import load_reference
@@ -99,8 +99,9 @@ def evaluate_classifier(model: Any, args: argparse.Namespace, device: torch.devi
     plots = {
         "confusion_matrix.png": plot_confusion(metrics["confusion_matrix"], names),
         "mistakes.png": plot_mistakes(images, logits, labels, names),
+        "filters.png": plot_filters(model),
     }
-    return {"model": options["model"], **metrics}, plots
+    return {"model": options["model"], **metrics}, {name: plot for name, plot in plots.items() if plot}
 
 
 def walk_plots(network: Any, args: argparse.Namespace, suffix: str) -> Plots:

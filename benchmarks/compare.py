@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 from matplotlib.figure import Figure
 
-from engine import flags, pictures
+from engine import flags, plots
 from engine.checkpoint import has_checkpoint, load_checkpoint
 from engine.errors import UserError, run_script
 from engine.folder import read_config
@@ -184,7 +184,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"without a test result, which evaluate.py adds: {' '.join(missing)}")
     free = (Path(f"compare-{i}.png" if i > 1 else "compare.png") for i in count(1))
     output = Path(args.output or next(path for path in free if not path.exists()))
-    pictures.save_figure(plot(settings, labels, names, fine=shortest < 5), output)
+    plots.save_figure(plot(settings, labels, names, fine=shortest < 5), output)
     print(f"wrote {output}")
 
 

@@ -6,6 +6,7 @@ JAX's fastest generator.
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import lax, nn
 
 jax.config.update("jax_default_prng_impl", "rbg")
@@ -30,16 +31,16 @@ def dropout(key, x, p, scale=True):
     return jnp.where(jax.random.bernoulli(key, 1 - p, x.shape), x / (1 - p if scale else 1), 0) if p else x
 
 
-# Networks: functions of the weights, the input (noise or images, and labels) and a random key -------------------------
+# Networks: functions of the weights, the input (noise or images), labels (which some ignore) and a random key ---------
 
 
-def mlp(weights, x, key):
+def mlp(weights, x, labels, key):
     for layer in weights[:-1]:
         x = nn.relu(apply(layer, x))
     return apply(weights[-1], x)
 
 
-def cnn(weights, x, key):
+def cnn(weights, x, labels, key):
     x = x.reshape(-1, 28, 28, 1)
     for weight, bias in weights[:-1]:
         x = lax.conv_general_dilated(x, weight, (2, 2), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC"))
@@ -50,7 +51,7 @@ def cnn(weights, x, key):
 def maxout_network(p, scale=True):
     """Two maxout layers and a linear one. p: dropout before each; scale: whether kept pixels are divided by 1 - p."""
 
-    def network(weights, x, key):
+    def network(weights, x, labels, key):
         keys = jax.random.split(key, 3)
         x = maxout(weights[0], dropout(keys[0], x, p[0], scale))
         x = maxout(weights[1], dropout(keys[1], x, p[1]))
@@ -64,8 +65,7 @@ def conditional_generator(p):
         keys = jax.random.split(key, 3)
         z = dropout(keys[0], nn.relu(apply(weights[0], z)), p)
         y = dropout(keys[1], nn.relu(apply(weights[1], nn.one_hot(labels, 10))), p)
-        hidden = dropout(keys[2], nn.relu(apply(weights[2], jnp.concatenate([z, y], 1))), p)
-        return nn.sigmoid(apply(weights[3], hidden))
+        return apply(weights[3], dropout(keys[2], nn.relu(apply(weights[2], jnp.concatenate([z, y], 1))), p))
 
     return generate
 
@@ -80,72 +80,59 @@ def conditional_discriminator(p):
     return discriminate
 
 
-# Optimizers: initial state, and a function that returns new weights and a new state -----------------------------------
-
-
-def adam(rate, beta1, beta2):
-    def update(weights, gradients, state):
-        m, v, t = state
-        t = t + 1
-        m = jax.tree.map(lambda m, g: beta1 * m + (1 - beta1) * g, m, gradients)
-        v = jax.tree.map(lambda v, g: beta2 * v + (1 - beta2) * g * g, v, gradients)
-        step, scale = rate / (1 - beta1**t), 1 / jnp.sqrt(1 - beta2**t)
-        weights = jax.tree.map(lambda w, m, v: w - step * m / (jnp.sqrt(v) * scale + 1e-8), weights, m, v)
-        return weights, (m, v, t)
-
-    return lambda weights: (*(jax.tree.map(jnp.zeros_like, weights) for _ in "mv"), jnp.zeros(())), update
-
-
-def sgd(rate, momentum):
-    def update(weights, gradients, state):
-        state = jax.tree.map(lambda b, g: momentum * b + g, state, gradients)
-        return jax.tree.map(lambda w, b: w - rate * b, weights, state), state
-
-    return lambda weights: jax.tree.map(jnp.zeros_like, weights), update
-
-
 # Steps ----------------------------------------------------------------------------------------------------------------
 
 
-def classifier_step(network, update, black):
+def updated(optimizer, weights, gradients, state):
+    updates, state = optimizer.update(gradients, state)
+    return optax.apply_updates(weights, updates), state
+
+
+def classifier_step(args, optimizer):
+    network = {"mlp": mlp, "cnn": cnn, "maxout": maxout_network((0.2, 0.5, 0.5), scale=False)}[args.model]
+
     def step(images, labels, state, rows):
-        weights, optimizer, key = state
-        key, own = jax.random.split(key)
-        x, y = images[rows].astype(jnp.float32) * ((1 - black) / 255) + black, labels[rows]
+        weights, own, key = state
+        key, noise = jax.random.split(key)
+        x, y = images[rows].astype(jnp.float32) * ((1 - args.black) / 255) + args.black, labels[rows]
 
         def loss_of(weights):
-            logits = network(weights, x, own)
-            return -jnp.take_along_axis(nn.log_softmax(logits), y[:, None], 1).mean(), logits
+            logits = network(weights, x, y, noise)
+            return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean(), logits
 
         (loss, logits), gradients = jax.value_and_grad(loss_of, has_aux=True)(weights)
-        weights, optimizer = update(weights, gradients, optimizer)
-        return (weights, optimizer, key), {"loss": loss, "accuracy": (logits.argmax(1) == y).mean()}
+        weights, own = updated(optimizer, weights, gradients, own)
+        return (weights, own, key), {"loss": loss, "accuracy": (logits.argmax(1) == y).mean()}
 
     return step
 
 
-def gan_step(generate, discriminate, update, centred, simultaneous):
+def gan_step(args, optimizer):
+    if args.kind == "cgan":
+        generate, discriminate = conditional_generator(args.dropout_g), conditional_discriminator(args.dropout_d)
+    else:
+        generate, discriminate = mlp, maxout_network((0.2, 0.5, 0.5) if args.networks == "paper" else (0, 0.5, 0))
+
     def step(images, labels, state, rows):
-        g, d, optimizer_g, optimizer_d, key = state
-        key, noise, own_g, own_d, again = jax.random.split(key, 5)
+        g, d, own_g, own_d, key = state
+        key, noise, dropout_g, dropout_d, again = jax.random.split(key, 5)
         x, y = images[rows].astype(jnp.float32) / 255, labels[rows]
         z = jax.random.uniform(noise, (len(rows), 100))
-        z = (2 * z - 1) * 3**0.5 if centred else z
-        fakes, pull = jax.vjp(lambda g: generate(g, z, y, own_g), g)
+        z = (2 * z - 1) * 3**0.5 if args.noise == "centred" else z
+        fakes, pull = jax.vjp(lambda g: nn.sigmoid(generate(g, z, y, dropout_g)), g)
 
         def loss_d_of(d):
-            logits = discriminate(d, jnp.concatenate([x, fakes]), jnp.concatenate([y, y]), own_d)
+            logits = discriminate(d, jnp.concatenate([x, fakes]), jnp.concatenate([y, y]), dropout_d)
             real, fake = jnp.split(logits, 2)
             return (nn.softplus(-real).mean() + nn.softplus(fake).mean()) / 2
 
         loss_d, gradients = jax.value_and_grad(loss_d_of)(d)
-        new_d, optimizer_d = update(d, gradients, optimizer_d)
-        d = d if simultaneous else new_d
-        loss_g, gradient = jax.value_and_grad(lambda fakes: nn.softplus(-discriminate(d, fakes, y, again)).mean())(
-            fakes
-        )
-        g, optimizer_g = update(g, *pull(gradient), optimizer_g)
-        return (g, new_d, optimizer_g, optimizer_d, key), {"loss_d": 2 * loss_d, "loss_g": loss_g}
+        new_d, own_d = updated(optimizer, d, gradients, own_d)
+        d = d if args.simultaneous else new_d
+        loss_g_of = lambda fakes: nn.softplus(-discriminate(d, fakes, y, again)).mean()  # noqa: E731
+        loss_g, gradient = jax.value_and_grad(loss_g_of)(fakes)
+        g, own_g = updated(optimizer, g, pull(gradient)[0], own_g)
+        return (g, new_d, own_g, own_d, key), {"loss_d": 2 * loss_d, "loss_g": loss_g}
 
     return step
 
@@ -155,19 +142,11 @@ def build(args, networks, images, labels):
 
     networks: the script's, in torch, whose weights it starts from.
     """
-    init, update = adam(args.lr, *args.betas) if args.optimizer == "adam" else sgd(args.lr, args.momentum)
+    adam = args.optimizer == "adam"
+    optimizer = optax.adam(args.lr, *args.betas) if adam else optax.sgd(args.lr, args.momentum or None)
     weights = [weights_of(network) for network in networks]
-    state = (*weights, *map(init, weights), jax.random.key(0))
-    if hasattr(args, "model"):
-        network = {"mlp": mlp, "cnn": cnn, "maxout": maxout_network((0.2, 0.5, 0.5), scale=False)}[args.model]
-        step = classifier_step(network, update, args.black)
-    else:
-        if hasattr(args, "networks"):
-            discriminate = maxout_network((0.2, 0.5, 0.5) if args.networks == "paper" else (0, 0.5, 0))
-            g, d = lambda w, z, _, key: nn.sigmoid(mlp(w, z, key)), lambda w, x, _, key: discriminate(w, x, key)
-        else:
-            g, d = conditional_generator(args.dropout_g), conditional_discriminator(args.dropout_d)
-        step = gan_step(g, d, update, args.noise == "centred", args.simultaneous)
+    state = (*weights, *map(optimizer.init, weights), jax.random.key(0))
+    step = (classifier_step if args.kind == "classifier" else gan_step)(args, optimizer)
     images, labels = jnp.asarray(images), jnp.asarray(labels)
 
     @jax.jit

@@ -87,7 +87,7 @@ ROWS = {
     "gan-paper": ("train_gan.py --recipe paper --amp --compile", "Parzen 225 ± 2 (Goodfellow et al. 2014)"),
     "cgan-lecture": ("train_cgan.py --recipe lecture --compile", ""),
     "cgan-best": ("train_cgan.py --recipe best --amp --compile", ""),
-    "cgan-best-no-mismatched": ("train_cgan.py --recipe best --wrong-label 0 --amp --compile", ""),
+    "cgan-best-no-wrong-label": ("train_cgan.py --recipe best --wrong-label 0 --amp --compile", ""),
     "cgan-paper": ("train_cgan.py --recipe paper --amp --compile", "Parzen 132 ± 1.8 (Mirza & Osindero 2014)"),
     "cgan-paper-with-r1": (
         "train_cgan.py --recipe paper --noise centred --init he --r1 0.5 --dropout-g 0 --dropout-d 0.2 --amp --compile",
@@ -354,7 +354,7 @@ def get_args_parser() -> flags.ArgumentParser:
     add("--record", action="store_true", help="write the rows, or with --quick the bands, to benchmarks/results/")
     add("--seeds", type=positive, default=5, help="number of seeds, from 0")
     add("--jobs", type=positive, default=1, help="seeds side by side")
-    add("--data-dir", default="data", help="folder of the data sets")
+    add("--data-dir", default="data", help="folder of the datasets")
     add("--output-dir", default="runs/reproduce", help="folder of the runs")
     return parser
 

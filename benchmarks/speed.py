@@ -2,11 +2,10 @@
 
 python benchmarks/speed.py steps       # milliseconds per step, eager and compiled, with one thread and with two
 python benchmarks/speed.py race        # seconds from the start of the process to 99 % of the test images
-python benchmarks/speed.py scaling     # the lecture's MLP: cost against batch size, width and number of images
 python benchmarks/speed.py profile     # which operations take the time of the eager step
 
-docs/speed.md says how it is measured. Into benchmarks/results/ go speed-DEVICE.json and the chart (steps), the chart of
-scaling, and profile-DEVICE.txt. The others print what they measured.
+docs/speed.md says how it is measured. steps writes speed-DEVICE.json and its chart into benchmarks/results/, profile
+writes profile-DEVICE.txt, and race prints what it measured.
 """
 
 import argparse
@@ -16,7 +15,6 @@ import itertools
 import json
 import multiprocessing
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -31,7 +29,6 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import nn
@@ -46,8 +43,6 @@ from engine import flags
 from engine.device import pick_device
 from engine.errors import run_script
 from engine.provenance import environment
-from models import CLASSIFIERS
-from models.mlp import MLP
 
 RESULTS = ROOT / "benchmarks" / "results"
 CASES = {
@@ -62,19 +57,6 @@ CASES = {
 }
 Epoch = Callable[[], dict[str, float]]  # runs the steps of one turn; returns their mean metrics
 Row = dict[str, Any]
-
-
-class WideMLP(MLP):
-    """The lecture's MLP, whose hidden layers are `width` times as wide."""
-
-    def __init__(self, width, activation=nn.functional.relu, batch_norm=False, classes=10):
-        super().__init__(activation, classes=classes)
-        sizes = [28 * 28, 256 * width, 128 * width, 64 * width, classes]
-        self.linear1, self.linear2, self.linear3, self.linear4 = map(nn.Linear, sizes[:-1], sizes[1:])
-
-
-WIDTHS, BATCHES = [1, 2, 4, 8], [16, 32, 64, 256, 1024, 4096]
-CLASSIFIERS.update({f"mlp-x{width}": partial(WideMLP, width) for width in WIDTHS})
 
 
 # The loops: each returns an Epoch, and what a step computes and moves ({}: `ours` says it) ----------------------------
@@ -97,32 +79,22 @@ def in_memory(args: argparse.Namespace, data_dir: str, steps: int) -> Batches:
     return Batches(images[:count], labels[:count], args.batch_size, pick_device(args.device), black=black)
 
 
-def start(script: Any, args: argparse.Namespace, batches: Any) -> tuple[utils.Run, Callable, Callable]:
-    """The run, its train_step, and the step as the loop runs it, from row numbers to sums of metrics."""
-    state, train_step, _ = script.build(args, pick_device(args.device), batches)
-    run = utils.Run(args, state)
-    run.meter = utils.Meter(run.device())
-    return run, train_step, utils.make_step(run, train_step, batches)
-
-
-def train_epoch(run: utils.Run, step: Callable, batches: Any, epoch: int) -> dict[str, float]:
-    """One epoch of this repository's loop without bar, schedules and saves; returns the mean metrics."""
-    for rows in batches.rows(epoch):
-        step(rows)
-    return run.meter.report()
-
-
 def ours(command: str, device: str, more: list[str], data_dir: str, folder: str, steps: int) -> tuple[Epoch, Row]:
-    """This repository's loop."""
+    """This repository's loop, without bar, schedules and saves."""
     script, args = prepare(command, *more, "--device", device, "--output-dir", f"{folder}/run")
     batches, epochs = in_memory(args, data_dir, steps), itertools.count()
-    run, train_step, step = start(script, args, batches)
+    state, train_step, _ = script.build(args, pick_device(device), batches)
+    run = utils.Run(args, state)
+    run.meter = utils.Meter(run.device())
+    step = utils.make_step(run, train_step, batches)
     with FlopCounterMode(display=False) as counter:
-        train_step(*batches.take(next(iter(batches.rows(0)))))
+        train_step(*batches.take(next(batches.rows(0))))
     cost = {"flops": counter.get_total_flops(), "bytes": sum(map(bytes_moved, run.optimizers()))}
 
     def epoch():
-        metrics = train_epoch(run, step, batches, next(epochs))
+        for rows in batches.rows(next(epochs)):
+            step(rows)
+        metrics = run.meter.report()
         return {name: metrics[name] for name in ("loss", "accuracy", "loss_d", "loss_g") if name in metrics}
 
     return epoch, cost
@@ -327,97 +299,7 @@ def race(args: argparse.Namespace) -> None:
     print(json.dumps({"means": means, **environment()}, indent=2))
 
 
-# scaling --------------------------------------------------------------------------------------------------------------
-
-
-def curve(batch_size: int, width: int, args: argparse.Namespace) -> Row:
-    """Microseconds per image: eager, compiled, and at the limit."""
-    command = f"train_classifier.py --model mlp-x{width} --batch-size {batch_size}"
-    steps = min(60_000, 200 * batch_size, 400_000 // width) // batch_size
-    loops = {"eager": (ours, ["--no-cuda-graph"]), "compiled": (ours, ["--compile"])}
-    measured = compare(command, loops, steps, args)
-    row = {"batch_size": batch_size, "width": width, "limit": 1000 * measured["limit_ms"] / batch_size}
-    row |= {name: 1000 * measured["loops"][name]["ms"] / batch_size for name in loops}
-    print(row, flush=True)
-    return {**row, "losses": {name: measured["loops"][name]["metrics"]["loss"] for name in loops}}
-
-
-def train_on(source: str, path: Path, labels: torch.Tensor, device: str, pipe: Any) -> None:
-    """In a process of its own: what training on these images costs, with batches of 256."""
-    with contextlib.redirect_stdout(sys.stderr), tempfile.TemporaryDirectory() as folder:
-        where = ["--device", device, "--output-dir", f"{folder}/run"]
-        script, args = prepare(f"{CASES['mlp batch 32']} --batch-size 256", *where)
-        before, times = own_memory(), []
-        if source == "memory":
-            batches = Batches(torch.from_numpy(np.load(path)), labels, 256, pick_device(device))
-        else:  # the class StreamedBatches, as docs/extending.md shows it
-            text = (ROOT / "docs" / "extending.md").read_text("utf-8")
-            scope: Row = {}
-            exec(re.findall(r"```python\n(# datasets/streamed.py\n.*?)```", text, re.DOTALL)[0], scope)
-            batches = scope["StreamedBatches"](path, labels, 256, pick_device(device))
-        _, _, step = start(script, args, batches)
-        for epoch in range(4):  # the first one is not counted
-            started, rows = time.perf_counter(), iter(batches.rows(epoch))
-            step(next(rows))
-            first = time.perf_counter()
-            for each in itertools.islice(rows, 200):
-                step(each)
-            times.append((first - started, 1e6 * (time.perf_counter() - first) / (200 * 256)))
-        wait, image = map(statistics.median, zip(*times[1:]))
-        pipe.send({"memory": own_memory() - before, "first_batch": wait, "image": image})
-
-
-def own_memory() -> int:
-    """Bytes that this process holds, without the pages of files that the system would take back."""
-    return 1024 * int(re.findall(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[0])
-
-
-def scaling(args: argparse.Namespace) -> None:
-    batches = [curve(size, 1, args) for size in BATCHES]
-    widths = [curve(32, width, args) for width in WIDTHS]
-    images, labels = load("mnist", args.data_dir)
-    sets = []
-    for count in args.images:  # repeating MNIST
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "images.npy"
-            file = np.lib.format.open_memmap(path, "w+", np.uint8, (count, 1, 28, 28))
-            for first in range(0, count, len(images)):
-                file[first : first + len(images)] = images[: count - first].numpy()
-            file.flush()
-            for source in ("memory", "file"):
-                repeated = labels.repeat(-(-count // len(images)))[:count]
-                costs = spawn(train_on, source, path, repeated, args.device).recv()
-                sets.append({"images": count, "source": source, **costs})
-                print(sets[-1], flush=True)
-    plot_scaling(batches, widths, sets).savefig(RESULTS / f"scaling-{args.device}.png", dpi=120)
-
-
-def plot_scaling(batches: list[Row], widths: list[Row], sets: list[Row]) -> Figure:
-    figure = Figure(figsize=(13, 3.6), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
-    for axis, rows, key in ((left, batches, "batch_size"), (middle, widths, "width")):
-        for name, style in (("eager", "o-"), ("compiled", "o-"), ("limit", "k--")):
-            axis.plot([row[key] for row in rows], [row[name] for row in rows], style, label=name)
-        axis.set(xscale="log", yscale="log", ylabel="µs per image")
-        axis.set_xticks([row[key] for row in rows], [row[key] for row in rows])
-        axis.yaxis.set_major_formatter("{x:g}")
-        axis.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
-        axis.legend()
-    left.set_xlabel("batch size, the lecture's width")
-    middle.set_xlabel("times the lecture's width, batch size 32")
-    for source in ("memory", "file"):
-        places = [(row["images"], row["memory"] / 1e9, row["image"]) for row in sets if row["source"] == source]
-        right.plot(*list(zip(*places))[:2], "o-", label=f"from {source}")
-        for x, y, image in places:
-            right.annotate(f"{image:.0f} µs", (x, y), (-8, 6), textcoords="offset points", ha="right")
-    right.set(xscale="log", yscale="log", xlabel="images, batch size 256", ylabel="GB of memory (µs per image)")
-    right.margins(0.2)
-    right.yaxis.set_major_formatter("{x:g}")
-    right.legend()
-    return figure
-
-
-WHAT = {"steps": steps, "race": race, "scaling": scaling, "profile": profile_steps}
+WHAT = {"steps": steps, "race": race, "profile": profile_steps}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -429,10 +311,9 @@ def main(argv: list[str] | None = None) -> None:
     add("--cases", nargs="+", choices=list(CASES), default=list(CASES), help="of steps and profile")
     add("--threads", type=positive, nargs="+", default=[1, 2], help="steps: threads of each loop")
     add("--steps", type=positive, default=150, help="steps and profile: steps of each loop in a turn")
-    add("--turns", type=positive, default=7, help="steps and scaling: turns")
+    add("--turns", type=positive, default=7, help="steps: turns")
     add("--seeds", type=positive, default=5, help="race: runs of ours")
     add("--baseline-seeds", type=positive, default=5, help="race: runs of the baseline")
-    add("--images", type=positive, nargs="+", default=[60_000, 10**6, 10**7], help="scaling: sizes of the sets")
     args = parser.parse_args(argv)
     pick_device(args.device)  # the machine's limit is measured with its settings too
     WHAT[args.what](args)

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 DIGITS = "0123456789"  # the names of the classes, unless told
 
@@ -76,5 +76,19 @@ def plot_mistakes(images: Tensor, logits: Tensor, labels: Tensor, names: Sequenc
         axis.imshow(images[index, 0].numpy(), cmap="gray", vmin=0, vmax=255)
         title = f"{names[predictions[index]]} ({probabilities[index]:.0%})\ntrue {names[labels[index]]}"
         axis.set_title(title, fontsize=9 if max(map(len, names)) <= 3 else 7)
+        axis.axis("off")
+    return figure
+
+
+def plot_filters(model: nn.Module) -> Any:
+    """Weights into the first layer's first 64 units: a CNN's kernels, or an MLP's as images; None if neither."""
+    weight = next(p for p in model.parameters() if p.dim() > 1).detach().cpu()[:64]
+    if weight.dim() != 4 and weight.shape[1:] != (28 * 28,):
+        return None
+    figure = new_figure(8, 8.4)
+    figure.suptitle(f"first layer: weights of {len(weight)} units, blue negative, red positive")
+    for place, kernel in enumerate(weight[:, 0] if weight.dim() == 4 else weight.view(-1, 28, 28), 1):
+        axis, limit = figure.add_subplot(8, 8, place), kernel.abs().max().item()
+        axis.imshow(kernel.numpy(), cmap="bwr", vmin=-limit, vmax=limit)
         axis.axis("off")
     return figure

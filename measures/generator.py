@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from engine.errors import UserError
 from measures.parzen import parzen_measures
@@ -88,12 +89,14 @@ def measure_images(
         raise UserError(f"{min(counts)} images of a class or part are too few; use more than {NEIGHBOURS}")
     features, digits = classifier.read(images)
     test_features, _ = classifier.read(test_images)
-    measures: dict[str, Any] = {
-        "images": len(images),
-        **parzen_measures(images, validation_images, test_images),
-        **feature_distances(features, test_features),
-        **neighbour_measures(features, test_features),
+    parts = {
+        "Parzen": lambda: parzen_measures(images, validation_images, test_images),
+        "FID, KID": lambda: feature_distances(features, test_features),
+        "neighbours": lambda: neighbour_measures(features, test_features),
     }
+    measures: dict[str, Any] = {"images": len(images)}
+    for measure in tqdm(parts.values(), ", ".join(parts), leave=False, disable=None):  # None: in a terminal only
+        measures.update(measure())
     if classes == 10:
         measures.update(class_measures(digits))
     if asked is not None:

@@ -159,7 +159,7 @@ def test_92_and_93_percent_lie_apart():
 
 def test_few_epochs_are_plotted_from_the_reports_within_them(runs, monkeypatch):
     plotted = {}
-    monkeypatch.setattr(compare.pictures, "save_figure", lambda figure, path: plotted.update({path: figure}))
+    monkeypatch.setattr(compare.plots, "save_figure", lambda figure, path: plotted.update({path: figure}))
     compare.main(["tanh-0", "tanh-1"])
     (figure,) = plotted.values()
     loss = figure.axes[0]

@@ -20,7 +20,7 @@ import train_gan
 import train_likelihood
 import utils
 from datasets import Batches, load
-from engine import captured, flags
+from engine import captured, compiler, flags
 from engine.errors import UserError
 
 CASES = {  # each has operations that no other has
@@ -109,6 +109,19 @@ def test_what_a_step_may_not_do_is_refused_in_one_line(tmp_path):
         utils.train(start(tmp_path / "run", {"position": position}, compile=True), train_step, ten_images(batch_size=2))
 
 
+def test_a_step_that_cannot_be_compiled_runs_eagerly_and_is_said_once(tmp_path, monkeypatch, capsys):
+    def broken(*args, **options):
+        raise RuntimeError("no such operation\nmore lines")
+
+    monkeypatch.setattr(compiler, "make_fx", broken)
+    layer = torch.nn.Linear(1, 1)
+    before, optimizer = layer.weight.item(), torch.optim.SGD(layer.parameters(), lr=0.1, fused=True)
+    run = start(tmp_path / "run", {"layer": layer, "optimizer": optimizer}, compile=True)
+    utils.train(run, fit(layer, optimizer), ten_images(batch_size=2))
+    assert layer.weight.item() != before
+    assert capsys.readouterr().out.count("not compiled: no such operation\n") == 1
+
+
 KINDS = {
     "adam, beta 0": (torch.optim.Adam, {"betas": (0.0, 0.9), "weight_decay": 0.1}),
     "adamw": (torch.optim.AdamW, {"weight_decay": 0.1}),
@@ -142,18 +155,22 @@ def test_the_updates_are_torchs(name, tmp_path):
     torch.testing.assert_close(weights[True], weights[False], rtol=1e-5, atol=1e-7)
 
 
+def set_environment(settings):
+    os.environ.update(settings)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
         {"PATH": "", "TORCHINDUCTOR_CACHE_DIR": "empty"},
-        # Inductor does not quote the paths that it gives to the compiler (torch 2.14)
-        pytest.param({"TORCHINDUCTOR_CACHE_DIR": "my cache"}, marks=pytest.mark.slow),
+        {"TORCHINDUCTOR_CACHE_DIR": "my cache"},  # Inductor does not quote the paths it gives to the compiler
     ],
 )
 def test_without_a_compiler_or_with_a_space_in_its_paths_a_process_trains(tmp_path, settings):
     """In the second case, compiled or not."""
     settings = {name: value and str(tmp_path / value) for name, value in settings.items()}
-    before = partial(os.environ.update, settings)
+    before = partial(set_environment, settings)
     output, errors = run("train_classifier.py", *MLP, "--dry-run", cwd=tmp_path, before=before)
     assert output.count("not compiled: ") == 1 or ("PATH" not in settings and "\ncompiled in" in output)
     assert "Traceback" not in errors

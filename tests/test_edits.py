@@ -71,6 +71,15 @@ def apply(copy, diff):
         edit(copy, file, old, new)
 
 
+def test_the_script_of_the_architecture_page_trains(tmp_path, monkeypatch):
+    """On the digits, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    code = re.search(r"```python\n(.*?)```", page, re.DOTALL)[1].replace('"mnist"', '"digits"')
+    exec(code, {})
+    assert load(tmp_path / "runs" / "mine" / "checkpoint.pt")["epoch"] == 2
+
+
 @pytest.mark.parametrize("title", SECTIONS)
 def test_every_example_of_the_page_works(copy, title):
     commands = []

@@ -34,17 +34,18 @@ def small_run(tmp_path):
     return tmp_path / "run"
 
 
-def test_the_first_command_learns_and_the_report_says_how_well(tmp_path):
-    """The README's first command, with a twelfth of its epochs."""
-    train(*DIGITS, "--recipe", "best", "--epochs", 5, "--output-dir", tmp_path / "run")
-    output, _ = run("evaluate.py", "run", cwd=tmp_path)
+def test_the_first_command_learns_and_the_report_says_how_well(tmp_path, capsys):
+    """The README's first command, with three of its sixty epochs."""
+    train(*DIGITS, "--recipe", "best", "--epochs", 3, "--output-dir", tmp_path / "run")
+    call(tmp_path / "run")
+    output = capsys.readouterr().out
     folder = tmp_path / "run" / "evaluation"
     metrics = json.loads((folder / "metrics.json").read_text())
-    assert (metrics["dataset"], metrics["model"], metrics["epochs"]) == ("digits", "cnn", 5)
-    assert metrics["test_accuracy"] >= 0.9
+    assert (metrics["dataset"], metrics["model"], metrics["epochs"]) == ("digits", "cnn", 3)
+    assert metrics["test_accuracy"] >= 0.8  # by chance 0.1
     assert f"test accuracy {metrics['test_accuracy']:.2%}: {metrics['test_errors']} errors in 360 images" in output
     assert f"{metrics['per_class']['7']['f1-score']:.4f}" in output
-    plots = {"confusion_matrix.png", "mistakes.png"}
+    plots = {"confusion_matrix.png", "mistakes.png", "filters.png"}
     assert {path.name for path in folder.iterdir()} == {"metrics.json"} | plots
     for name in plots:
         Image.open(folder / name).verify()
@@ -63,12 +64,9 @@ def test_the_ema_of_the_best_epoch_is_what_is_evaluated(tmp_path):
 
 
 def test_a_script_of_ones_own_is_evaluated_by_the_kind_of_its_runs(small_run, tmp_path, monkeypatch):
-    checkpoint = load(small_run / "checkpoint.pt")
-    checkpoint["options"].update(script="distill.py", kind="classifier")
-    save_sealed(checkpoint, tmp_path / "mine" / "checkpoint.pt")
-    assert call(tmp_path / "mine") == call(small_run)
-
-    checkpoint["options"]["kind"] = "student"  # a kind of one's own
+    checkpoint, options = load(small_run / "checkpoint.pt"), evaluate.load_model(small_run).options
+    assert options["kind"] == "classifier"
+    checkpoint["options"].update(script="distill.py", kind="student")  # a kind of one's own
     save_sealed(checkpoint, tmp_path / "mine" / "checkpoint.pt")
     with pytest.raises(UserError, match=r"mine is of the unknown kind student; models/.*: add it to KINDS there"):
         call(tmp_path / "mine")

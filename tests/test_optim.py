@@ -136,7 +136,7 @@ def test_fixed_binarisation_sets_the_pixels_once_and_dynamic_at_every_visit(monk
     for how in ("fixed", "dynamic", "none"):
         images = seen[how] = []
         monkeypatch.setattr(VAE, "loss", lambda self, x, images=images: images.append(x.clone()) or loss(self, x))
-        words = [*DIGITS, "--model", "vae", "--binarise", how, "--batch-size", "1437", "--epochs", "2"]
+        words = [*DIGITS, "--model", "vae", "--hidden", "8", "--binarise", how, "--batch-size", "1437", "--epochs", "2"]
         train_likelihood.main([*words, "--output-dir", str(tmp_path / how)])
     sums = {how: [x.sum((1, 2, 3)).sort().values for x in images] for how, images in seen.items()}
     assert torch.equal(*sums["fixed"])

@@ -58,7 +58,7 @@ def calls(monkeypatch):
 
     monkeypatch.setattr(reproduce, "subprocess", Namespace(Popen=call))
     monkeypatch.setattr(reproduce, "ThreadPoolExecutor", pool)
-    monkeypatch.setattr("engine.pictures.save_figure", lambda figure, path: None)
+    monkeypatch.setattr("engine.plots.save_figure", lambda figure, path: None)
     return calls
 
 

@@ -22,12 +22,13 @@ import train_cgan
 import train_classifier
 import train_gan
 import train_likelihood
+from datasets import load as load_images
 from engine import flags, folder, provenance
 from engine import run as run_module
 from engine.checkpoint import load_checkpoint, write_atomically
 from engine.device import pick_device
 from engine.errors import Stopped, UserError
-from models import CLASSIFIERS
+from models import CLASSIFIERS, mlp
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="kills processes with POSIX signals")
 
@@ -78,12 +79,12 @@ def test_a_process_that_is_killed_resumes_with_the_same_command(undisturbed, tmp
 
 
 OTHERS = {
-    "maxout paper": (train_classifier, ["--recipe", "paper"]),
     "gan lecture": (train_gan, ["--batch-size", "100", "--ema", "0.99", "--val-size", "937"]),
     "rbm": (train_likelihood, ["--model", "rbm", "--hidden", "16", "--batch-size", "100"]),  # with persistent chains
     "hmm": (train_likelihood, ["--model", "hmm", "--states", "56", "--binarise", "fixed"]),
 }
 LONG = {
+    "maxout paper": (train_classifier, ["--recipe", "paper"]),
     "cnn with amp": (train_classifier, ["--model", "cnn", "--amp", "--batch-size", "200", "--val-size", "37"]),
     "gan paper with amp": (train_gan, ["--recipe", "paper", "--val-size", "137", "--amp"]),
     "cgan paper": (train_cgan, ["--recipe", "paper", "--val-size", "137"]),
@@ -344,6 +345,34 @@ def test_without_a_terminal_each_report_and_each_epoch_is_one_line(capsys):
     lines = [line.split("  ")[0] for line in output.splitlines() if line.startswith("epoch")]
     assert lines == [f"epoch {epoch}{end}" for epoch in (1, 2) for end in (" step 20/45", " step 40/45", "/2")]
     assert "\r" not in errors  # no progress bar
+
+
+def test_the_ema_is_what_is_validated_on_the_last_images(tmp_path):
+    train(
+        *DIGITS,
+        "--model",
+        "mlp",
+        "--val-size",
+        "137",
+        "--ema",
+        "0.9",
+        "--lr",
+        "0.01",
+        "--dry-run",
+        "--output-dir",
+        "run",
+    )
+    checkpoint = load(Path("run") / "checkpoint.pt")
+    images, labels = load_images("digits", "")
+    losses = {}
+    for name, state in (("ema", checkpoint["state"]["ema"]["model"]), ("raw", checkpoint["state"]["model"])):
+        network = mlp.MLP()
+        network.load_state_dict(state)
+        with torch.no_grad():
+            logits = network(images[-137:] / 255 * 2 - 1)
+        losses[name] = torch.nn.functional.cross_entropy(logits, labels[-137:]).item()
+    assert checkpoint["history"][0]["val_loss"] == pytest.approx(losses["ema"], rel=1e-4)
+    assert losses["raw"] != pytest.approx(losses["ema"], rel=1e-2)
 
 
 @pytest.mark.parametrize("ema", [[], ["--ema", "0.9"]])
