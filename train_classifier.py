@@ -61,8 +61,7 @@ LOSSES = {
 
 
 def get_args_parser() -> flags.ArgumentParser:
-    parser = flags.training_parser("classifier", __file__, __doc__, RECIPES, DATASETS)
-    number = flags.number
+    parser, number = flags.training_parser("classifier", __file__, __doc__, RECIPES, DATASETS), flags.number
     add = parser.group("what to train")
     add("--model", choices=list(CLASSIFIERS), default="cnn", help="network to train")
     add("--activation", choices=list(ACTIVATIONS), help="activation function of the hidden layers, by default ReLU")
@@ -74,12 +73,7 @@ def get_args_parser() -> flags.ArgumentParser:
     add("--elastic", type=number(float, 0), default=0.0, help="with --augment: largest elastic displacement, in pixels")
     add = parser.group("how to train")
     add("--schedule", choices=["constant", "cosine", "maxout"], default="constant", help="learning rate over time")
-    add(
-        "--label-smoothing",
-        type=number(float, 0, 1),
-        default=0.0,
-        help="fraction of the target given to all classes",
-    )
+    add("--label-smoothing", type=number(float, 0, 1), default=0.0, help="fraction of the target for all classes")
     add("--max-norm", type=number(float, 0), help="largest norm of a linear unit's incoming weights")
     add("--patience", type=number(int, 1), help="stop after this many epochs without a better validation accuracy")
     return parser
@@ -115,8 +109,8 @@ def build(args: Namespace, device: torch.device, batches: Any) -> tuple[dict[str
 
 def target_probabilities(args: Namespace, device: torch.device | str) -> Tensor:
     """The target for each label, [classes, classes]: one-hot rows, smoothed with --label-smoothing."""
-    classes = len(args.classes)
-    return torch.eye(classes, device=device) * (1 - args.label_smoothing) + args.label_smoothing / classes
+    classes, smoothing = len(args.classes), args.label_smoothing
+    return torch.eye(classes, device=device) * (1 - smoothing) + smoothing / classes
 
 
 def check(args: Namespace, model: nn.Module, batches: Any) -> None:

@@ -11,18 +11,18 @@ From a batch to a number on the screen:
 
 After each step the loop updates every EMA and advances every schedule in `run.state`. An epoch ends when every image
 has been seen once: the network is validated, samples are saved, and a row of metrics and a checkpoint are written.
-`--resume RUN` continues with the batch after the last checkpoint, which holds the options, `run.state` (weights,
-optimizers, schedules, EMA), the random state, the metrics and the position.
+`--resume RUN` continues with the batch after the last checkpoint.
 
 Edit a train_step as you like, within these limits: on a GPU, or with --compile, the step is captured, which means
 recorded once and replayed without Python. So it must stay on the device and do the same in every step: no `.item()`, no
 `print` of a tensor, no `images[mask]`, no `if` on a tensor, no Python number that changes. Random numbers, and an `if`
 on an option, are fine. engine/captured.py detects and names what cannot be captured; with `--no-cuda-graph` and without
-`--compile`, the step runs eagerly, as ordinary PyTorch does, and these limits do not apply.
+`--compile`, the step runs eagerly, and these limits do not apply.
 """
 
 import itertools
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -33,7 +33,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
 from engine.captured import capture
-from engine.distributed import broadcast, rank, shard, sync_flags, world_size
+from engine.distributed import broadcast, rank, sync_flags, world_size
 from engine.errors import Stopped, caught_signals
 from engine.meter import Meter
 from engine.optim import EMA
@@ -68,7 +68,7 @@ def train(
     SIGTERM, after which it raises Stopped. Raises UserError if a metric or a weight is not finite. Returns the run
     folder and the metrics of the last epoch.
     """
-    steps = min(len(batches), DRY_RUN_STEPS) if run.loop.dry_run else len(batches)
+    steps = min(len(batches), DRY_RUN_STEPS) if run.args.dry_run else len(batches)
     run.meter = Meter(run.device())
     run.restore()
     run_step = make_step(run, train_step, batches)
@@ -83,15 +83,14 @@ def train(
                     run_step(rows)
                     run.batch += 1
                     report(run, steps)
-                    save(run, signals, due=run.save_due())
+                    save(run, signals, due=time.monotonic() - run.saved >= run.args.save_interval)
                 finish_epoch(run, validate, score, sample, after_epoch)
                 save(run, [] if finished(run, should_stop) else signals, due=True)
         save_plots(run)
         if "kind" in run.args:  # by which evaluate.py rebuilds the network
             print(f"now evaluate it: python evaluate.py {run.folder}")
     finally:
-        if run.lock:  # rank 0 holds it
-            run.lock.release()
+        run.lock.release()
     return {"folder": str(run.folder), **run.history[-1]}
 
 
@@ -128,7 +127,7 @@ def make_step(run: Run, train_step: TrainStep, batches: Any) -> Callable[[torch.
 
     def train_on(images: torch.Tensor, labels: torch.Tensor) -> None:
         # Without autocast's cache, which would return stale weights after an update within the step.
-        with torch.autocast(device.type, torch.bfloat16, enabled=run.loop.amp, cache_enabled=False):
+        with torch.autocast(device.type, torch.bfloat16, enabled=run.args.amp, cache_enabled=False):
             metrics = train_step(images, labels)
         for ema in emas:
             ema.update()
@@ -142,7 +141,7 @@ def make_step(run: Run, train_step: TrainStep, batches: Any) -> Callable[[torch.
 
     def run_step(rows: torch.Tensor) -> None:
         if len(rows) >= world_size():  # else a last batch with fewer images than processes is skipped
-            part = shard(rows)  # all rows, unless torchrun started several processes
+            part = rows.tensor_split(world_size())[rank()]  # all rows, unless torchrun started several processes
             run.fraction = len(part) / len(rows)  # by which engine/distributed.py weights this rank's gradients
             captured(part)
         for schedule in schedules:
@@ -153,7 +152,7 @@ def make_step(run: Run, train_step: TrainStep, batches: Any) -> Callable[[torch.
 
 def report(run: Run, steps: int) -> None:
     """Every --log-interval steps, and at the end of the epoch: append the means since the last report to the curve."""
-    if run.batch % run.loop.log_interval == 0 or run.batch == steps:
+    if run.batch % run.args.log_interval == 0 or run.batch == steps:
         means = run.meter.report()
         run.require_finite(means)
         if means:  # none if the only batch since the last report was skipped
@@ -164,10 +163,15 @@ def finish_epoch(
     run: Run, validate: Callable | None, score: str | None, sample: Callable | None, after_epoch: Callable | None
 ) -> None:
     """Validate, print a row of metrics and append it to the history, save samples, and best.pt if it is the best."""
-    means = run.meter.epoch_means()
-    row = run.end_epoch({**means, **(broadcast(validate) if validate else {})})  # run.epoch += 1, run.batch = 0
+    metrics = {**run.meter.epoch_means(), **(broadcast(validate) if validate else {})}
+    run.count_seconds()
+    run.seconds.append(0.0)
+    run.epoch, run.batch = run.epoch + 1, 0
+    run.require_finite(metrics)
+    row: Metrics = {"epoch": run.epoch, **metrics}
+    run.history.append(row)
     if sample and rank() == 0:
-        save_grid(sample(), run.folder / "samples" / f"epoch-{row['epoch']:04d}.png", columns=10)
+        save_grid(sample(), run.folder / "samples" / f"epoch-{run.epoch:04d}.png", columns=10)
     if score in row and run.best_epoch(score) == run.epoch:
         run.save("best.pt")
     print(f"epoch {run.epoch}/{run.epochs}  {listed(row)}  {run.seconds[run.epoch - 1]:.1f} s", flush=True)
@@ -183,7 +187,7 @@ def save(run: Run, signals: list[int], due: bool) -> None:
         run.save()
     if signal:
         save_plots(run)
-        command = "the same command" if run.loop.auto_resume else f"python {run.script} --resume {run.folder}"
+        command = "the same command" if run.args.auto_resume else f"python {run.script} --resume {run.folder}"
         raise Stopped(signal, f"stopped and saved; resume with: {command}" if rank() == 0 else "")
 
 

@@ -22,8 +22,8 @@ def compile_step(
 ) -> Callable:
     """Compile `step(*inputs)`, which must be the same operations on the same tensors in every call.
 
-    The step runs once, and its operations are recorded below autograd: those of the forward pass, of the backward pass
-    and of the updates, in one graph. Tensors that it finds, such as weights, become inputs of the graph.
+    The step runs once, and its operations are recorded below autograd: forward pass, backward pass and updates, in one
+    graph. Tensors that it finds, such as weights, become inputs of the graph.
     momenta: address of a parameter -> SGD's momentum, as a tensor that may change between calls.
     counts: address of Adam's step count of a parameter -> its value.
     """
@@ -69,8 +69,7 @@ def lift_tensors(traced: GraphModule) -> list[torch.Tensor]:
     return found
 
 
-# The updates, written out so that Inductor can fuse them with the gradients that they read. `torch.optim` has them as
-# one operation, which Inductor would call as it is.
+# The updates, which `torch.optim` has as one operation, written out so that Inductor can fuse them with the gradients.
 
 
 def adam(
@@ -87,7 +86,8 @@ def adam(
     t = torch.stack(steps).to(weights[0].dtype)
     rate, scale = lr / correction(beta1, t), correction(beta2, t).rsqrt()  # of each weight
     if len({counts.get(step.data_ptr()) for step in steps}) == 1:  # else some weights have been trained for longer
-        rate, scale = once(rate).expand(len(steps)), once(scale).expand(len(steps))
+        # Equal numbers: Inductor computes their maximum once, but an expression anew for every weight.
+        rate, scale = rate.amax().expand(len(steps)), scale.amax().expand(len(steps))
     for i, (w, g, m, v) in enumerate(zip(weights, gradients, averages, squares, strict=True)):
         old = w * (1 - lr * weight_decay) if decoupled and weight_decay else w
         if weight_decay and not decoupled:
@@ -101,11 +101,6 @@ def adam(
 def correction(beta: float, t: torch.Tensor) -> torch.Tensor:
     """1 - beta^t, without the cancellation where beta^t is almost 1."""
     return -torch.expm1(t * math.log(beta)) if beta else torch.ones_like(t)
-
-
-def once(equal: torch.Tensor) -> torch.Tensor:
-    """Any of these equal numbers. Inductor computes a maximum once, but an expression anew for every weight."""
-    return equal.amax()
 
 
 def sgd(

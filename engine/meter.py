@@ -1,4 +1,4 @@
-"""Sums of the metrics, which stay on the device until they are reported."""
+"""Means of the metrics."""
 
 import torch
 
@@ -47,7 +47,7 @@ class Meter:
         return means_of(totals)
 
     def totals(self) -> Totals:
-        """Sums and counts since the last report, on this rank."""
+        """The sums since the last report, on this rank."""
         values = torch.stack([*self.sums.values(), *self.counts.values()]).tolist() if self.sums else []
         return dict(zip(self.sums, zip(values, values[len(self.sums) :])))
 
@@ -56,8 +56,6 @@ class Meter:
 
     def load(self, ranks: list[dict[str, Totals]]) -> None:
         """Continue from this rank's state. If the number of ranks has changed, rank 0 continues from all of them."""
-        if not ranks:
-            return
         self.epoch = ranks[0]["epoch"]
         since = [state["since_report"] for state in ranks]
         if len(ranks) != world_size():

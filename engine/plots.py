@@ -2,20 +2,16 @@
 
 import io
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
 from engine.checkpoint import write_atomically
 
-if TYPE_CHECKING:  # matplotlib, torchvision and Pillow take a while to import and are needed late
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
 
 def plot_curves(history: list[dict], curve: list[dict], path: Path) -> None:
     """One panel per metric: reports during training as a line, validation after each epoch as dots."""
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # imported late, as torchvision and Pillow below: it takes a while
 
     panels = {name: [(curve, name, "-", "training")] for name in names_of(curve)}
     for key in names_of(history):
@@ -28,24 +24,24 @@ def plot_curves(history: list[dict], curve: list[dict], path: Path) -> None:
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(5 * columns, 4 * rows), layout="constrained")
     for place, (name, lines) in enumerate(panels.items(), 1):
-        plot_panel(figure.add_subplot(rows, columns, place), name, lines)
+        axis = figure.add_subplot(rows, columns, place, xlabel="epoch", ylabel=name)
+        for line in lines:
+            plot_line(axis, *line)
+        axis.grid(alpha=0.3)
+        axis.legend()
     save_figure(figure, path)
 
 
-def plot_panel(axis: "Axes", name: str, lines: list[tuple[list[dict], str, str, str]]) -> None:
-    for table, key, style, label in lines:
-        points = [(row["epoch"], row[key]) for row in table if key in row]
-        axis.plot(*zip(*points), style if len(points) > 1 else "o", lw=1, ms=3, label=label)
-    axis.set(xlabel="epoch", ylabel=name)
-    axis.grid(alpha=0.3)
-    axis.legend()
+def plot_line(axis: Any, table: list[dict], key: str, style: str, label: str) -> None:
+    points = [(row["epoch"], row[key]) for row in table if key in row]
+    axis.plot(*zip(*points), style if len(points) > 1 else "o", lw=1, ms=3, label=label)
 
 
 def names_of(rows: list[dict]) -> list[str]:
     return [name for name in dict.fromkeys(name for row in rows for name in row) if name != "epoch"]
 
 
-def save_figure(figure: "Figure", path: Path) -> None:
+def save_figure(figure: Any, path: Path) -> None:
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=120)
     write_atomically(path, image.getvalue())

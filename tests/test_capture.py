@@ -72,7 +72,7 @@ def record(run, train_step, batches, steps=COMPARED):
         patch.setattr(utils, "capture", lambda step, run: inner.append(step) or step)
         utils.make_step(run, train_step, batches)
     schedules = [item for item in run.state.values() if isinstance(item, torch.optim.lr_scheduler.LRScheduler)]
-    rows = torch.zeros(run.loop.batch_size, dtype=torch.int64, device=META)
+    rows = torch.zeros(run.args.batch_size, dtype=torch.int64, device=META)
     recorders = []
     for _ in range(1 + steps):
         with Recorder(META) as recorder:

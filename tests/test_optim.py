@@ -60,13 +60,6 @@ def test_the_cosine_schedule_rises_for_a_tenth_and_ends_at_zero():
     assert rates[100] == pytest.approx(0, abs=1e-12)
 
 
-def test_burdas_schedule_is_the_papers():
-    """Section 5: the learning rate is 10^(-i/7) of its first value for 3^i epochs, i = 0 ... 7, of 3,280 in all."""
-    args, optimizer = argparse.Namespace(epochs=3280, schedule="burda", optimizer="adam"), sgd()
-    rates, _ = zip(*settings(optim.build_schedule(args, optimizer, epoch_length=1), optimizer, 3280))
-    assert rates == pytest.approx([10 ** (-i / 7) for i in range(8) for _ in range(3**i)])
-
-
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_losses_are_the_slides(smoothing):
     logits, labels = torch.randn(6, 10), torch.randint(10, (6,))

@@ -184,12 +184,6 @@ def changed_run(undisturbed, tmp_path, change):
     save_sealed(checkpoint, tmp_path / "run" / "checkpoint.pt")
 
 
-def test_burdas_schedule_ends_with_the_last_epoch_too(undisturbed, tmp_path):
-    changed_run(undisturbed, tmp_path, lambda checkpoint: checkpoint["options"].update(schedule="burda"))
-    with pytest.raises(UserError, match="--epochs 9: this run's learning rate ends with its last epoch"):
-        train("--resume", "run", "--epochs", 9)
-
-
 def test_a_run_resumes_without_compile(undisturbed, tmp_path):
     changed_run(undisturbed, tmp_path, lambda checkpoint: checkpoint["options"].update(compile=True))
     train("--resume", "run", "--no-compile")
