@@ -30,7 +30,7 @@ PICK_THE_BRUSH = (
 
 def get_args_parser() -> flags.ArgumentParser:
     parser = flags.ArgumentParser("demo.py", str(__doc__))
-    parser.add_argument("run", metavar="RUN", nargs="*", help="run folders, or files of weights/ (None: all of these)")
+    parser.add_argument("run", metavar="RUN", nargs="*", help="run folders, or files of weights/ (none: all of these)")
     parser.add_argument("--port", type=flags.number(int, 0, 65535), default=7860, help="of http://127.0.0.1; 0: any")
     return parser
 
@@ -57,7 +57,7 @@ def bars(title: str, model: Any, probabilities: list[float]) -> str:
 
 
 def enlarge(image: torch.Tensor) -> Any:
-    """uint8 [224, 224] for the page, of an image [28, 28] with pixels from 0 to 1."""
+    """uint8 [224, 224], of an image [28, 28] with pixels from 0 to 1."""
     return (image * 255).round().to(torch.uint8).repeat_interleave(8, 0).repeat_interleave(8, 1).numpy()
 
 
@@ -109,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         import gradio as gr
     except ImportError as error:
         raise UserError("demo.py needs Gradio; install it: pip install -r requirements-demo.txt") from error
-    runs = args.run or sorted(str(path.relative_to(ROOT)) for path in (ROOT / "weights").glob("*.pt"))
+    runs = args.run or sorted(f"weights/{path.name}" for path in (ROOT / "weights").glob("*.pt"))
     page = build_page(gr, {run: load_model(run) for run in runs})
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # no fonts from elsewhere
     where: dict[str, Any] = dict(server_name="127.0.0.1", server_port=args.port or None, prevent_thread_lock=True)

@@ -4,16 +4,12 @@ python evaluate.py runs/cnn-mnist                              # numbers and plo
 python evaluate.py weights/cnn.pt --image mine.jpg other.png   # classify your own digits
 python evaluate.py runs/gan-mnist                              # a generator: FID, Parzen log-likelihood, coverage, ...
 python evaluate.py weights/cgan.pt --samples 100 --digit 7     # sample from it
-
-From Python:
-    from evaluate import classify, load_model, sample
-    classify(load_model("weights/cnn.pt"), images)        # probabilities [N, 10]
-    sample(load_model("weights/cgan.pt"), 16, digit=7)    # images [16, 1, 28, 28]
 """
 
 import argparse
 import io
 import json
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -35,11 +31,11 @@ from measures.classifier import classification_measures, plot_confusion, plot_fi
 from measures.generator import beside_real_images, nearest_images, print_measures
 from measures.likelihood import likelihood_measures, print_likelihood
 from measures.reference import load_reference
-from measures.samples import NOISE_SEED, columns_of, is_conditional, sample_images, spread, walks
+from measures.samples import NOISE_SEED, is_conditional, sample_images, spread, walks
 from measures.trained import class_numbers, classify, load_model, load_network, sample
 from photos import read_photo
 
-__all__ = ["classify", "load_model", "main", "sample"]
+__all__ = ["classify", "load_model", "main", "sample"]  # from evaluate import classify, load_model, sample
 
 SAMPLES = 10_000  # by which a generator is measured
 Plots = dict[str, Any]  # file name -> matplotlib's figure, or (images of a grid, its columns)
@@ -61,7 +57,7 @@ def get_args_parser() -> flags.ArgumentParser:
 
 
 def save(plots: Plots, folder: Path, *others: str) -> None:
-    """Write each plot to `folder`, and print the names of these files and of the others that were written there."""
+    """Write each plot to `folder`, and print the names of all files that were written there."""
     for name, plot in plots.items():
         if isinstance(plot, tuple):
             save_grid(plot[0], folder / name, columns=plot[1])
@@ -71,12 +67,9 @@ def save(plots: Plots, folder: Path, *others: str) -> None:
 
 
 def classify_photos(model: Any, paths: Sequence[str], folder: Path) -> bool:
-    """Print the digits in each image file, and plot what the network saw. Returns whether all could be read.
-
-    A network that was trained on a folder reads a file as it read those.
-    """
+    """Print the digits in each image file, and plot what the network saw. Returns whether all could be read."""
     seen, names = [], model.options["classes"]
-    read = read_photo if model.options["dataset"] in DATASETS else read_image
+    read = read_photo if model.options["dataset"] in DATASETS else read_image  # as it read the images of its folder
     between = "" if max(map(len, names)) == 1 else " "
     for path in paths:
         try:
@@ -111,15 +104,9 @@ def evaluate_classifier(model: Any, args: argparse.Namespace, device: torch.devi
     return {"model": options["model"], **metrics}, {name: plot for name, plot in plots.items() if plot}
 
 
-def suffix(args: argparse.Namespace) -> str:
-    """Of file names, so that one request does not overwrite the files of another."""
-    digits = "-".join(map(str, args.digit or []))
-    return f"{digits and f'-digit{digits}'}-seed{args.seed}"
-
-
-def walk_plots(network: Any, args: argparse.Namespace) -> Plots:
+def walk_plots(network: Any, args: argparse.Namespace, suffix: str) -> Plots:
     grids = walks(network, args.seed, args.digit).items()
-    return {f"{name}{suffix(args)}.png": (images.flatten(0, 1), images.shape[1]) for name, images in grids}
+    return {f"{name}{suffix}.png": (images.flatten(0, 1), images.shape[1]) for name, images in grids}
 
 
 def write_samples(network: Any, args: argparse.Namespace, folder: Path) -> None:
@@ -130,16 +117,18 @@ def write_samples(network: Any, args: argparse.Namespace, folder: Path) -> None:
     images, labels, z = sample_images(network, wanted, args.seed)
     shown = images[:: -(-len(images) // 2500)]
     arrays: dict[str, Any] = {"images": images[:, 0], "z": z, "labels": labels}
-    packed, name = io.BytesIO(), f"samples-{args.samples}{suffix(args)}"
+    digits = "-".join(map(str, args.digit or []))
+    suffix = f"{digits and f'-digit{digits}'}-seed{args.seed}"  # one request does not overwrite another's files
+    packed, name = io.BytesIO(), f"samples-{args.samples}{suffix}"
     np.savez_compressed(packed, **{key: array.numpy() for key, array in arrays.items() if array is not None})
     write_atomically(folder / f"{name}.npz", packed.getvalue())
-    grid = shown, args.columns or columns_of(len(shown))
-    save({f"{name}.png": grid, **walk_plots(network, args)}, folder, f"{name}.npz")
+    grid = shown, args.columns or math.ceil(len(shown) ** 0.5)
+    save({f"{name}.png": grid, **walk_plots(network, args, suffix)}, folder, f"{name}.npz")
 
 
 def evaluate_generator(network: Any, args: argparse.Namespace, device: torch.device) -> tuple[dict[str, Any], Plots]:
     """Measures of SAMPLES images beside those of real images, the log-likelihood if the model has one, and plots."""
-    dataset, plots = network.options["dataset"], walk_plots(network, args)
+    dataset, plots = network.options["dataset"], walk_plots(network, args, f"-seed{args.seed}")
     classes = len(class_names(dataset, args.data_dir, network.options["classes"]))
     train_set, test_set = (load(dataset, args.data_dir, train=part) for part in (True, False))
     metrics: dict[str, Any] = {"parameters": sum(parameter.numel() for parameter in network.parameters())}

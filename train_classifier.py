@@ -53,7 +53,7 @@ VARIANTS: flags.Variants = {
 # What the loss compares: logits [N, classes] and target probabilities [N, classes] (one-hot labels, perhaps smoothed).
 LOSSES = {
     "cross-entropy": F.cross_entropy,  # L = -sum_k t_k log Z_k, with Z = softmax(logits)
-    # L = -sum_k t_k log p_k + (1 - t_k) log(1 - p_k), with p = sigmoid(logits)
+    # L = -sum_k [t_k log p_k + (1 - t_k) log(1 - p_k)], with p = sigmoid(logits)
     "bce": lambda logits, t: F.binary_cross_entropy_with_logits(logits, t, reduction="sum") / len(t),
     "mse": lambda logits, t: F.mse_loss(logits.softmax(1), t),  # 1/(MN) sum (t - Z)^2
     "mae": lambda logits, t: F.l1_loss(logits.softmax(1), t),  # 1/(MN) sum |t - Z|
@@ -61,20 +61,19 @@ LOSSES = {
 
 
 def get_args_parser() -> flags.ArgumentParser:
-    parser = flags.training_parser("classifier", __file__, __doc__, RECIPES, DATASETS)
-    number = flags.number
+    parser, number = flags.training_parser("classifier", __file__, __doc__, RECIPES, DATASETS), flags.number
     add = parser.group("what to train")
-    add("--model", choices=list(CLASSIFIERS), default="cnn", help="network")
-    add("--activation", choices=list(ACTIVATIONS), help="of the hidden layers, by default the network's own (ReLU)")
+    add("--model", choices=list(CLASSIFIERS), default="cnn", help="network to train")
+    add("--activation", choices=list(ACTIVATIONS), help="activation function of the hidden layers, by default ReLU")
     add("--batch-norm", action=BooleanOptionalAction, default=False, help="CONV-BN-ReLU")
-    add("--loss", choices=list(LOSSES), default="cross-entropy", help="loss")
+    add("--loss", choices=list(LOSSES), default="cross-entropy", help="loss function")
     add = parser.group("on what")
     add("--black", type=number(float, -1, 0), default=-1.0, help="value of a black pixel; a white one is 1")
     add("--augment", action=BooleanOptionalAction, default=False, help="distort each training image anew every epoch")
-    add("--elastic", type=number(float, 0), default=0.0, help="--augment: elastic distortion of up to so many pixels")
+    add("--elastic", type=number(float, 0), default=0.0, help="with --augment: largest elastic displacement, in pixels")
     add = parser.group("how to train")
     add("--schedule", choices=["constant", "cosine", "maxout"], default="constant", help="learning rate over time")
-    add("--label-smoothing", type=number(float, 0, 1), default=0.0, help="fraction of the target over all classes")
+    add("--label-smoothing", type=number(float, 0, 1), default=0.0, help="fraction of the target for all classes")
     add("--max-norm", type=number(float, 0), help="largest norm of a linear unit's incoming weights")
     add("--patience", type=number(int, 1), help="stop after this many epochs without a better validation accuracy")
     return parser
@@ -89,7 +88,7 @@ def build(args: Namespace, device: torch.device, batches: Any) -> tuple[dict[str
     if args.amp:
         model = model.to(memory_format=torch.channels_last)  # in which bfloat16 convolutions are faster
     optimizer = optim.build_optimizer(args, model.parameters())
-    state = optim.training_state(args, model, optimizer, len(batches))
+    state = optim.training_state(args, model, optimizer, len(batches))  # with --schedule and --ema, these too
     loss_of = LOSSES[args.loss]
     targets = target_probabilities(args, device)
 
@@ -110,8 +109,8 @@ def build(args: Namespace, device: torch.device, batches: Any) -> tuple[dict[str
 
 def target_probabilities(args: Namespace, device: torch.device | str) -> Tensor:
     """The target for each label, [classes, classes]: one-hot rows, smoothed with --label-smoothing."""
-    classes = len(args.classes)
-    return torch.eye(classes, device=device) * (1 - args.label_smoothing) + args.label_smoothing / classes
+    classes, smoothing = len(args.classes), args.label_smoothing
+    return torch.eye(classes, device=device) * (1 - smoothing) + smoothing / classes
 
 
 def check(args: Namespace, model: nn.Module, batches: Any) -> None:
@@ -142,6 +141,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     val_batches = Batches(*val_set, 1000, device, black=args.black, shuffle=False)
     state, train_step, network = build(args, device, batches)
     check(args, network, batches)
+    run = utils.Run(args, state, name=f"{args.model}-{short_name(args.dataset)}")
 
     def validate() -> dict[str, float]:
         if not args.val_size:
@@ -153,7 +153,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     def should_stop(row: dict[str, float]) -> bool:
         return bool(args.patience) and row["epoch"] - run.best_epoch("val_accuracy") >= args.patience
 
-    run = utils.Run(args, state, name=f"{args.model}-{short_name(args.dataset)}")
     return utils.train(run, train_step, batches, validate, "val_accuracy", should_stop=should_stop)
 
 

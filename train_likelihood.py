@@ -40,8 +40,7 @@ VARIANTS: flags.Variants = {
 
 
 def get_args_parser() -> flags.ArgumentParser:
-    parser = flags.training_parser("likelihood", __file__, __doc__, RECIPES, DATASETS)
-    number = flags.number
+    parser, number = flags.training_parser("likelihood", __file__, __doc__, RECIPES, DATASETS), flags.number
     add = parser.group("what to train")
     add("--model", choices=list(LIKELIHOOD_MODELS), default="vae", help="network")
     add("--hidden", type=number(int, 1), help="hidden units (vae, rbm, rnn)")
@@ -50,10 +49,10 @@ def get_args_parser() -> flags.ArgumentParser:
     add("--persistent-chains", type=number(int, 0), help="chains of persistent CD; 0 is CD (rbm)")
     add("--depth", type=number(int, 1), help="layers within a row (rnn)")
     add("--states", type=number(int, 1), help="hidden states (hmm)")
-    binarisations = ["dynamic", "fixed", "none"]
-    parser.group("on what")("--binarise", choices=binarisations, default="dynamic", help="at each visit, or once")
-    schedules = ["constant", "cosine", "burda"]
-    parser.group("how to train")("--schedule", choices=schedules, default="constant", help="learning rate over time")
+    add = parser.group("on what")
+    add("--binarise", choices=["dynamic", "fixed", "none"], default="dynamic", help="at each visit, or once")
+    add = parser.group("how to train")
+    add("--schedule", choices=["constant", "cosine"], default="constant", help="learning rate over time")
     return parser
 
 

@@ -4,37 +4,24 @@ import argparse
 import re
 from pathlib import Path
 
-import torch
+from torch import Tensor
 
-from datasets.augment import distort
-from datasets.batches import Batches
-from datasets.binarise import binarise
+from datasets.augment import distort as distort
+from datasets.batches import Batches as Batches
+from datasets.binarise import binarise as binarise
 from datasets.digits import load_digits
-from datasets.folder import difference, find_folder, folder_classes, load_folder, read_image
+from datasets.folder import difference, find_folder, folder_classes, load_folder
+from datasets.folder import read_image as read_image
 from datasets.mnist import FOLDERS, load_mnist
 from engine.distributed import broadcast, rank_0_first
 from engine.errors import DataError
-
-__all__ = [
-    "DATASETS",
-    "SHOW_DIGITS",
-    "Batches",
-    "binarise",
-    "class_names",
-    "distort",
-    "hold_out",
-    "load",
-    "read_image",
-    "short_name",
-    "split",
-]
 
 DATASETS = (*FOLDERS, "digits")
 CLOTHES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 CLASSES = {"fashion-mnist": CLOTHES, "kmnist": ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo")}
 SHOW_DIGITS = ("mnist", "digits")  # the reference classifier can read these
 
-Images = tuple[torch.Tensor, torch.Tensor]  # uint8 [N, 1, 28, 28], and int64 labels [N]
+Images = tuple[Tensor, Tensor]  # uint8 [N, 1, 28, 28], and int64 labels [N]
 
 
 def load(name: str, data_dir: str, train: bool = True) -> Images:
@@ -85,7 +72,7 @@ def split(args: argparse.Namespace) -> tuple[Images, Images]:
     return hold_out(images, labels, args.val_size)
 
 
-def hold_out(images: torch.Tensor, labels: torch.Tensor, val_size: int) -> tuple[Images, Images]:
+def hold_out(images: Tensor, labels: Tensor, val_size: int) -> tuple[Images, Images]:
     """The images to train on, and the last `val_size`, the validation split. Raises DataError if none are left."""
     cut = len(images) - val_size
     if cut <= 0:

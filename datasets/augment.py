@@ -4,16 +4,17 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 
 def distort(
-    images: torch.Tensor,
+    images: Tensor,
     degrees: float = 10.0,
     scale: float = 0.1,
     shear: float = 10.0,
     shift: float = 2.0,
     elastic: float = 0.0,
-) -> torch.Tensor:
+) -> Tensor:
     """Each image [N, C, H, W] under a random affine map of its own and an elastic distortion; same shape.
 
     degrees, shear: largest rotation and shear, in degrees. scale: largest relative change of width and of height.
@@ -23,10 +24,10 @@ def distort(
     """
     n, _, height, width = images.shape
 
-    def uniform(limit: float, *shape: int) -> torch.Tensor:
+    def uniform(limit: float, *shape: int) -> Tensor:
         return torch.empty(n, *(shape or (1, 1)), device=images.device).uniform_(-limit, limit)
 
-    def centres(side: int) -> torch.Tensor:
+    def centres(side: int) -> Tensor:
         return torch.linspace(-1, 1, side, device=images.device) * (side - 1) / side
 
     angle = uniform(math.radians(degrees))

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 from engine.errors import DataError
 
@@ -17,8 +18,8 @@ class Batches:
 
     def __init__(
         self,
-        images: torch.Tensor,
-        labels: torch.Tensor,
+        images: Tensor,
+        labels: Tensor,
         batch_size: int,
         device: torch.device | str,
         black: float = -1.0,
@@ -32,7 +33,7 @@ class Batches:
     def __len__(self) -> int:
         return -(-len(self.images) // self.batch_size)
 
-    def rows(self, epoch: int, start: int = 0) -> Iterator[torch.Tensor]:
+    def rows(self, epoch: int, start: int = 0) -> Iterator[Tensor]:
         """The batches of `epoch` from number `start` on, as row numbers, int64 [B].
 
         Their order depends on (seed, epoch) alone. It is drawn on the CPU, so that every device sees the same one.
@@ -42,17 +43,17 @@ class Batches:
         order = torch.randperm(n, generator=generator) if self.shuffle else torch.arange(n)
         return iter(order.to(self.images.device).split(self.batch_size)[start:])
 
-    def take(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def take(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """The images and labels of these rows."""
         scale = (1 - self.black) / 255
         return self.images[rows].float().mul_(scale).add_(self.black), self.labels[rows]
 
-    def pixel_means(self) -> torch.Tensor:
+    def pixel_means(self) -> Tensor:
         """The mean of each pixel over all images, [C, H, W] in [0, 1], without a float copy of them."""
         return self.images.sum(0).div(255 * len(self.images))
 
 
-def require_images(images: torch.Tensor, labels: torch.Tensor) -> None:
+def require_images(images: Tensor, labels: Tensor) -> None:
     """Raise DataError unless these are images and labels as `Batches` takes them."""
     if images.dtype != torch.uint8:
         remedy = "convert them: (255 * images).round().to(torch.uint8) if they lie in [0, 1]"

@@ -7,12 +7,12 @@ larger images or for colour.
 import glob
 import hashlib
 import os
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from engine.errors import DataError
@@ -23,23 +23,22 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".
 PARTS = {"train", "training", "test", "testing", "val", "valid", "validation"}
 
 
-def load_folder(folder: Path, train: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def load_folder(folder: Path, train: bool) -> tuple[Tensor, Tensor]:
     """The images of train/ or of test/. Without these folders, four fifths of each class, or the other fifth.
 
     Returns uint8 images [N, C, SIDE, SIDE] and int64 labels [N], in an order that mixes the classes and is always the
     same. Raises DataError.
     """
     paths, labels = zip(*list_images(folder, train))
-    hidden = not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0"  # torchrun's other processes read the same
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        read = pool.map(read_image, paths)
-        images = [*tqdm(read, f"reading {folder}", total=len(paths), leave=False, disable=hidden)]
+        read = tqdm(pool.map(read_image, paths), f"reading {folder}", len(paths), leave=False, disable=None)
+        images = [*read]  # with a bar in a terminal only
     what = f"{len(images)} {'training' if train else 'test'} images of {max(labels) + 1} classes"
     print(f"{folder}: {what}, each scaled to {SIDE}x{SIDE} {'grey ' * (MODE == 'L')}pixels", flush=True)
     return torch.cat(images), torch.tensor(labels)
 
 
-def read_image(path: str | Path) -> torch.Tensor:
+def read_image(path: str | Path) -> Tensor:
     """An image of any size and mode as a network sees it: uint8 [1, C, SIDE, SIDE]. Raises DataError.
 
     The aspect ratio stays: an image that is not square gets margins as bright as its own border.

@@ -11,6 +11,7 @@ from http.client import HTTPException
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from engine.errors import DataError
 
@@ -41,7 +42,7 @@ SHA256 = {
 }
 
 
-def load_mnist(name: str, data_dir: str, train: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def load_mnist(name: str, data_dir: str, train: bool) -> tuple[Tensor, Tensor]:
     """Read one part of the dataset `name` below `data_dir`; download what is missing first.
 
     Returns uint8 images [N, 1, 28, 28] and int64 labels [N]. Raises DataError.
@@ -63,7 +64,7 @@ def find_idx(root: Path, stem: str) -> Path | None:
     return next((root / name for name in names if os.path.isfile(root / name)), None)
 
 
-def read_idx(root: Path, stem: str) -> torch.Tensor:
+def read_idx(root: Path, stem: str) -> Tensor:
     """The whole IDX file `root`/`stem`, uint8 [bytes]. Raises DataError unless it is the published one."""
     path, remedy = find_idx(root, stem) or root / stem, "delete it to download it again"
     try:

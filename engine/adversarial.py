@@ -2,6 +2,7 @@
 
 from argparse import BooleanOptionalAction
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -46,46 +47,38 @@ def init_weights(generator: nn.Module, discriminator: nn.Module, kind: str, pixe
     """Initialise the linear layers; biases start at 0. Other layers keep torch's weights; `torch` keeps all.
 
     `he`: G's weights are N(0, 2 / fan-in) (He et al. 2015, arXiv 1502.01852), so that its first images differ with z.
-    With torch's smaller weights they are nearly one image, and D's gradient moves all of them as one.
     `paper`: G's weights are U(-.05, .05), D's U(-.005, .005), and G's images start at `pixel_means`, the
     training images' [1, 28, 28] in [0, 1] (Goodfellow et al. 2014). Layers that take labels keep torch's weights: with
     these small ones, one-hot vectors would hardly count.
     """
     if kind == "he":
         for layer in linear_layers(generator):
-            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-            zero_bias(layer)
+            init_linear(layer, nn.init.kaiming_normal_, nonlinearity="relu")
     elif kind == "paper":
-        init_uniform(generator, 0.05)
-        init_uniform(discriminator, 0.005)
+        for network, limit in ((generator, 0.05), (discriminator, 0.005)):
+            of_labels = linear_layers(getattr(network, "from_y", nn.Identity()))
+            for layer in linear_layers(network):
+                if layer not in of_labels:
+                    init_linear(layer, nn.init.uniform_, a=-limit, b=limit)
         for layer in linear_layers(generator)[-1:]:
             if layer.bias is not None and layer.out_features == pixel_means.numel():
                 layer.bias.copy_(pixel_means.flatten().clamp(1e-3, 1 - 1e-3).logit())
-
-
-def init_uniform(network: nn.Module, limit: float) -> None:
-    """U(-limit, limit) in all linear layers but those that take labels."""
-    of_labels = linear_layers(getattr(network, "from_y", nn.Identity()))
-    for layer in linear_layers(network):
-        if layer not in of_labels:
-            nn.init.uniform_(layer.weight, -limit, limit)
-            zero_bias(layer)
 
 
 def linear_layers(network: nn.Module) -> list[nn.Linear]:
     return [module for module in network.modules() if isinstance(module, nn.Linear)]
 
 
-def zero_bias(layer: nn.Linear) -> None:
+def init_linear(layer: nn.Linear, init_weight: Callable, **options: Any) -> None:
+    init_weight(layer.weight, **options)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
 
 
 def r1_penalty(discriminator: nn.Module, images: Tensor, *labels: Tensor) -> Tensor:
-    """R1: the mean of |d logit / d x|^2 over real images x (Mescheder et al. 2018, arXiv 1801.04406).
+    """R1, which regularises D: the mean of |d logit / d x|^2 over images x (Mescheder et al. 2018, arXiv 1801.04406).
 
-    It regularises D. Taken over every fourth image of the batch: an unbiased estimate, noisier, at a quarter of the
-    cost.
+    Taken over every fourth image of the batch: an unbiased estimate, noisier, at a quarter of the cost.
     """
     x = images[::4].detach().requires_grad_()
     logits = discriminator(x, *(given[::4] for given in labels))

@@ -1,13 +1,13 @@
 """The captured step: replayed without Python, as compiled code, as a CUDA graph, or both.
 
-It repeats the operations of the step that was recorded, on the same tensors and with the same Python numbers. Whatever
-Python would have decided differently in a later step is lost. A warm-up check therefore comes first: the step runs
-several times, and is refused if its operations differ. Then everything that these warm-up steps wrote is rolled back.
+It repeats the operations of the step that was recorded, on the same tensors and with the same Python numbers. A warm-up
+check therefore comes first: the step runs several times, and is refused if its operations differ. Then everything that
+these warm-up steps wrote is rolled back.
 """
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from engine.device import random_state, set_random_state
 from engine.distributed import world_size
 from engine.errors import UserError
-from engine.recorder import NotCapturable, Recorder, Undo, is_capturable, prepare, require_same
+from engine.recorder import Before, NotCapturable, Recorder, is_capturable, prepare, require_same
 
 if TYPE_CHECKING:
     from engine.run import Run
@@ -26,9 +26,9 @@ COMPARED = 5  # steps in a row: enough to see `if i % 5 == 0`
 
 def capture(step: Callable, run: "Run") -> Callable:
     """`step`, which takes tensors, as a captured step if `run` asks for one and it can be; otherwise `step` itself."""
-    loop, device, optimizers = run.loop, run.device(), run.optimizers()
-    graph = device.type == "cuda" and loop.cuda_graph
-    if not (loop.compile or graph):
+    args, device, optimizers = run.args, run.device(), run.optimizers()
+    graph = device.type == "cuda" and args.cuda_graph
+    if not (args.compile or graph):
         return step
     if world_size() > 1:
         print("every step runs eagerly: there are several processes")
@@ -37,31 +37,24 @@ def capture(step: Callable, run: "Run") -> Callable:
         if not is_capturable(optimizer):
             print(f"every step runs eagerly: {type(optimizer).__name__} keeps its state on the CPU")
             return step
-    return CapturedStep(step, optimizers, loop.batch_size, device, compiled=loop.compile, graph=graph, begun=run.begun)
+    return CapturedStep(step, optimizers, args.batch_size, device, compiled=args.compile, graph=graph, begun=run.begun)
 
 
 class CapturedStep:
     """`step(*tensors)`, captured.
 
     compiled: by Inductor (--compile). graph: as a CUDA graph, of the compiled step if there is one.
-    begun: whether the run has made a step. If not, the first one runs eagerly, because it allocates the optimizer's
-        state. Whenever the step is captured later, a resumed run therefore repeats the steps of an uninterrupted one.
+    begun: whether the run has made a step. If not, the first one runs eagerly: it allocates the optimizer's state.
 
     A short last batch runs eagerly. When a setting of an optimizer changes that the recording holds, the step is
-    captured again; if one keeps changing within a few steps, all steps run eagerly. Random numbers are new in every
-    step. Raises UserError if the step cannot be captured.
+    captured again; if one keeps changing within a few steps, all steps run eagerly. Raises UserError if the step
+    cannot be captured.
     """
 
     def __init__(
-        self,
-        step: Callable,
-        optimizers: Sequence[Optimizer],
-        batch_size: int,
-        device: torch.device,
-        compiled: bool,
-        graph: bool,
-        begun: bool,
-    ):
+        self, step: Callable, optimizers: Sequence[Optimizer], batch_size: int, device: torch.device, *,
+        compiled: bool, graph: bool, begun: bool,
+    ):  # fmt: skip
         self.step, self.optimizers, self.batch_size, self.device = step, optimizers, batch_size, device
         self.compiled, self.graph, self.begun, self.eager = compiled, graph, begun, False
         self.captured: Callable | None = None
@@ -72,60 +65,53 @@ class CapturedStep:
         for optimizer in optimizers:
             prepare(optimizer, device)
 
-    def __call__(self, *inputs: torch.Tensor) -> None:
+    def __call__(self, *inputs: torch.Tensor) -> Any:
         if self.eager or not self.begun or len(inputs[0]) != self.batch_size:
             self.begun = True
-            self.step(*inputs)
-            return
+            return self.step(*inputs)
         if self.settings != (settings := self.recorded_settings()):
             self.short_lived = self.short_lived + 1 if self.settings and self.calls <= COMPARED else 0
             if self.short_lived == 2:  # the first may belong to a run that was resumed just before a change
                 print("every step runs eagerly: a setting of the optimizer changes too often", flush=True)
                 self.eager = True
-                self.step(*inputs)
-                return
+                return self.step(*inputs)
             self.settings, self.calls, self.captured = settings, 0, None
         if self.captured is None:
             self.captured = self.capture(inputs)
         self.calls += 1
-        self.captured(*inputs)
+        return self.captured(*inputs)
 
     def capture(self, inputs: Sequence[torch.Tensor]) -> Callable:
         """Check the step, capture it, and roll back what that changed."""
         self.inputs = [tensor.clone() for tensor in inputs]  # a graph reads these very tensors
-        random, undo = random_state(), Undo()
+        random, before = random_state(), Before()
+        recorders = [Recorder(self.device, before) for _ in range(COMPARED)]
         try:
-            with side_stream(self.graph):
-                self.warm_up(undo)
+            with side_stream() if self.graph else nullcontext():
+                for recorder in recorders:  # the warm-up check
+                    with recorder:
+                        self.step(*self.inputs)
+                    require_same(recorders[0], recorder)
                 function = self.compile() if self.compiled else self.step
         except NotCapturable as error:
             raise UserError(self.refusal(error)) from error
         finally:
-            undo()
+            for tensor, copy in reversed(before.values()):
+                tensor.copy_(copy)
             set_random_state(random, fresh_seed=0)
         return self.record_graph(function) if self.graph else function
-
-    def warm_up(self, undo: Undo) -> None:
-        """Run the step several times, and raise NotCapturable if its operations differ."""
-        first = None
-        for _ in range(COMPARED):
-            with Recorder(self.device, undo) as recorder:
-                self.step(*self.inputs)
-            first = first or recorder
-            require_same(first, recorder)
 
     def compile(self) -> Callable:
         from engine.compiler import compile_step  # imports torch's compiler, which takes a second
 
         print("compiling the training step", flush=True)
         started = time.monotonic()
-        momenta = {
-            parameter.data_ptr(): momentum
-            for group, momentum in zip(self.groups(), self.momenta)
-            for parameter in group["params"]
-        }
+        pairs = zip(self.groups(), self.momenta)
+        momenta = {parameter.data_ptr(): momentum for group, momentum in pairs for parameter in group["params"]}
+        states = [state for optimizer in self.optimizers for state in optimizer.state.values()]
+        counts = {state["step"].data_ptr(): state["step"].item() for state in states if "step" in state}
         try:
-            function = compile_step(self.step, self.inputs, momenta)
+            function = compile_step(self.step, self.inputs, momenta, counts)
             function(*self.inputs)
         except Exception as error:  # no compiler, no Triton, an operation that Inductor lacks, another torch
             lines = str(error).splitlines() or [type(error).__name__]
@@ -188,11 +174,8 @@ def replace_generator(device: torch.device, state: dict[str, torch.Tensor]) -> N
 
 
 @contextmanager
-def side_stream(needed: bool) -> Iterator[None]:
+def side_stream() -> Iterator[None]:
     """A stream of its own for what comes before a capture, as CUDA requires."""
-    if not needed:
-        yield
-        return
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

@@ -9,7 +9,6 @@ import io
 import os
 import struct
 import sys
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +34,7 @@ def is_sealed(content: bytes) -> bool:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write `content` to `path` entirely or not at all. Only rank 0 writes.
-
-    A valid checkpoint.pt becomes previous.pt first. Raises UserError.
-    """
+    """On rank 0, write `content` to `path` whole. A valid checkpoint.pt becomes previous.pt first. Raises UserError."""
     if rank() > 0:
         return
     temporary = path.with_name(path.name + ".tmp")
@@ -50,19 +46,11 @@ def write_atomically(path: Path, content: bytes) -> None:
         if path.name == "checkpoint.pt" and path.exists() and is_sealed(path.read_bytes()):
             os.replace(path, path.with_name("previous.pt"))
         os.replace(temporary, path)
-    except BaseException as error:
-        with suppress(OSError):
-            temporary.unlink()
-        if isinstance(error, OSError):
-            remedy = "free space there or allow writing; everything saved before is unchanged"
-            raise UserError(f"{path} could not be written ({error.strerror}); {remedy}") from error
-        raise
-
-
-def save_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
-    buffer = io.BytesIO()
-    torch.save(checkpoint, buffer)
-    write_atomically(path, seal(buffer.getvalue()))
+    except OSError as error:
+        remedy = "free space there or allow writing; everything saved before is unchanged"
+        raise UserError(f"{path} could not be written ({error.strerror}); {remedy}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def has_checkpoint(folder: str | Path) -> bool:
@@ -70,10 +58,7 @@ def has_checkpoint(folder: str | Path) -> bool:
 
 
 def load_checkpoint(path: str | Path, warn: bool = True) -> dict[str, Any]:
-    """Read a run folder's checkpoint.pt, or one checkpoint file, onto the CPU. Raises UserError.
-
-    If checkpoint.pt is damaged, falls back to previous.pt with a warning.
-    """
+    """Read one checkpoint file, or a run folder's checkpoint.pt or else previous.pt, onto the CPU. Raises UserError."""
     path = Path(path)
     if not path.is_dir():
         return read_checkpoint(path, NETWORK)
@@ -103,14 +88,13 @@ def read_checkpoint(path: Path, keys: set[str] = KEYS) -> dict[str, Any]:
     content = path.read_bytes()
     if not is_sealed(content):
         raise UserError(f"{path} is damaged or not a checkpoint of this repository (its SHA-256 does not match)")
-    foreign = UserError(f"{path} is not a checkpoint of this version of the repository; train again")
     try:
         checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         upgrade(checkpoint)
+        if missing := keys - checkpoint.keys():
+            raise KeyError(missing)
     except Exception as error:  # of many kinds
-        raise foreign from error
-    if not checkpoint.keys() >= keys:
-        raise foreign
+        raise UserError(f"{path} is not a checkpoint of this version of the repository; train again") from error
     return checkpoint
 
 

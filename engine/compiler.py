@@ -17,16 +17,19 @@ OPTIONS = {
 }
 
 
-def compile_step(step: Callable, inputs: Sequence[torch.Tensor], momenta: dict[int, torch.Tensor]) -> Callable:
+def compile_step(
+    step: Callable, inputs: Sequence[torch.Tensor], momenta: dict[int, torch.Tensor], counts: dict[int, float]
+) -> Callable:
     """Compile `step(*inputs)`, which must be the same operations on the same tensors in every call.
 
-    The step runs once, and its operations are recorded below autograd: those of the forward pass, of the backward pass
-    and of the updates, in one graph. Tensors that it finds, such as weights, become inputs of the graph.
+    The step runs once, and its operations are recorded below autograd: forward pass, backward pass and updates, in one
+    graph. Tensors that it finds, such as weights, become inputs of the graph.
     momenta: address of a parameter -> SGD's momentum, as a tensor that may change between calls.
+    counts: address of Adam's step count of a parameter -> its value.
     """
     updates: dict[Any, Callable] = {
-        torch.ops.aten._fused_adam_.tensor_lr: adam,
-        torch.ops.aten._fused_adamw_.tensor_lr: partial(adam, decoupled=True),
+        torch.ops.aten._fused_adam_.tensor_lr: partial(adam, counts=counts),
+        torch.ops.aten._fused_adamw_.tensor_lr: partial(adam, counts=counts, decoupled=True),
         torch.ops.aten._fused_sgd_.tensor_lr: partial(sgd, momenta=momenta),
     }
     traced = make_fx(step, decomposition_table=updates)(*inputs)
@@ -66,13 +69,12 @@ def lift_tensors(traced: GraphModule) -> list[torch.Tensor]:
     return found
 
 
-# The updates, written out so that Inductor can fuse them with the gradients that they read. `torch.optim` has them as
-# one operation, which Inductor would call as it is.
+# The updates, which `torch.optim` has as one operation, written out so that Inductor can fuse them with the gradients.
 
 
 def adam(
     weights, gradients, averages, squares, maxima, steps, *,
-    lr, beta1, beta2, weight_decay, eps, amsgrad, maximize, grad_scale=None, found_inf=None, decoupled=False,
+    lr, beta1, beta2, weight_decay, eps, amsgrad, maximize, grad_scale=None, found_inf=None, counts, decoupled=False,
 ):  # fmt: skip
     """m = beta1 m + (1 - beta1) g,  v = beta2 v + (1 - beta2) g^2,  w = w - lr m' / (sqrt(v') + eps)
 
@@ -82,26 +84,23 @@ def adam(
     if amsgrad or maximize or found_inf is not None:
         return NotImplemented
     t = torch.stack(steps).to(weights[0].dtype)
-    rate = once(lr / correction(beta1, t))
-    scale = once(correction(beta2, t).rsqrt())
-    for w, g, m, v in zip(weights, gradients, averages, squares, strict=True):
+    rate, scale = lr / correction(beta1, t), correction(beta2, t).rsqrt()  # of each weight
+    if len({counts.get(step.data_ptr()) for step in steps}) == 1:  # else some weights have been trained for longer
+        # Equal numbers: Inductor computes their maximum once, but an expression anew for every weight.
+        rate, scale = rate.amax().expand(len(steps)), scale.amax().expand(len(steps))
+    for i, (w, g, m, v) in enumerate(zip(weights, gradients, averages, squares, strict=True)):
         old = w * (1 - lr * weight_decay) if decoupled and weight_decay else w
         if weight_decay and not decoupled:
             g = g + weight_decay * w
         m.lerp_(g, 1 - beta1)
         v.copy_(beta2 * v + (1 - beta2) * g * g)
-        w.copy_(old - rate * m / (v.sqrt() * scale + eps))
+        w.copy_(old - rate[i] * m / (v.sqrt() * scale[i] + eps))
     return None
 
 
 def correction(beta: float, t: torch.Tensor) -> torch.Tensor:
     """1 - beta^t, without the cancellation where beta^t is almost 1."""
     return -torch.expm1(t * math.log(beta)) if beta else torch.ones_like(t)
-
-
-def once(equal: torch.Tensor) -> torch.Tensor:
-    """Any of these equal numbers. Inductor computes a maximum once, but an expression anew for every weight."""
-    return equal.amax()
 
 
 def sgd(

@@ -15,7 +15,7 @@ from engine.errors import UserError
 
 
 def pick_device(name: str, amp: bool = False) -> torch.device:
-    """The device for --device; `auto` takes CUDA, then MPS, then the CPU; `cuda:1` is the second GPU. Raises UserError.
+    """The device for --device; `auto` takes CUDA, then MPS, then the CPU. Raises UserError.
 
     Under torchrun, joins the process group and takes the GPU of this process's local rank.
     """
@@ -37,7 +37,7 @@ def pick_device(name: str, amp: bool = False) -> torch.device:
 
 
 def find_device(name: str) -> torch.device:
-    """The device of that name. Raises UserError if there is none, or if torchrun chooses the GPU."""
+    """Raises UserError if there is no such device, or if torchrun chooses the GPU."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(kind for kind, found in available.items() if found)
@@ -45,12 +45,10 @@ def find_device(name: str) -> torch.device:
     if not available[device.type]:
         reason = f"this machine or this build of torch has no {device.type} device"
         raise UserError(f"--device {name}: {reason}; use --device auto")
-    if device.index is not None:
-        if dist.is_torchelastic_launched():
-            raise UserError(f"--device {name}: torchrun gives each process a GPU of its own; use --device cuda")
-        if device.index >= torch.cuda.device_count():
-            last = torch.cuda.device_count() - 1
-            raise UserError(f"--device {name}: the last GPU of this machine is cuda:{last}")
+    if device.index is not None and dist.is_torchelastic_launched():
+        raise UserError(f"--device {name}: torchrun gives each process a GPU of its own; use --device cuda")
+    if device.index is not None and device.index >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: the last GPU of this machine is cuda:{torch.cuda.device_count() - 1}")
     return device
 
 
@@ -61,7 +59,7 @@ def emulates_bfloat16(device: torch.device) -> bool:
 
 
 def seconds_of_product(dtype: torch.dtype) -> float:
-    """The shortest time of five that a product of two matrices takes one thread of the CPU."""
+    """The shortest of five times that one thread of the CPU needs to multiply two matrices."""
     x, threads = torch.ones(128, 128, dtype=dtype), torch.get_num_threads()
     torch.set_num_threads(1)  # on a busy machine, several would wait for one another
     seconds = min(timeit.repeat(lambda: x @ x, number=1, repeat=5))
@@ -72,22 +70,16 @@ def seconds_of_product(dtype: torch.dtype) -> float:
 def keep_freed_memory() -> None:
     """Keep the C library from returning memory after each step only to fault it in again in the next one."""
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except AttributeError:  # not glibc
-        return
-    mallopt(M_MMAP_THRESHOLD, 32 << 20)
-    mallopt(M_TRIM_THRESHOLD, 512 << 20)
+    if hasattr(libc := ctypes.CDLL(None), "mallopt"):  # glibc
+        libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)
+        libc.mallopt(M_TRIM_THRESHOLD, 512 << 20)
 
 
 def random_generators() -> dict[str, ModuleType]:
     """The modules with a random number generator that a step may draw from, by name."""
-    modules = {"cpu": torch}
-    if torch.cuda.is_initialized():  # not if this run is on the CPU because the GPU is taken
-        modules["cuda"] = torch.cuda
-    if torch.backends.mps.is_available():
-        modules["mps"] = torch.mps
-    return modules
+    gpu = torch.cuda.is_initialized()  # not if this run is on the CPU because the GPU is taken
+    mps = torch.backends.mps.is_available()
+    return {"cpu": torch, **({"cuda": torch.cuda} if gpu else {}), **({"mps": torch.mps} if mps else {})}
 
 
 def random_state() -> dict[str, torch.Tensor]:

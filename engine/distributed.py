@@ -1,7 +1,6 @@
 """Several processes that torchrun started: each computes its shard of every batch, rank 0 prints and saves.
 
-Gradients are summed over the ranks before each update, so that all ranks keep the same weights. Everything here also
-works in a single process, where it does nothing.
+All ranks keep the same weights: gradients are summed before each update. A single process needs none of this.
 """
 
 import os
@@ -76,32 +75,24 @@ def rank_0_first(make: Callable[[], Any]) -> Any:
     return made if rank() == 0 else make()
 
 
-def shard(rows: torch.Tensor) -> torch.Tensor:
-    """This rank's shard of the rows of a batch."""
-    return rows.tensor_split(world_size())[rank()]
-
-
 def sync_flags(signals: list[int], due: bool) -> tuple[int, bool]:
     """The same decision on every rank: a signal that any of them received, or 0, and whether any has a save due."""
-    signal = signals[0] if signals else 0
-    if world_size() == 1:
-        return signal, due
-    flags = torch.tensor([signal, due])
-    with collective():
-        dist.all_reduce(flags, dist.ReduceOp.MAX)
+    flags = torch.tensor([max(signals, default=0), due])
+    if world_size() > 1:
+        with collective():
+            dist.all_reduce(flags, dist.ReduceOp.MAX)
     return tuple(flags.tolist())
 
 
-def sum_gradients(optimizer: torch.optim.Optimizer, share: float) -> None:
-    """Before an update: the gradient of the whole batch's mean loss. share: the fraction that this rank computed.
+def sum_gradients(optimizer: torch.optim.Optimizer, fraction: float) -> None:
+    """Before an update: the gradient of the whole batch's mean loss. fraction: of the batch, which this rank computed.
 
     Not DistributedDataParallel, which does not support `create_graph=True`, as the R1 penalty needs it.
     """
     if world_size() > 1:
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        total = torch.cat([gradient.flatten() for gradient in gradients]) * share
+        total = torch.cat([gradient.flatten() for gradient in gradients]) * fraction
         with collective():
             dist.all_reduce(total)
-        parts = total.split([gradient.numel() for gradient in gradients])
-        for gradient, part in zip(gradients, parts):  # in place: a fused update needs the weights' memory layout
-            gradient.copy_(part.view_as(gradient))
+        for gradient, part in zip(gradients, total.split([gradient.numel() for gradient in gradients])):
+            gradient.copy_(part.view_as(gradient))  # in place: a fused update needs the weights' memory layout

@@ -32,10 +32,9 @@ class Stopped(OneLine):
 
 
 def run_script(main: Callable[[], object]) -> None:
-    """Call `main()`. What a user can run into becomes one line and exit status 1; bugs keep their traceback."""
-    if dist.is_torchelastic_launched() and os.environ["RANK"] != "0":
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (only rank 0 prints)
-    before = signal.signal(signal.SIGTERM, interrupt)
+    """Call `main()`. Expected errors print one line and exit with status 1; bugs keep their traceback."""
+    print_on_rank_0_only()
+    name, before = Path(sys.argv[0]).name, signal.signal(signal.SIGTERM, interrupt)
     try:
         main()
     except Stopped as stopped:
@@ -44,28 +43,29 @@ def run_script(main: Callable[[], object]) -> None:
             print(message, file=sys.stderr)
         sys.exit(128 + number)
     except KeyboardInterrupt as error:
-        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
+        print(f"{name}: interrupted", file=sys.stderr)
         sys.exit(128 + (error.args[0] if error.args else signal.SIGINT))
     except (UserError, OSError) as error:
-        fail(error)
+        sys.exit(f"{name}: error: {error}")
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        fail("out of memory; start again with a smaller --batch-size")
+        sys.exit(f"{name}: error: out of memory; start again with a smaller --batch-size")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
         signal.signal(signal.SIGTERM, before)  # a signal while Python shuts down would print a traceback
 
 
+def print_on_rank_0_only() -> None:
+    if dist.is_torchelastic_launched() and os.environ["RANK"] != "0":
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
 def is_out_of_memory(error: Exception) -> bool:
     """CUDA and MPS raise a class of their own; the CPU's allocator raises a plain RuntimeError."""
     words = ("out of memory", "can't allocate memory", "not enough memory")
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(each in str(error) for each in words)
-
-
-def fail(reason: object) -> None:
-    sys.exit(f"{Path(sys.argv[0]).name}: error: {reason}")
 
 
 def interrupt(number, _) -> None:
@@ -80,16 +80,14 @@ def caught_signals() -> Iterator[list[int]]:
     Python delivers signals to the main thread alone: in any other, the list stays empty.
     """
     caught: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield caught
-        return
+    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
 
     def catch(number, frame):
         if caught and not dist.is_torchelastic_launched():  # torchrun repeats the terminal's signal
             interrupt(number, frame)
         caught.append(number)
 
-    before = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, catch) for number in numbers}
     try:
         yield caught
     finally:

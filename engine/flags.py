@@ -15,30 +15,25 @@ import torch
 from engine.checkpoint import has_checkpoint, load_checkpoint
 from engine.device import pick_device
 from engine.errors import UserError
-from engine.run import LoopOptions
+from engine.run import DEFAULTS, WHERE
 
 Recipes = dict[str, dict[str, Any]]
 Variants = dict[tuple[str, str], dict[str, Any]]  # (recipe; model, networks or dataset) -> what the recipe sets then
 
 # A resumed run may differ in these. Any other change would make it another run.
-FREE_ON_RESUME = {
-    "resume", "output_dir", "auto_resume", "data_dir", "device", "cuda_graph", "compile", "epochs", "log_interval",
-    "save_interval",
-}  # fmt: skip
+FREE_ON_RESUME = {*WHERE, "data_dir", "device", "cuda_graph", "compile", "epochs", "log_interval", "save_interval"}
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse with groups by title, defaults in the help, examples below it, and usage errors on one line.
+    """argparse with groups by title, defaults in the help, and usage errors on one line.
 
     doc: the script's docstring: its first line describes the script, the others are examples.
     """
 
     def __init__(self, prog: str, doc: str):
         description, _, examples = doc.partition("\n")
-        super().__init__(
-            prog=prog, description=description, epilog=examples.strip("\n"), formatter_class=HelpFormatter,
-            allow_abbrev=False,
-        )  # fmt: skip
+        how: dict[str, Any] = dict(formatter_class=HelpFormatter, allow_abbrev=False)
+        super().__init__(prog=prog, description=description, epilog=examples.strip("\n"), **how)
         self.datasets: Sequence[str] = ()  # names that are not folders
         self.groups: dict[str, Any] = {}
 
@@ -86,13 +81,10 @@ def device_name(text: str) -> str:
 
 
 def training_parser(kind: str, script: str, doc: str, recipes: Recipes, datasets: Sequence[str]) -> ArgumentParser:
-    """A parser with the flags of every training script.
-
-    kind: of its runs, a key of models.KINDS. script: its file. doc: its docstring.
-    """
+    """A parser with the flags of every training script. kind: of its runs, a key of models.KINDS."""
     parser = ArgumentParser(Path(script).name, doc)
     # classes: the names of the dataset's classes; datasets.split sets them
-    parser.set_defaults(kind=kind, script=Path(script).name, classes=list("0123456789"))
+    parser.set_defaults(kind=kind, script=Path(script).name, classes=list("0123456789"), **DEFAULTS)
     parser.datasets = datasets
     add = parser.group("what to train")
     add("--recipe", choices=list(recipes), default="lecture", help="named set of defaults")
@@ -102,8 +94,8 @@ def training_parser(kind: str, script: str, doc: str, recipes: Recipes, datasets
     add("--data-dir", default="data", help="folder of the datasets; missing files are downloaded")
     add("--val-size", type=number(int, 0), default=5000, help="last training images held out for validation")
     add = parser.group("how to train")
-    add("--epochs", type=number(int, 1), default=LoopOptions.epochs, help="passes over the training images")
-    add("--batch-size", type=number(int, 1, 2**31), default=LoopOptions.batch_size, help="images per step")
+    add("--epochs", type=number(int, 1), help="passes over the training images")
+    add("--batch-size", type=number(int, 1, 2**31), help="images per step")
     add("--lr", type=number(float, 0), default=2e-4, help="learning rate")
     add("--optimizer", choices=["sgd", "adam", "adamw"], default="adam", help="optimizer")
     add("--betas", type=number(float, 0, 0.999999), nargs=2, default=[0.9, 0.999], help="Adam's decay rates")
@@ -111,20 +103,19 @@ def training_parser(kind: str, script: str, doc: str, recipes: Recipes, datasets
     add("--momentum", type=number(float, 0, 1), default=0.0, help="SGD's momentum")
     add("--weight-decay", type=number(float, 0), default=0.0, help="weight decay")
     add("--ema", type=number(float, 0, 1), help="decay per step of an EMA of the weights, which becomes the result")
-    add("--seed", type=number(int, 0, 2**31 - 1), default=LoopOptions.seed, help="random seed of weights, order, noise")
+    add("--seed", type=number(int, 0, 2**31 - 1), help="random seed of weights, order, noise")
     add = parser.group("where to compute")
     add("--device", type=device_name, default="auto", help="auto, cpu, cuda, cuda:1, ... or mps")
-    on_off: dict[str, Any] = dict(action=BooleanOptionalAction)
-    add("--cuda-graph", **on_off, default=LoopOptions.cuda_graph, help="on CUDA, replay the step as one graph")
-    add("--compile", **on_off, default=False, help="compile the whole step (needs a C++ compiler; Triton on CUDA)")
+    compiler = "compile the whole step (needs a C++ compiler; Triton on CUDA)"
+    add("--cuda-graph", action=BooleanOptionalAction, help="on CUDA, replay the step as one graph")
+    add("--compile", action=BooleanOptionalAction, help=compiler)
     add("--amp", action="store_true", help="mixed precision (bfloat16)")
     add = parser.group("where to save")
     add("--output-dir", metavar="RUN", help="new run folder, by default the next free runs/<model>-<dataset>")
     add("--resume", metavar="RUN", help="resume this run with its own options")
     add("--auto-resume", action="store_true", help="resume the run in --output-dir, or start it if there is none")
-    add("--log-interval", type=number(int, 1), default=LoopOptions.log_interval, help="steps between two reports")
-    save_interval = number(float, 0)
-    add("--save-interval", type=save_interval, default=LoopOptions.save_interval, help="seconds between checkpoints")
+    add("--log-interval", type=number(int, 1), help="steps between two reports")
+    add("--save-interval", type=number(float, 0), help="seconds between checkpoints")
     add("--dry-run", action="store_true", help="a few steps and one evaluation; writes everything")
     return parser
 
@@ -132,7 +123,7 @@ def training_parser(kind: str, script: str, doc: str, recipes: Recipes, datasets
 def start(
     parser: ArgumentParser, recipes: Recipes, variants: Variants | None = None, argv: Sequence[str] | None = None
 ) -> tuple[argparse.Namespace, torch.device]:
-    """How every training script starts: parsed flags, the device, and seeded random numbers. Raises UserError."""
+    """What every training script starts with: its flags, and the device; it seeds torch. Raises UserError."""
     args = parse_args(parser, recipes, variants, argv)
     device = pick_device(args.device, args.amp)
     torch.manual_seed(args.seed)
@@ -142,39 +133,31 @@ def start(
 def parse_args(
     parser: ArgumentParser, recipes: Recipes, variants: Variants | None = None, argv: Sequence[str] | None = None
 ) -> argparse.Namespace:
-    """Parsed flags. An explicit flag overrides the recipe. With --resume, the run's own options replace the recipe.
-
-    Raises UserError if flags contradict each other or the resumed run.
-    """
-    argv = sys.argv[1:] if argv is None else argv
-    known = [word for word in argv if word not in ("-h", "--help")]
+    """Parsed flags. They override the recipe or, with --resume, the run's own options. Raises UserError."""
+    kind = parser.get_default("kind")
+    known = [word for word in (sys.argv[1:] if argv is None else argv) if word not in ("-h", "--help")]
     if resume := run_to_resume(parser.parse_known_args(known)[0]):
-        defaults = load_checkpoint(resume, warn=False)["options"]
-        if defaults["kind"] != (kind := parser.get_default("kind")):
-            remedy = f"use {defaults['script']}"
-            raise UserError(f"{resume} is a run of the kind {defaults['kind']}, not {kind}; {remedy}")
-        parser.set_defaults(**defaults, resume=resume)
+        parser.set_defaults(**load_checkpoint(resume, warn=False)["options"], resume=resume)
     else:
         choose_recipe(parser, recipes, variants or {}, known)
     args = parser.parse_args(argv)
     changed = {name: value for name, value in vars(args).items() if value != parser.get_default(name)}
     if resume:
-        refuse_changes(args, changed, defaults)
-    print(f"recipe {args.recipe}", *(f"{name}={value}" for name, value in changed.items() if name != "recipe"))
+        refuse_changes(parser, kind, args, changed)
+    changed.pop("recipe", None)
+    print(f"recipe {args.recipe}", *(f"{name}={value}" for name, value in changed.items()))
     return args
 
 
 def run_to_resume(args: argparse.Namespace) -> str | None:
     """The folder of the run to resume, None for a new run. Raises UserError."""
-    if args.resume:
-        if args.auto_resume or args.output_dir:
-            raise UserError("--resume names the run folder; omit --output-dir and --auto-resume")
-        if not Path(args.resume).is_dir():
-            raise UserError(f"--resume {args.resume}: there is no such run folder")
-        return args.resume
+    if args.resume and (args.auto_resume or args.output_dir):
+        raise UserError("--resume names the run folder; omit --output-dir and --auto-resume")
+    if args.resume and not Path(args.resume).is_dir():
+        raise UserError(f"--resume {args.resume}: there is no such run folder")
     if args.auto_resume and not args.output_dir:
         raise UserError("--auto-resume needs --output-dir, the folder of the run to resume or to start")
-    return args.output_dir if args.auto_resume and has_checkpoint(args.output_dir) else None
+    return args.output_dir if args.auto_resume and has_checkpoint(args.output_dir) else args.resume
 
 
 def choose_recipe(parser: ArgumentParser, recipes: Recipes, variants: Variants, argv: Sequence[str]) -> None:
@@ -187,14 +170,14 @@ def choose_recipe(parser: ArgumentParser, recipes: Recipes, variants: Variants, 
         parser.set_defaults(**variants.get((recipe, name), {}))
 
 
-def refuse_changes(args: argparse.Namespace, changed: dict[str, Any], options: dict[str, Any]) -> None:
-    """Raise UserError if a flag would make the resumed run another run."""
-    if args.schedule in ("cosine", "burda") and "epochs" in changed:
-        raise UserError(
-            f"--epochs {args.epochs}: this run's learning rate ends with its last epoch; omit the flag, or start a new "
-            f"run with --start-from {args.resume}"
-        )
+def refuse_changes(parser: ArgumentParser, kind: str, args: argparse.Namespace, changed: dict[str, Any]) -> None:
+    """Raise UserError if the resumed run is of another kind, or a flag would make it another run."""
+    if args.kind != kind:
+        raise UserError(f"{args.resume} is a run of the kind {args.kind}; use {args.script}")
+    if args.schedule == "cosine" and "epochs" in changed:
+        remedy = f"omit the flag, or start a new run with --start-from {args.resume}"
+        raise UserError(f"--epochs {args.epochs}: this run's learning rate ends with its last epoch; {remedy}")
     for name in changed.keys() - FREE_ON_RESUME:
         value, flag = changed[name], name.replace("_", "-")
         flag = f"--no-{flag}" if value is False else f"--{flag}" if value is True else f"--{flag} {value}"
-        raise UserError(f"{flag}: {args.resume} was trained with {name}={options.get(name)}; omit {flag}")
+        raise UserError(f"{flag}: {args.resume} was trained with {name}={parser.get_default(name)}; omit {flag}")

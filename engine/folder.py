@@ -1,14 +1,12 @@
 """The folder of a run: a new one, and a lock on it."""
 
-import itertools
 import json
-import os
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
+from engine.distributed import broadcast, rank
 from engine.errors import UserError
 
 # Files left by a run that was killed before its first save.
@@ -16,25 +14,21 @@ UNSTARTED = (".lock", "config.json", "config.json.tmp", "checkpoint.pt.tmp")
 
 
 def new_folder(wanted: str | None, name: str) -> Path:
-    """Create the folder `wanted`, or else the next free of runs/`name`, runs/`name`-2, and so on.
-
-    Raises UserError if `wanted` holds anything but the files of a run that ended before its first step.
-    """
+    """Create the folder `wanted`, or else the next free of runs/`name`, runs/`name`-2, and so on. Raises UserError."""
     if wanted:
         folder = Path(wanted)
-        if folder.exists() and not folder.is_dir():
-            raise UserError(f"--output-dir {folder} is a file; name a new folder")
         make_folder(folder)
         if any(path.name not in UNSTARTED for path in folder.iterdir()):
             raise UserError(f"--output-dir {folder} is not empty; name a new folder, or use --resume {folder}")
         return folder
     make_folder(Path("runs"))
-    for i in itertools.count(1):
-        folder = Path("runs") / (name if i == 1 else f"{name}-{i}")
-        with suppress(FileExistsError):
+    folder, number = Path("runs") / name, 1
+    while True:
+        try:
             folder.mkdir()
             return folder
-    raise AssertionError  # there is always a next number
+        except FileExistsError:
+            folder, number = Path("runs") / f"{name}-{number + 1}", number + 1
 
 
 def make_folder(folder: Path) -> None:
@@ -42,24 +36,21 @@ def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        if folder.is_symlink():
-            raise UserError(f"{folder} is a link to {os.readlink(folder)}, which is missing; create that") from error
         remedy = "allow writing there, or use another folder"
         raise UserError(f"{folder} cannot be created ({error.strerror}); {remedy}") from error
 
 
 def lock(folder: Path) -> FileLock:
-    """Keep other processes from training in `folder` until the lock is released or this process ends.
-
-    Raises UserError if another process is training there.
-    """
+    """The lock of `folder`, which rank 0 holds until it is released. Raises UserError if another run holds it."""
     file_lock = FileLock(folder / ".lock")
     try:
-        file_lock.acquire(blocking=False)
+        if rank() == 0:
+            file_lock.acquire(blocking=False)
     except Timeout as error:
         raise UserError(f"another process is training in {folder}; wait for it, or stop it first") from error
     except (OSError, NotImplementedError):
         pass  # a file system without locks
+    broadcast(lambda: None)  # if rank 0 failed, the others end here
     return file_lock
 
 

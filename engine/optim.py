@@ -1,8 +1,8 @@
 """What moves the weights besides the gradient: optimizers by name, learning rate schedules, and the EMA."""
 
-import argparse
 import copy
 import math
+from argparse import Namespace
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from engine.errors import UserError
 
 
-def build_optimizer(args: argparse.Namespace, parameters: Iterable[nn.Parameter]) -> Optimizer:
+def build_optimizer(args: Namespace, parameters: Iterable[nn.Parameter]) -> Optimizer:
     """The optimizer that --optimizer names, fused: one pass over the weights instead of many."""
     if args.optimizer == "sgd":
         return torch.optim.SGD(parameters, args.lr, momentum=args.momentum, weight_decay=args.weight_decay, fused=True)
@@ -23,11 +23,7 @@ def build_optimizer(args: argparse.Namespace, parameters: Iterable[nn.Parameter]
 
 
 def build_schedule(
-    args: argparse.Namespace,
-    optimizer: Optimizer,
-    epoch_length: int,
-    decay: float = 1.000004,
-    final_momentum: float = 0.7,
+    args: Namespace, optimizer: Optimizer, epoch_length: int, decay: float = 1.000004, final_momentum: float = 0.7
 ) -> LRScheduler | None:
     """The schedule that --schedule names, None for a constant learning rate. Raises UserError.
 
@@ -35,6 +31,8 @@ def build_schedule(
     """
     if args.schedule == "maxout" and args.optimizer != "sgd":
         raise UserError("--schedule maxout sets SGD's momentum; add --optimizer sgd")
+    if args.schedule == "maxout":
+        return MaxoutSchedule(optimizer, decay, epoch_length, final_momentum)
     steps = args.epochs * epoch_length
     warmup = steps // 10
 
@@ -43,23 +41,12 @@ def build_schedule(
             return (step + 1) / warmup
         return 0.5 + 0.5 * math.cos(math.pi * min(1, (step - warmup) / (steps - warmup)))
 
-    def burda(step: int) -> float:  # Burda et al. 2015, section 5: 10^(-i/7) for 3^i of 3,280 epochs, i = 0 ... 7
-        passed = 3280 * step / steps
-        return 10 ** -(sum(passed >= (3 ** (i + 1) - 1) / 2 for i in range(7)) / 7)
-
-    if args.schedule in ("cosine", "burda"):
-        return LambdaLR(optimizer, cosine if args.schedule == "cosine" else burda)
-    if args.schedule == "maxout":
-        return MaxoutSchedule(optimizer, decay, epoch_length, final_momentum)
-    return None
+    return LambdaLR(optimizer, cosine) if args.schedule == "cosine" else None
 
 
 class MaxoutSchedule(LRScheduler):
     """The schedule of Goodfellow et al. 2013 and 2014: the learning rate is divided by `decay` after every step, down
-    to 1e-6. SGD's momentum rises linearly from its initial value in the first epoch, of `epoch_length` steps, to the
-    final one in the 250th.
-
-    Momentum changes once per epoch, as in the configurations they released (pylearn2's MomentumAdjustor).
+    to 1e-6. SGD's momentum rises linearly, once per epoch of `epoch_length` steps, to the final one in the 250th.
     """
 
     def __init__(self, optimizer: Optimizer, decay: float, epoch_length: int, final_momentum: float = 0.7):
@@ -77,8 +64,8 @@ class MaxoutSchedule(LRScheduler):
 class EMA:
     """Exponential moving average of a network's weights and of batch norm's statistics, as the network `self.model`.
 
-    average = d * average + (1 - d) * weights, where d rises from 0.1 to `decay` as (1 + updates) / (10 + updates), so
-    that the initial weights are soon forgotten. Not torch's AveragedModel, which waits for the device at each update.
+    average = d * average + (1 - d) * weights, where d rises from 0.1 to `decay` as (1 + updates) / (10 + updates).
+    Not torch's AveragedModel, which waits for the device at each update.
     """
 
     def __init__(self, model: nn.Module, decay: float):
@@ -106,9 +93,7 @@ class EMA:
         self.updates.copy_(state["updates"])
 
 
-def training_state(
-    args: argparse.Namespace, model: nn.Module, optimizer: Optimizer, epoch_length: int
-) -> dict[str, Any]:
+def training_state(args: Namespace, model: nn.Module, optimizer: Optimizer, epoch_length: int) -> dict[str, Any]:
     """What training one network saves: the network, its optimizer, and a schedule and an EMA if the options ask."""
     state: dict[str, Any] = {"model": model, "optimizer": optimizer}
     if schedule := build_schedule(args, optimizer, epoch_length):
@@ -119,12 +104,9 @@ def training_state(
 
 
 def adversarial_state(
-    args: argparse.Namespace, generator: nn.Module, discriminator: nn.Module, epoch_length: int, decay: float
+    args: Namespace, generator: nn.Module, discriminator: nn.Module, epoch_length: int, decay: float
 ) -> dict[str, Any]:
-    """What training a generator against a discriminator saves: both networks, and for each an optimizer and a schedule.
-
-    With --ema, also the EMA of the generator. decay: of --schedule maxout.
-    """
+    """The same of a generator and its discriminator; the EMA is the generator's. decay: of --schedule maxout."""
     state: dict[str, Any] = {"generator": generator, "discriminator": discriminator}
     for letter, network in (("g", generator), ("d", discriminator)):
         state[f"optimizer_{letter}"] = build_optimizer(args, network.parameters())

@@ -2,44 +2,46 @@
 
 import io
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
 from engine.checkpoint import write_atomically
 
-if TYPE_CHECKING:  # matplotlib, torchvision and Pillow take a while to import and are needed late
-    from matplotlib.figure import Figure
-
 
 def plot_curves(history: list[dict], curve: list[dict], path: Path) -> None:
     """One panel per metric: reports during training as a line, validation after each epoch as dots."""
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # imported late, as torchvision and Pillow below: it takes a while
 
-    training = list(dict.fromkeys(name for row in curve for name in row if name != "epoch"))
-    validated = list(dict.fromkeys(name for row in history for name in row if name.startswith("val_")))
-    names = training + [name for name in validated if name.removeprefix("val_") not in training]
-    if not names:
+    panels = {name: [(curve, name, "-", "training")] for name in names_of(curve)}
+    for key in names_of(history):
+        if key.startswith("val_"):
+            name = key.removeprefix("val_")
+            panels.setdefault(name if name in panels else key, []).append((history, key, "o-", "validation"))
+    if not panels:
         return
-    columns = min(3, len(names))
-    rows = -(-len(names) // columns)
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
     figure = Figure(figsize=(5 * columns, 4 * rows), layout="constrained")
-    for place, name in enumerate(names):
-        axis = figure.add_subplot(rows, columns, place + 1)
-        lines = [(curve, name, "-", "training")] if name in training else []
-        lines += [
-            (history, key, "o-", "validation") for key in dict.fromkeys((name, f"val_{name}")) if key in validated
-        ]
-        for table, key, style, label in lines:
-            points = [(row["epoch"], row[key]) for row in table if key in row]
-            axis.plot(*zip(*points), style if len(points) > 1 else "o", lw=1, ms=3, label=label)
-        axis.set(xlabel="epoch", ylabel=name)
+    for place, (name, lines) in enumerate(panels.items(), 1):
+        axis = figure.add_subplot(rows, columns, place, xlabel="epoch", ylabel=name)
+        for line in lines:
+            plot_line(axis, *line)
         axis.grid(alpha=0.3)
         axis.legend()
     save_figure(figure, path)
 
 
-def save_figure(figure: "Figure", path: Path) -> None:
+def plot_line(axis: Any, table: list[dict], key: str, style: str, label: str) -> None:
+    points = [(row["epoch"], row[key]) for row in table if key in row]
+    axis.plot(*zip(*points), style if len(points) > 1 else "o", lw=1, ms=3, label=label)
+
+
+def names_of(rows: list[dict]) -> list[str]:
+    return [name for name in dict.fromkeys(name for row in rows for name in row) if name != "epoch"]
+
+
+def save_figure(figure: Any, path: Path) -> None:
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=120)
     write_atomically(path, image.getvalue())

@@ -41,16 +41,11 @@ def environment() -> dict[str, Any]:
     except (OSError, subprocess.CalledProcessError):
         commit = None
     return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "platform": platform.platform(),
-        "processor": processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "processes": world_size(),
+        "python": platform.python_version(), "torch": torch.__version__, "platform": platform.platform(),
+        "processor": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+        "processes": world_size(), "commit": commit,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_initialized() else None,
-        "commit": commit,
-    }
+    }  # fmt: skip
 
 
 def processor() -> str:

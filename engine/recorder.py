@@ -1,4 +1,4 @@
-"""What a step does, operation by operation: whether it does the same each time, and how to undo it."""
+"""What a step does, operation by operation: whether it does the same each time, and what it wrote to."""
 
 from typing import Any
 
@@ -9,6 +9,8 @@ from torch.utils._pytree import tree_leaves
 
 from engine.errors import UserError
 
+Before = dict[tuple, tuple[torch.Tensor, torch.Tensor]]
+
 
 class NotCapturable(UserError):
     """The step would be captured wrongly, or cannot be captured at all. The text is the reason."""
@@ -18,13 +20,12 @@ class Recorder(TorchDispatchMode):
     """Records each operation of a step: its name, its Python numbers, and the tensors it reads.
 
     device: where every tensor must be. Raises NotCapturable at an operation that a captured step cannot repeat.
-    undo: copies of the tensors that were written to, as they were before.
+    before: gets each tensor and a copy from before it was first written to, by its place in memory.
     """
 
-    def __init__(self, device: torch.device, undo: "Undo | None" = None):
+    def __init__(self, device: torch.device, before: Before | None = None):
         super().__init__()
-        self.device = device
-        self.undo = Undo() if undo is None else undo
+        self.device, self.before = device, {} if before is None else before
         self.operations: list[tuple] = []
         self.made: dict[int, int] = {}  # storage -> its number among those that the step made
 
@@ -32,22 +33,25 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if function.namespace == "profiler":
             return function(*args, **kwargs)
-        inputs = tree_leaves((args, kwargs))
         if function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
             raise NotCapturable(f"it waits for a value on the device ({function}, as .item() or a boolean mask does)")
         for tensor in written(function, args, kwargs):
-            if storage_of(tensor) not in self.made:
-                self.undo.keep(tensor)
+            place = (storage_of(tensor), tensor.storage_offset(), tensor.shape, tensor.stride())
+            if storage_of(tensor) not in self.made and place not in self.before:
+                self.before[place] = (tensor.detach(), tensor.detach().clone())
         outputs = self.run(function, args, kwargs)
-        for value in (*inputs, *tree_leaves(outputs)):
-            if isinstance(value, torch.Tensor) and value.device.type != self.device.type:
-                raise NotCapturable(f"{function} uses a tensor on the {value.device.type}")
-        self.operations.append((str(function), *map(self.describe, inputs)))
-        known = {storage_of(tensor) for tensor in inputs if isinstance(tensor, torch.Tensor)}
-        for tensor in tree_leaves(outputs):
-            if isinstance(tensor, torch.Tensor) and storage_of(tensor) not in known:
-                self.made[storage_of(tensor)] = len(self.operations)
+        self.record(str(function), tree_leaves((args, kwargs)), tensors_of(outputs))
         return outputs
+
+    def record(self, name: str, inputs: list[Any], outputs: list[torch.Tensor]) -> None:
+        for tensor in (*tensors_of(inputs), *outputs):
+            if tensor.device.type != self.device.type:
+                raise NotCapturable(f"{name} uses a tensor on the {tensor.device.type}")
+        self.operations.append((name, *map(self.describe, inputs)))
+        known = {storage_of(tensor) for tensor in tensors_of(inputs)}
+        for tensor in outputs:
+            if storage_of(tensor) not in known:
+                self.made[storage_of(tensor)] = len(self.operations)
 
     def run(self, function, args, kwargs):
         return function(*args, **kwargs)
@@ -57,25 +61,8 @@ class Recorder(TorchDispatchMode):
         if not isinstance(value, torch.Tensor):
             return repr(value)
         storage = storage_of(value)
-        return (
-            (*value.shape, "made by operation", self.made[storage]) if storage in self.made else (*value.shape, storage)
-        )
-
-
-class Undo:
-    """Copies of tensors, taken before they are first written to."""
-
-    def __init__(self):
-        self.copies: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {}
-
-    def keep(self, tensor: torch.Tensor) -> None:
-        key = (storage_of(tensor), tensor.storage_offset(), tensor.shape, tensor.stride())
-        if key not in self.copies:
-            self.copies[key] = (tensor.detach(), tensor.detach().clone())
-
-    def __call__(self) -> None:
-        for tensor, copy in reversed(self.copies.values()):
-            tensor.copy_(copy)
+        origin = f"made by operation {self.made[storage]}" if storage in self.made else f"storage {storage}"
+        return (*value.shape, origin)
 
 
 def written(function: Any, args: tuple, kwargs: dict[str, Any]) -> list[torch.Tensor]:
@@ -86,6 +73,10 @@ def written(function: Any, args: tuple, kwargs: dict[str, Any]) -> list[torch.Te
         if (argument.alias_info and argument.alias_info.is_write)
         or argument.name in ("running_mean", "running_var")  # batch norm changes them and does not declare it
     ]
+    return tensors_of(values)
+
+
+def tensors_of(values: Any) -> list[torch.Tensor]:
     return [value for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
 
 
@@ -100,9 +91,7 @@ def require_same(recorded: Recorder, other: Recorder) -> None:
         raise NotCapturable(f"it is not the same in every step ({counts}), as after `if i % 5 == 0`")
     for first, second in zip(recorded.operations, other.operations):
         if first != second:
-            a, b = (
-                next((a, b) for a, b in zip(first, second) if a != b) if len(first) == len(second) else (first, second)
-            )
+            a, b = next(((a, b) for a, b in zip(first, second) if a != b), (first, second))
             raise NotCapturable(f"it is not the same in every step ({first[0]}: {a}, then {b})")
 
 
@@ -112,10 +101,7 @@ def is_capturable(optimizer: Optimizer) -> bool:
 
 
 def prepare(optimizer: Optimizer, device: torch.device) -> None:
-    """Move what the optimizer changes in each step onto the device.
-
-    Where the optimizer reads its learning rate there, it becomes a tensor that a schedule can change.
-    """
+    """Move what changes in each step onto the device; a learning rate that is read there becomes a tensor."""
     for group in optimizer.param_groups:
         if group.get("fused") or isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
             group["lr"] = torch.as_tensor(float(group["lr"]), device=device)

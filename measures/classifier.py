@@ -1,26 +1,20 @@
-"""What a classifier gets right and wrong: values, and plots of its mistakes and filters."""
+"""What a classifier gets right and wrong: values, and plots."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
-
-if TYPE_CHECKING:  # matplotlib takes a while to import
-    from matplotlib.figure import Figure
+from torch import Tensor, nn
 
 DIGITS = "0123456789"  # the names of the classes, unless told
 
 
-def classification_measures(
-    logits: torch.Tensor, labels: torch.Tensor, names: Sequence[str] = DIGITS
-) -> dict[str, Any]:
+def classification_measures(logits: Tensor, labels: Tensor, names: Sequence[str] = DIGITS) -> dict[str, Any]:
     """Accuracy, errors, cross-entropy, and values per class, of logits [N, classes] and labels [N] on the CPU."""
     from sklearn.metrics import classification_report, confusion_matrix
 
-    predictions = logits.argmax(1)
-    numbers = range(len(names))
+    predictions, numbers = logits.argmax(1), range(len(names))
     report = classification_report(labels, predictions, labels=numbers, output_dict=True, zero_division=0)
     return {
         "test_images": len(labels),
@@ -32,14 +26,11 @@ def classification_measures(
     }
 
 
-def print_report(
-    logits: torch.Tensor, labels: torch.Tensor, measures: dict[str, Any], names: Sequence[str] = DIGITS
-) -> None:
+def print_report(logits: Tensor, labels: Tensor, measures: dict[str, Any], names: Sequence[str] = DIGITS) -> None:
     """scikit-learn's table of the classes, and one line for all. measures: those of the same logits [N, classes]."""
     from sklearn.metrics import classification_report
 
-    numbers = range(len(names))
-    given: dict[str, Any] = {"labels": numbers, "target_names": names, "digits": 4, "zero_division": 0}
+    given: dict[str, Any] = {"labels": range(len(names)), "target_names": names, "digits": 4, "zero_division": 0}
     print(classification_report(labels, logits.argmax(1), **given))
     print(
         f"test accuracy {measures['test_accuracy']:.2%}: {measures['test_errors']} errors in {measures['test_images']} "
@@ -47,73 +38,57 @@ def print_report(
     )
 
 
-def shorten(name: str, most: int) -> str:
-    return name if len(name) <= most else name[: most - 1] + "…"
+def label_of(name: str, most: int) -> str:
+    """A class's name in a plot: at most so many characters, and no $ that starts a formula."""
+    return (name if len(name) <= most else name[: most - 1] + "…").replace("$", r"\$")
 
 
-def plot_confusion(matrix: list[list[int]], names: Sequence[str] = DIGITS) -> "Figure":
-    from matplotlib.figure import Figure
+def new_figure(width: float, height: float) -> Any:
+    from matplotlib.figure import Figure  # takes a while to import
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def plot_confusion(matrix: list[list[int]], names: Sequence[str] = DIGITS) -> Any:
+    """The colours saturate at twice the most frequent mistake: the diagonal would hide all others."""
     from sklearn.metrics import ConfusionMatrixDisplay
 
-    side = min(30, max(6, 0.45 * len(names)))
-    figure = Figure(figsize=(side, side), layout="constrained")
-    counts = torch.tensor(matrix)
-    axis = figure.add_subplot()
-    # The colours saturate at twice the most frequent mistake: the diagonal would hide all others.
+    counts, side = torch.tensor(matrix), min(30, max(6, 0.45 * len(names)))
     worst = max(1, (counts - torch.diag(counts.diag())).max().item())
-    display = ConfusionMatrixDisplay(counts.numpy())
-    legible = len(names) <= 50
-    display.plot(ax=axis, cmap="Blues", colorbar=False, include_values=legible, im_kw={"vmin": 0, "vmax": 2 * worst})
-    axis.set(xlabel="predicted class", ylabel="true class")
-    ticks = [shorten(name, 20) for name in names]
-    rotation = 90 if max(map(len, ticks)) > 3 else 0
-    axis.set_xticks(range(len(ticks)), ticks, rotation=rotation, parse_math=False)  # a name may hold a $
-    axis.set_yticks(range(len(ticks)), ticks, parse_math=False)
+    display = ConfusionMatrixDisplay(counts.numpy(), display_labels=[label_of(name, 20) for name in names])
+    figure, rotation = new_figure(side, side), 90 if max(map(len, names)) > 3 else 0
+    look: dict[str, Any] = {"cmap": "Blues", "colorbar": False, "im_kw": {"vmin": 0, "vmax": 2 * worst}}
+    display.plot(ax=figure.add_subplot(), xticks_rotation=rotation, include_values=len(names) <= 50, **look)
     return figure
 
 
-def plot_mistakes(
-    images: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor, names: Sequence[str] = DIGITS
-) -> "Figure":
+def plot_mistakes(images: Tensor, logits: Tensor, labels: Tensor, names: Sequence[str] = DIGITS) -> Any:
     """The 30 most confident mistakes. images: uint8 [N, 1, 28, 28]; logits: [N, classes]; labels: [N]; on the CPU."""
-    from matplotlib.figure import Figure
-
-    names = [shorten(name, 11) for name in names]
-    size = 9 if max(map(len, names)) <= 3 else 7
+    names = [label_of(name, 11) for name in names]
     probabilities, predictions = logits.softmax(1).max(1)
     wrong = (predictions != labels).nonzero().flatten()
     worst = wrong[probabilities[wrong].argsort(descending=True)][:30].tolist()
     rows = max(1, -(-len(worst) // 10))
-    figure = Figure(figsize=(10, 0.3 + 1.5 * rows), layout="constrained")
+    figure = new_figure(10, 0.3 + 1.5 * rows)
     figure.suptitle(f"the {len(worst)} most confident of {len(wrong)} mistakes: predicted (probability), true")
     for place, index in enumerate(worst):
         axis = figure.add_subplot(rows, 10, place + 1)
         axis.imshow(images[index, 0].numpy(), cmap="gray", vmin=0, vmax=255)
         title = f"{names[predictions[index]]} ({probabilities[index]:.0%})\ntrue {names[labels[index]]}"
-        axis.set_title(title, fontsize=size, parse_math=False)
+        axis.set_title(title, fontsize=9 if max(map(len, names)) <= 3 else 7)
         axis.axis("off")
     return figure
 
 
-def plot_filters(model: nn.Module) -> "Figure | None":
-    """Weights into the first layer's first 64 units: a CNN's kernels, or an MLP's weights as 28x28 images.
-
-    None if the first layer has other weights.
-    """
-    from matplotlib.figure import Figure
-
-    weight = next((p for p in model.parameters() if p.dim() > 1), torch.zeros(0, 0)).detach().cpu()[:64]
-    if weight.dim() == 4:
-        filters = weight[:, 0]
-    elif weight.shape[1:] == (28 * 28,):
-        filters = weight.view(-1, 28, 28)
-    else:
+def plot_filters(model: nn.Module) -> Any:
+    """Weights into the first layer's first 64 units: a CNN's kernels, or an MLP's as images; None if neither."""
+    weight = next(p for p in model.parameters() if p.dim() > 1).detach().cpu()[:64]
+    if weight.dim() != 4 and weight.shape[1:] != (28 * 28,):
         return None
-    figure = Figure(figsize=(8, 8.4), layout="constrained")
-    figure.suptitle(f"first layer: weights of {len(filters)} units, blue negative, red positive")
-    for place, kernel in enumerate(filters):
-        axis = figure.add_subplot(8, 8, place + 1)
-        limit = kernel.abs().max().item()
+    figure = new_figure(8, 8.4)
+    figure.suptitle(f"first layer: weights of {len(weight)} units, blue negative, red positive")
+    for place, kernel in enumerate(weight[:, 0] if weight.dim() == 4 else weight.view(-1, 28, 28), 1):
+        axis, limit = figure.add_subplot(8, 8, place), kernel.abs().max().item()
         axis.imshow(kernel.numpy(), cmap="bwr", vmin=-limit, vmax=limit)
         axis.axis("off")
     return figure

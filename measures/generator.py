@@ -5,6 +5,7 @@ import warnings
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from engine.errors import UserError
@@ -14,7 +15,7 @@ from measures.reference import ReferenceClassifier
 NEIGHBOURS = 5
 
 
-def feature_distances(features: torch.Tensor, real_features: torch.Tensor) -> dict[str, float]:
+def feature_distances(features: Tensor, real_features: Tensor) -> dict[str, float]:
     """Fréchet and kernel distance (FID, KID) between features [N, d] and [M, d]."""
     from torchmetrics.image.fid import FrechetInceptionDistance
     from torchmetrics.image.kid import KernelInceptionDistance
@@ -31,8 +32,8 @@ def feature_distances(features: torch.Tensor, real_features: torch.Tensor) -> di
     return {"fid": fid.compute().item(), "kid": kid.compute()[0].item()}
 
 
-def neighbour_measures(features: torch.Tensor, real_features: torch.Tensor, k: int = NEIGHBOURS) -> dict[str, float]:
-    """Do the samples lie among the real images (precision, density), and do they reach all of them (recall, coverage)?
+def neighbour_measures(features: Tensor, real_features: Tensor, k: int = NEIGHBOURS) -> dict[str, float]:
+    """Do samples lie among the real images (precision, density), and do they reach all of them (recall, coverage)?
 
     Kynkäänniemi et al. 2019 (arXiv 1904.06991), Naeem et al. 2020 (arXiv 2002.09797): an image's ball reaches to its
     k-th nearest neighbour in its own set. features: [N, d]; real_features: [M, d].
@@ -60,7 +61,7 @@ def neighbour_measures(features: torch.Tensor, real_features: torch.Tensor, k: i
     }
 
 
-def class_measures(labels: torch.Tensor, classes: int = 10) -> dict[str, Any]:
+def class_measures(labels: Tensor, classes: int = 10) -> dict[str, Any]:
     """The fraction of each class in `labels` [N], and the Kullback-Leibler divergence from equal ones, in nats."""
     fractions = labels.bincount(minlength=classes) / len(labels)
     divergence = math.log(classes) + fractions.xlogy(fractions).sum()
@@ -68,17 +69,16 @@ def class_measures(labels: torch.Tensor, classes: int = 10) -> dict[str, Any]:
 
 
 def measure_images(
-    images: torch.Tensor,
-    labels: torch.Tensor | None,
+    images: Tensor,
+    labels: Tensor | None,
     classifier: ReferenceClassifier,
-    reference: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    reference: tuple[Tensor, Tensor, Tensor],
     classes: int = 10,
 ) -> dict[str, Any]:
-    """All measures of generated or real images [N, 1, 28, 28] with pixels in [0, 1].
+    """All measures of generated or real images [N, 1, 28, 28] with pixels in [0, 1]. Raises UserError if too few.
 
-    labels: the classes they should show, or None. reference: validation images, test images, and test labels. The
-    classifier's predictions are compared with the classes only if there are ten, as of digits. Raises UserError if
-    there are too few images.
+    labels: the classes they should show, or None; only compared with the predictions if there are ten, as of digits.
+    reference: validation images, test images, and test labels.
     """
     validation_images, test_images, test_labels = reference
     asked = labels if classes == 10 else None
@@ -86,8 +86,7 @@ def measure_images(
     if asked is not None:
         counts += [*asked.bincount(minlength=10).tolist(), *test_labels.bincount(minlength=10).tolist()]
     if min(counts) <= NEIGHBOURS:
-        remedy = f"it takes more than {NEIGHBOURS} of each class in each part"
-        raise UserError(f"{min(counts)} images are too few to measure a generator by; {remedy}")
+        raise UserError(f"{min(counts)} images of a class or part are too few; use more than {NEIGHBOURS}")
     features, digits = classifier.read(images)
     test_features, _ = classifier.read(test_images)
     parts = {
@@ -96,10 +95,8 @@ def measure_images(
         "neighbours": lambda: neighbour_measures(features, test_features),
     }
     measures: dict[str, Any] = {"images": len(images)}
-    with tqdm(parts.items(), leave=False, disable=None) as bar:  # None: in a terminal only
-        for name, measure in bar:
-            bar.set_description(f"{name} of {len(images)} images")
-            measures.update(measure())
+    for measure in tqdm(parts.values(), ", ".join(parts), leave=False, disable=None):  # None: in a terminal only
+        measures.update(measure())
     if classes == 10:
         measures.update(class_measures(digits))
     if asked is not None:
@@ -112,10 +109,10 @@ def measure_images(
 
 
 def beside_real_images(
-    samples: torch.Tensor,
-    labels: torch.Tensor | None,
-    train_set: tuple[torch.Tensor, torch.Tensor],
-    test_set: tuple[torch.Tensor, torch.Tensor],
+    samples: Tensor,
+    labels: Tensor | None,
+    train_set: tuple[Tensor, Tensor],
+    test_set: tuple[Tensor, Tensor],
     classifier: ReferenceClassifier,
     classes: int = 10,
 ) -> dict[str, Any]:
@@ -146,7 +143,7 @@ def print_measures(measures: dict[str, Any], real: dict[str, Any]) -> None:
                 print(f"{f'{name} of {digit}':24}{value[digit]:10.4g}{real[name][digit]:10.4g}")
 
 
-def nearest_images(samples: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+def nearest_images(samples: Tensor, images: Tensor) -> Tensor:
     """The nearest of `images`, uint8 [M, 1, H, W], to each sample [N, 1, H, W]: do the samples copy any of them?"""
     from sklearn.neighbors import NearestNeighbors
 

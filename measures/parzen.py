@@ -4,13 +4,12 @@ import math
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 SIGMAS = [10 ** (i / 9 - 1) for i in range(10)]  # among which the paper's protocol chooses
 
 
-def parzen_log_likelihood(
-    samples: torch.Tensor, images: torch.Tensor, sigmas: Sequence[float], block: int = 1000
-) -> torch.Tensor:
+def parzen_log_likelihood(samples: Tensor, images: Tensor, sigmas: Sequence[float], block: int = 1000) -> Tensor:
     """Log-density of each image, in nats, under the mean of Gaussians of width sigma around the samples.
 
     log p(x) = log 1/n sum_i exp(-|x - s_i|^2 / (2 sigma^2)) - d/2 log(2 pi sigma^2)
@@ -30,9 +29,7 @@ def parzen_log_likelihood(
     return torch.cat(rows, dim=1) - rows[0].new_tensor(normalisers)
 
 
-def parzen_measures(
-    samples: torch.Tensor, validation_images: torch.Tensor, test_images: torch.Tensor
-) -> dict[str, float]:
+def parzen_measures(samples: Tensor, validation_images: Tensor, test_images: Tensor) -> dict[str, float]:
     """The protocol of Goodfellow et al. 2014: sigma is chosen on validation images, the test images are scored."""
     best = parzen_log_likelihood(samples, validation_images, SIGMAS).mean(1).argmax()
     scores = parzen_log_likelihood(samples, test_images, SIGMAS[best : best + 1])[0]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 WEIGHTS = Path(__file__).parent.parent / "weights" / "cnn.pt"
 SHA256 = "db3d0871f108fde500a7224c079faf3fc4ea173fe35b83da2293621296c99ca8"
@@ -26,7 +26,7 @@ class ReferenceClassifier(nn.Module):
         self.conv3, self.bn3 = nn.Conv2d(128, 256, 3, stride=2, padding=1), nn.BatchNorm2d(256)
         self.fc = nn.Linear(4 * 4 * 256, 10)
 
-    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Features [N, 256], the last convolution's outputs averaged over their positions, and logits [N, 10]."""
         x = F.relu(self.bn1(self.conv1(images * 2 - 1)))
         x = F.relu(self.bn2(self.conv2(x)))
@@ -34,7 +34,7 @@ class ReferenceClassifier(nn.Module):
         return x.mean((2, 3)), self.fc(x.flatten(1))
 
     @torch.no_grad()
-    def read(self, images: torch.Tensor, block: int = 1000) -> tuple[torch.Tensor, torch.Tensor]:
+    def read(self, images: Tensor, block: int = 1000) -> tuple[Tensor, Tensor]:
         """Features [N, 256] and predicted digits [N] of images [N, 1, 28, 28] on any device; both on the CPU.
 
         Raises ValueError if a pixel is outside [0, 1].

@@ -1,19 +1,16 @@
-"""Samples of a trained generative model, from random numbers that training never uses.
+"""Samples of a trained generative model, from random numbers that training never uses."""
 
-A model is asked what it can do; models/__init__.py lists the methods.
-"""
-
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 # Plus --seed, which is smaller: training never uses the noise that is scored. A generator on the CPU uses only the low
 # 32 bits of its seed.
 NOISE_SEED = 2**31
-Inputs = tuple[torch.Tensor, ...]
+Inputs = tuple[Tensor, ...]
 
 
 def device_of(network: torch.nn.Module) -> torch.device:
@@ -24,13 +21,13 @@ def is_conditional(network: Any) -> bool:
     return getattr(network, "conditional", False)
 
 
-def latent_noise(network: Any, n: int, seed: int) -> torch.Tensor:
+def latent_noise(network: Any, n: int, seed: int) -> Tensor:
     """Noise z [n, d] of a latent model, the same on every device."""
     return network.noise(n, torch.Generator().manual_seed(NOISE_SEED + seed), "cpu")
 
 
 @torch.no_grad()
-def decode(network: Any, *inputs: torch.Tensor) -> torch.Tensor:
+def decode(network: Any, *inputs: Tensor) -> Tensor:
     """Images [N, 1, 28, 28] on the CPU, from noise z [N, d] and, for a conditional generator, labels [N]."""
     device = device_of(network)
     blocks = zip(*(tensor.split(1000) for tensor in inputs))
@@ -38,9 +35,7 @@ def decode(network: Any, *inputs: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def sample_images(
-    network: Any, labels: torch.Tensor, seed: int
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+def sample_images(network: Any, labels: Tensor, seed: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """An image for each label [N], on the CPU; the labels and the noise, or None for those that the model lacks."""
     if not hasattr(network, "decode"):
         device = device_of(network)
@@ -52,7 +47,7 @@ def sample_images(
     return decode(network, z, *given), *(given or (None,)), z
 
 
-def walks(network: Any, seed: int, digits: Sequence[int] | None = None) -> dict[str, torch.Tensor]:
+def walks(network: Any, seed: int, digits: Sequence[int] | None = None) -> dict[str, Tensor]:
     """Name -> images [rows, columns, 1, 28, 28] of a latent model; {} of any other.
 
     interpolation: ten points on each straight line through z. A conditional generator gets a line for each class, or
@@ -75,7 +70,7 @@ def walks(network: Any, seed: int, digits: Sequence[int] | None = None) -> dict[
     return grids
 
 
-def sample_between(network: Any, seed: int, other_seed: int, t: float, label: int = 0) -> torch.Tensor:
+def sample_between(network: Any, seed: int, other_seed: int, t: float, label: int = 0) -> Tensor:
     """One image [28, 28], from noise that lies `t` of the way from one seed's to the other's.
 
     label: for a conditional generator. A model without latent noise (RBM, RNN, HMM) samples from the first seed.
@@ -87,12 +82,6 @@ def sample_between(network: Any, seed: int, other_seed: int, t: float, label: in
     return decode(network, z, *labels)[0, 0]
 
 
-def spread(n: int, numbers: Sequence[int]) -> torch.Tensor:
+def spread(n: int, numbers: Sequence[int]) -> Tensor:
     """n labels, equally many of each number, in order."""
     return torch.tensor(numbers)[torch.arange(n) * len(numbers) // n]
-
-
-def columns_of(n: int) -> int:
-    """The number of columns of a grid without empty cells that is as square as n allows, but at most twice too wide."""
-    root = math.ceil(n**0.5)
-    return next((columns for columns in range(root, 2 * root) if n % columns == 0), root)

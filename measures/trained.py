@@ -24,10 +24,10 @@ def load_network(run: str | Path, device: torch.device | str) -> tuple[Any, dict
     checkpoint = load_result(run)
     warn_if_code_changed(checkpoint, run)
     options, state = checkpoint["options"], checkpoint["state"]
-    if options["kind"] not in KINDS:
+    if (kind := options.get("kind")) not in KINDS:
         known = f"models/__init__.py knows {', '.join(KINDS)}"
-        raise UserError(f"{run} is of the unknown kind {options['kind']}; {known}: add it to KINDS there")
-    name, _ = KINDS[options["kind"]]
+        raise UserError(f"{run} is of the unknown kind {kind}; {known}: add it to KINDS there")
+    name, _ = KINDS[kind]
     try:
         with torch.random.fork_rng([]):  # the first weights, soon replaced, take none of the caller's random numbers
             network: Any = build_network(options)

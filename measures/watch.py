@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from engine.errors import UserError
 from measures.parzen import SIGMAS, parzen_log_likelihood
@@ -22,7 +23,7 @@ class Watch:
     Raises UserError if the samples are not images [N, 1, 28, 28] with pixels in [0, 1].
     """
 
-    def __init__(self, sampler: Any, validation_images: torch.Tensor, seed: int, digits: bool):
+    def __init__(self, sampler: Any, validation_images: Tensor, seed: int, digits: bool):
         self.sampler, self.validation_images = sampler, validation_images[:1000] / 255
         self.classes = sampler.classes if is_conditional(sampler) else 0
         device, each = device_of(sampler), max(1, self.classes)
@@ -37,7 +38,7 @@ class Watch:
         self.reference = load_reference(device) if digits else None
 
     @torch.no_grad()
-    def sample(self, n: int) -> torch.Tensor:
+    def sample(self, n: int) -> Tensor:
         """The first n samples, [n, 1, 28, 28], in eval mode; the sampler's mode is restored."""
         was_training = self.sampler.training
         self.sampler.eval()
@@ -52,7 +53,7 @@ class Watch:
         densities = parzen_log_likelihood(samples, self.validation_images.to(samples.device), SIGMAS)
         return {"val_log_likelihood": densities.mean(1).max().item()}
 
-    def grid(self) -> torch.Tensor:
+    def grid(self) -> Tensor:
         """100 samples in rows of ten; of a conditional generator a row for each class, a column for each of ten z."""
         if not self.classes:
             return self.sample(100)
@@ -66,9 +67,7 @@ class Watch:
             print(f"warning: {sign}")
 
 
-def failure_signs(
-    row: dict[str, float], digits: torch.Tensor | None = None, asked: torch.Tensor | None = None
-) -> Iterator[str]:
+def failure_signs(row: dict[str, float], digits: Tensor | None = None, asked: Tensor | None = None) -> Iterator[str]:
     """Yield a sentence for each sign that a generator's training fails.
 
     row: an epoch's metrics. digits: what the reference classifier predicts for samples, [N]. asked: what they should

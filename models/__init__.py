@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from models.cgan import ConditionalGenerator
 from models.cnn import CNN
@@ -48,16 +48,11 @@ GANS: dict[str, tuple[Callable[..., nn.Module], Callable[..., nn.Module]]] = {
 }
 
 # Models that are trained by likelihood. They take `pixel_means`, the training images' [1, 28, 28] in [0, 1], or None.
-LIKELIHOOD_MODELS: Registry = {
-    "vae": VAE,
-    "rbm": RBM,
-    "rnn": RNN,
-    "hmm": HMM,
-}
+LIKELIHOOD_MODELS: Registry = {"vae": VAE, "rbm": RBM, "rnn": RNN, "hmm": HMM}
 # The flags that some of them take. Old runs had --units.
 LIKELIHOOD_OPTIONS = ("hidden", "importance_samples", "gibbs_steps", "persistent_chains", "depth", "states", "units")
 
-ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,  # max(0, x)
     "leaky-relu": F.leaky_relu,  # max(0, x) + 0.01 min(0, x)
     "tanh": torch.tanh,  # (e^x - e^-x) / (e^x + e^-x)
@@ -65,39 +60,22 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-def build_classifier(
-    name: str, activation: str | None = None, batch_norm: bool = False, classes: int = 10
-) -> nn.Module:
-    """The network registered as `name`, with the activation of that name (None: the network's own).
-
-    Raises ValueError if there is no such network or it has no such option.
-    """
-    options: dict[str, Any] = {"classes": classes}
-    if activation is not None:
-        options["activation"] = ACTIVATIONS[activation]
-    if batch_norm:
-        options["batch_norm"] = True
-    return build(CLASSIFIERS, name, options)
-
-
-def build_likelihood_model(options: dict[str, Any], pixel_means: torch.Tensor | None = None) -> nn.Module:
-    """The model registered as `options["model"]`, which starts at `pixel_means`, [1, 28, 28] in [0, 1], or None.
-
-    options: all options of a run. Raises ValueError if this model does not take one of LIKELIHOOD_OPTIONS that is set,
-    or refuses its value.
-    """
-    given = {name: options[name] for name in LIKELIHOOD_OPTIONS if options.get(name) is not None}
-    return build(LIKELIHOOD_MODELS, options["model"], {**given, "pixel_means": pixel_means})
-
-
 def build(registry: Registry, name: str, options: dict[str, Any]) -> nn.Module:
-    model = find(registry, name)
+    """The network registered as `name`. Options that are None or False are left to the network.
+
+    Raises ValueError if there is no such network, or it does not take one of the options or its value.
+    """
+    given = {option: value for option, value in options.items() if value is not None and value is not False}
+    network = find(registry, name)
     try:
-        return model(**options)
+        return network(**given)
     except TypeError as error:
-        for option, value in options.items():
+        for option, value in given.items():
             if f"unexpected keyword argument '{option}'" in str(error):
-                raise ValueError(f"the model {name} has no {missing(option, value)}") from error
+                flag = option.replace("_", "-")
+                remedy = f"omit it{f', or add --no-{flag} if the recipe sets it' if value is True else ''}"
+                missing = f"option --{flag}; {remedy}, or add it to the model's __init__"
+                raise ValueError(f"the model {name} has no {missing}") from error
         raise
 
 
@@ -107,22 +85,23 @@ def find(registry: dict[str, Any], name: str) -> Any:
     return registry[name]
 
 
-def missing(option: str, value: Any) -> str:
-    """What a model lacks, and the remedy."""
-    if option in ("classes", "pixel_means"):  # not from a flag
-        return f"argument {option}; add it to its __init__"
-    flag = option.replace("_", "-")
-    remedy = f"omit it, or add --no-{flag} if the recipe sets it" if value is True else "omit it"
-    return f"option --{flag}; {remedy}"
+def build_classifier(options: dict[str, Any]) -> nn.Module:
+    """The network of a classifier's run with these options; without --activation, with the network's own."""
+    activation = options["activation"] and ACTIVATIONS[options["activation"]]
+    given = {"activation": activation, "batch_norm": options["batch_norm"], "classes": len(options["classes"])}
+    return build(CLASSIFIERS, options["model"], given)
+
+
+def build_likelihood_model(options: dict[str, Any], pixel_means: Tensor | None = None) -> nn.Module:
+    """The model of a run with these options, which starts at `pixel_means`, [1, 28, 28] in [0, 1], or None."""
+    given = {name: options.get(name) for name in LIKELIHOOD_OPTIONS}
+    return build(LIKELIHOOD_MODELS, options["model"], {**given, "pixel_means": pixel_means})
 
 
 # The kinds of runs: the name of the network that is the result in the checkpoint's state, and how it is built from the
 # run's options. A script of one's own stores one of these kinds, or adds its own.
 KINDS: dict[str, tuple[str, Callable[[dict[str, Any]], nn.Module]]] = {
-    "classifier": (
-        "model",
-        lambda o: build_classifier(o["model"], o["activation"], o["batch_norm"], len(o["classes"])),
-    ),
+    "classifier": ("model", build_classifier),
     "gan": ("generator", lambda o: find(GANS, o["networks"])[0](noise=o["noise"])),
     "cgan": ("generator", lambda o: ConditionalGenerator(classes=len(o["classes"]), noise=o["noise"])),
     "likelihood": ("model", build_likelihood_model),

@@ -4,24 +4,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.gan import uniform_noise
+from models.gan import UniformNoise
 from models.maxout import Maxout
 
 
-class ConditionalGenerator(nn.Module):
+class ConditionalGenerator(UniformNoise):
     """The paper's generator: z -> 200, y -> 1000, both -> 1200, -> 784; ReLU and dropout after each hidden layer.
 
     Input: noise z [N, 100] and labels [N]. Output: images [N, 1, 28, 28] with pixels in [0, 1].
 
-    dropout: fraction of the hidden units that training drops; eval mode, for sampling, drops none.
-    classes: how many different labels there are. noise: the prior of z, `unit` or `centred` (see `uniform_noise`).
+    dropout: fraction of the hidden units dropped in training. classes: number of labels.
     """
 
     conditional = True
 
     def __init__(self, dropout: float = 0.5, classes: int = 10, noise: str = "unit"):
-        super().__init__()
-        self.classes, self.prior = classes, noise
+        super().__init__(noise)
+        self.classes = classes
         self.from_z = nn.Linear(100, 200)
         self.from_y = nn.Linear(classes, 1000)
         self.joint = nn.Linear(200 + 1000, 1200)
@@ -33,13 +32,6 @@ class ConditionalGenerator(nn.Module):
         y = self.dropout(F.relu(self.from_y(one_hot(labels, self.classes, z.dtype))))
         hidden = self.dropout(F.relu(self.joint(torch.cat([z, y], dim=1))))
         return self.output(hidden).sigmoid().view(-1, 1, 28, 28)
-
-    def noise(self, n: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu") -> Tensor:
-        """z [n, 100] from the prior, for training and for sampling alike."""
-        return uniform_noise(n, self.prior, generator, device)
-
-    def decode(self, z: Tensor, labels: Tensor) -> Tensor:
-        return self(z, labels)
 
     @torch.no_grad()
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
@@ -53,8 +45,7 @@ class ConditionalDiscriminator(nn.Module):
 
     Input: images [N, 1, 28, 28] with pixels in [0, 1], and labels [N]. Output: logits [N, 1]; their sigmoid is D(x|y).
 
-    dropout: fraction of the units dropped before the joint layer and before the last.
-    classes: how many different labels there are.
+    dropout: fraction of the units dropped before the joint layer and before the last. classes: number of labels.
     """
 
     def __init__(self, dropout: float = 0.5, classes: int = 10):

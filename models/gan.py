@@ -6,23 +6,30 @@ from torch import Tensor, nn
 from models.maxout import Maxout
 
 
-def uniform_noise(n: int, prior: str, generator: torch.Generator | None, device: torch.device | str) -> Tensor:
-    """Noise z [n, 100]. prior: `unit` is uniform on [0, 1), `centred` on (-sqrt 3, sqrt 3): mean 0, variance 1."""
-    z = torch.rand(n, 100, device=device, generator=generator)
-    return z if prior == "unit" else (2 * z - 1) * 3**0.5
+class UniformNoise(nn.Module):
+    """What samples from uniform noise. prior: `unit` on [0, 1); `centred` on (-sqrt 3, sqrt 3): mean 0, variance 1."""
+
+    def __init__(self, prior: str):
+        super().__init__()
+        self.prior = prior
+
+    def noise(self, n: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu") -> Tensor:
+        """z [n, 100] from the prior, for training and for sampling alike."""
+        z = torch.rand(n, 100, device=device, generator=generator)
+        return z if self.prior == "unit" else (2 * z - 1) * 3**0.5
+
+    def decode(self, *inputs: Tensor) -> Tensor:
+        return self(*inputs)
 
 
-class Generator(nn.Module):
+class Generator(UniformNoise):
     """The lecture's generator, 100-128-256-784.
 
     Input: noise z [N, 100]. Output: images [N, 1, 28, 28] with pixels in [0, 1].
-
-    noise: the prior of z, `unit` or `centred` (see `uniform_noise`). hidden: units of the two hidden layers.
     """
 
     def __init__(self, noise: str = "unit", hidden: tuple[int, int] = (128, 256)):
-        super().__init__()
-        self.prior = noise
+        super().__init__(noise)
         self.model = nn.Sequential(
             nn.Linear(in_features=100, out_features=hidden[0]),
             nn.ReLU(inplace=True),
@@ -34,13 +41,6 @@ class Generator(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         return self.model(z).view(-1, 1, 28, 28)
-
-    def noise(self, n: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu") -> Tensor:
-        """z [n, 100] from the prior, for training and for sampling alike."""
-        return uniform_noise(n, self.prior, generator, device)
-
-    def decode(self, z: Tensor) -> Tensor:
-        return self(z)
 
     @torch.no_grad()
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
@@ -73,33 +73,23 @@ class Discriminator(nn.Module):
         return self.model(x.flatten(1))
 
 
-class LargeDiscriminator(Discriminator):
-    """The paper's sizes with less dropout: .2 of the hidden units. Input and output as the lecture's.
-
-    The R1 penalty already regularises this D; the paper's dropout on top slows both networks down.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.model = nn.Sequential(
-            Maxout(28 * 28, 240, k=5, dropout=False),
-            Maxout(240, 240, k=5, p=0.2),
-            nn.Dropout(0.2),
-            nn.Linear(240, 1),
-        )
-
-
 class PaperDiscriminator(Discriminator):
-    """The paper's discriminator for MNIST: maxout 240 x 5, maxout 240 x 5, one logit.
-
-    Dropout keeps .8 of the input and .5 of the hidden units. Input and output as the lecture's.
+    """The paper's discriminator for MNIST: maxout 240 x 5, maxout 240 x 5, one logit. It drops half the hidden units,
+    and .2 of the input. Input and output as the lecture's.
     """
 
-    def __init__(self):
+    def __init__(self, dropout: float = 0.5, of_input: bool = True):
         super().__init__()
         self.model = nn.Sequential(
-            Maxout(28 * 28, 240, k=5, p=0.2),
-            Maxout(240, 240, k=5, p=0.5),
-            nn.Dropout(0.5),
+            Maxout(28 * 28, 240, k=5, dropout=of_input, p=0.2),
+            Maxout(240, 240, k=5, p=dropout),
+            nn.Dropout(dropout),
             nn.Linear(240, 1),
         )
+
+
+class LargeDiscriminator(PaperDiscriminator):
+    """The paper's sizes with less dropout. R1 already regularises this D; the paper's dropout slows both networks."""
+
+    def __init__(self):
+        super().__init__(dropout=0.2, of_input=False)

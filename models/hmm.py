@@ -10,19 +10,19 @@ class HMM(nn.Module):
     Input: binarised images [N, 1, T, W], T time steps of W pixels. The parameters are the logits of what Rabiner calls
     pi_i = P(s_1 = i), A_ij = P(s_t+1 = j | s_t = i), and b_i(x) = prod_d p_id^x_d (1 - p_id)^(1 - x_d).
 
-    pixel_means: [1, T, W] in [0, 1], the mean of each pixel. Each state starts as one row of it plus `noise`, and
-    favours the states of the next row. None: T = W = 28, and all states start as noise alone.
+    pixel_means: [1, T, W] in [0, 1], the mean of each pixel. Each state starts as one row of it plus noise, and favours
+    the states of the next row. None: T = W = 28, and all states start as noise alone.
     """
 
     likelihood = "exact"
 
-    def __init__(self, states: int = 256, pixel_means: Tensor | None = None, noise: float = 1.0):
+    def __init__(self, states: int = 256, pixel_means: Tensor | None = None):
         super().__init__()
         means = torch.full((28, 28), 0.5) if pixel_means is None else pixel_means.flatten(0, -2).cpu()
         row = torch.arange(states) * len(means) // states  # the row that each state starts as
         self.initial = nn.Parameter(torch.zeros(states))
         self.transition = nn.Parameter(torch.randn(states, states) * 0.1)
-        self.emission = nn.Parameter(means.clamp(0.01, 0.99).logit()[row] + noise * torch.randn(states, means.shape[1]))
+        self.emission = nn.Parameter(means.clamp(0.01, 0.99).logit()[row] + torch.randn(states, means.shape[1]))
         self.height = len(means)
         if pixel_means is not None:
             self.initial.data -= 4.0 * (row > 0)

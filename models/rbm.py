@@ -25,11 +25,11 @@ class RBM(nn.Module):
     base_bias: Tensor
     chains: Tensor
 
-    def __init__(self, visible=784, hidden=500, gibbs_steps=1, persistent_chains=0, pixel_means: Tensor | None = None):
+    def __init__(self, hidden=500, gibbs_steps=1, persistent_chains=0, pixel_means: Tensor | None = None):
         super().__init__()
-        means = torch.full((visible,), 0.5) if pixel_means is None else pixel_means.flatten().cpu().clamp(0.01, 0.99)
+        means = torch.full((784,), 0.5) if pixel_means is None else pixel_means.flatten().cpu().clamp(0.01, 0.99)
         self.gibbs_steps = gibbs_steps
-        self.weight = nn.Parameter(0.01 * torch.randn(hidden, visible))  # W
+        self.weight = nn.Parameter(0.01 * torch.randn(hidden, len(means)))  # W
         self.visible_bias, self.hidden_bias = nn.Parameter(means.logit()), nn.Parameter(torch.zeros(hidden))  # b, a
         self.register_buffer("base_bias", means.logit())  # b_0
         self.register_buffer("chains", bernoulli(means.expand(persistent_chains, -1)).bool())
@@ -71,16 +71,16 @@ class RBM(nn.Module):
             v = bernoulli(torch.addmm(bias, h, self.weight, alpha=beta).sigmoid(), generator)  # p(v_i = 1|h)
         return v, log_w
 
-    def log_partition(self, chains=100, temperatures=14_500, generator=None, samples=None) -> list[tuple[float, float]]:
+    def log_partition(self, chains=100, temperatures=14_500, generator=None) -> list[tuple[float, float]]:
         """log Z by AIS (Salakhutdinov & Murray 2008), in nats: [(forward, standard error), (reverse, standard error)].
 
-        Forward, from independent pixels to the RBM, is too low on average. Reverse, from `samples` [chains, visible] of
-        the RBM (None: the forward chains 1,000 Gibbs steps later), is too high. If they differ, trust neither.
+        Forward, from independent pixels to the RBM, is too low on average. Reverse, from
+        the forward chains 1,000 Gibbs steps later, is too high. If they differ, trust neither.
         """
         parts = (500, 0, 0.5), (4000, 0.5, 0.9), (10_000, 0.9, 1)  # of the paper's 14,500 temperatures
         betas = torch.cat([torch.linspace(a, b, temperatures * n // 14_500 + 2) for n, a, b in parts]).tolist()
         v, up = self.anneal(bernoulli(self.base_bias.sigmoid().expand(chains, -1), generator), betas, generator)
-        v = self.gibbs(v, 1000, generator) if samples is None else samples
+        v = self.gibbs(v, 1000, generator)
         log_w = torch.stack([up, self.anneal(v, betas[::-1], generator)[1]])  # [2, chains]
         log_mean_w = (log_w.logsumexp(1) - math.log(chains)) * log_w.new_tensor([1, -1])
         log_z = softplus(self.base_bias).sum() + len(self.weight) * math.log(2) + log_mean_w  # log Z at beta = 0 first

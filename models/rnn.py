@@ -10,14 +10,14 @@ from models.vae import bernoulli_log_prob
 class RNN(nn.Module):
     """p(x) = prod_i prod_j p(x_ij | the rows above, the pixels to the left in row i): autoregressive, and exact.
 
-    A GRU (Cho et al. 2014, arXiv 1406.1078) reads the rows above: `height` steps instead of one for each pixel, as
+    A GRU (Cho et al. 2014, arXiv 1406.1078) reads the rows above: one step for each row instead of each pixel, as
     van den Oord et al. 2016 (arXiv 1601.06759) take. Within a row, masks let each pixel see what lies left of it
     (MADE, Germain et al. 2015, arXiv 1502.03509).
 
     Input: binarised images [N, 1, height, width].
 
-    hidden: units of the GRU in each of `layers`. units: hidden units for each pixel of a row in each of `depth` layers.
-    pixel_means: [1, height, width] in [0, 1]; the mean of each pixel, where the images start.
+    hidden: units of the GRU. units: hidden units for each pixel of a row in each of `depth` layers.
+    pixel_means: [1, height, width] in [0, 1]; the mean of each pixel, where the images start. None: 28x28, grey.
     """
 
     likelihood = "exact"
@@ -25,17 +25,16 @@ class RNN(nn.Module):
     deeper_mask: Tensor
     out_mask: Tensor
 
-    def __init__(self, hidden=256, units=16, layers=1, depth=1, height=28, width=28, pixel_means: Tensor | None = None):
+    def __init__(self, hidden=256, units=16, depth=1, pixel_means: Tensor | None = None):
         super().__init__()
-        self.height, self.width = height, width
-        self.gru = nn.GRU(width, hidden, layers, batch_first=True)
+        means = torch.full((28, 28), 0.5) if pixel_means is None else pixel_means[0]
+        width = means.shape[1]
+        self.gru = nn.GRU(width, hidden, batch_first=True)
         self.context = nn.Linear(hidden + width, width * units)
         self.left = nn.Linear(width, width * units, bias=False)
         self.deeper = nn.ModuleList(nn.Linear(width * units, width * units) for _ in range(depth - 1))
         self.out = nn.Linear(width * units, width)
-        self.row_bias = nn.Parameter(torch.zeros(height, width))
-        if pixel_means is not None:
-            self.row_bias.data.copy_(pixel_means.view(height, width).clamp(0.001, 0.999).logit())
+        self.row_bias = nn.Parameter(means.clamp(0.001, 0.999).logit())
         pixel = torch.arange(width)
         unit = pixel.repeat_interleave(units)  # the pixel that each hidden unit belongs to
         for name, seen in (
@@ -83,10 +82,10 @@ class RNN(nn.Module):
         x = images[:, 0].clone()
         probabilities = x.clone()
         state, above = None, torch.zeros_like(x[:, :1])
-        for i in range(self.height):
+        for i, biases in enumerate(self.row_bias):
             context, state = self.contexts(above, state)
-            for j in range(self.width) if i >= rows else ():
-                p = (self.logits(x[:, i : i + 1], context)[:, 0, j] + self.row_bias[i, j]).sigmoid()
+            for j, bias in enumerate(biases) if i >= rows else ():
+                p = (self.logits(x[:, i : i + 1], context)[:, 0, j] + bias).sigmoid()
                 probabilities[:, i, j] = p
                 x[:, i, j] = (torch.rand(p.shape, device=p.device, generator=generator) < p).to(x.dtype)
             above = x[:, i : i + 1]
@@ -95,11 +94,11 @@ class RNN(nn.Module):
     @torch.no_grad()
     def sample(self, n: int, generator: Generator | None = None) -> Tensor:
         """n images as each pixel's probability given the sampled ones before it, [n, 1, height, width]."""
-        return self.complete(self.row_bias.new_zeros(n, 1, self.height, self.width), 0, generator)
+        return self.complete(self.row_bias.new_zeros(n, 1, *self.row_bias.shape), 0, generator)
 
     def images_of(self, images: Tensor, generator: Generator | None = None) -> dict[str, Tensor]:
         """completions: ten images, their upper half, and four samples of the lower half of each."""
-        ten, half = images[:10], images[:10].clone()
-        half[:, :, self.height // 2 :] = 0
-        completed = [self.complete(half, self.height // 2, generator) for _ in range(4)]
+        ten, half, above = images[:10], images[:10].clone(), len(self.row_bias) // 2
+        half[:, :, above:] = 0
+        completed = [self.complete(half, above, generator) for _ in range(4)]
         return {"completions": torch.cat([ten, half, *completed])}

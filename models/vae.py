@@ -29,8 +29,6 @@ class VAE(nn.Module):
 
     def __init__(self, importance_samples=1, latent=50, hidden=200, pixel_means: Tensor | None = None):
         super().__init__()
-        if importance_samples < 1:
-            raise ValueError(f"importance_samples must be at least 1, not {importance_samples}")
         self.importance_samples, self.latent = importance_samples, latent
         self.encoder = nn.Sequential(nn.Linear(28 * 28, hidden), nn.Tanh(), nn.Linear(hidden, hidden), nn.Tanh())
         self.mean = nn.Linear(hidden, latent)

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from engine.errors import DataError
 from photos.files import open_image
@@ -15,7 +16,7 @@ if TYPE_CHECKING:  # Pillow takes a while to import
 SIDE = 800  # larger photos are reduced to this many pixels, enough for a digit of a twentieth of the side
 
 
-def to_pixels(images: Any) -> torch.Tensor:
+def to_pixels(images: Any) -> Tensor:
     """One image or N of them as float images [N, 1, 28, 28] with pixels from 0 to 1.
 
     images: a PIL image, in which the digits are found; or an array or tensor [28, 28], [N, 28, 28], [N, 1, 28, 28],
@@ -24,14 +25,14 @@ def to_pixels(images: Any) -> torch.Tensor:
     """
     if hasattr(images, "convert"):  # PIL
         return read_photo(images) / 255
-    pixels = images.detach().cpu() if isinstance(images, torch.Tensor) else torch.as_tensor(np.asarray(images))
+    pixels = images.detach().cpu() if isinstance(images, Tensor) else torch.as_tensor(np.asarray(images))
     shape = list(pixels.shape)
     if not pixels.numel() or not any(shape[-len(end) :] == end for end in ([784], [28, 28], [28, 28, 1])):
         raise DataError(f"images of shape {shape}; the networks read [N, 1, 28, 28]: resize them, or pass a PIL image")
     return unit_range(pixels).reshape(-1, 1, 28, 28)
 
 
-def unit_range(pixels: torch.Tensor) -> torch.Tensor:
+def unit_range(pixels: Tensor) -> Tensor:
     """Scale pixels of any of the usual ranges to 0 to 1. Raises DataError if they have another range."""
     low, high = (value.item() for value in pixels.aminmax())
     if low >= 0 and high <= 255:
@@ -41,7 +42,7 @@ def unit_range(pixels: torch.Tensor) -> torch.Tensor:
     raise DataError(f"pixels from {low:.3g} to {high:.3g}; scale them to 0 to 255, 0 to 1 or -1 to 1")
 
 
-def read_photo(photo: "str | Path | Image.Image") -> torch.Tensor:
+def read_photo(photo: "str | Path | Image.Image") -> Tensor:
     """The digits in a photo or drawing, from left to right: uint8 [N, 1, 28, 28], white on black.
 
     Dark on light or light on dark. Prepared as MNIST was (yann.lecun.com/exdb/mnist): each digit is scaled to fit into

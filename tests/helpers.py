@@ -4,8 +4,10 @@ import io
 import multiprocessing
 import os
 import runpy
+import signal
 import sys
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ import torch
 from PIL import Image, ImageDraw
 
 import train_classifier
+from datasets import Batches
 from engine.checkpoint import seal
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,6 +62,45 @@ def train(*flags):
     train_classifier.main([str(flag) for flag in flags])
 
 
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def act_at(at, act=die):
+    """Have training call `act` when it comes to the batch `at`, (epoch, number)."""
+    whole = Batches.rows
+
+    def rows(self, epoch, start=0):
+        for i, batch in enumerate(whole(self, epoch, start), start):
+            if self.shuffle and (epoch, i) == at:
+                act()
+            yield batch
+
+    Batches.rows = rows
+
+
+class Killed(BaseException):
+    """What SIGKILL is to a process, for a training within this one: nothing handles it."""
+
+
+@contextmanager
+def killed_at(at):
+    """Within this, a training must come to the batch `at`, (epoch, number), and ends there as if it were killed."""
+    whole = Batches.rows
+
+    def kill():
+        raise Killed
+
+    act_at(at, kill)
+    try:
+        yield
+    except Killed:
+        return
+    finally:
+        Batches.rows = whole
+    raise AssertionError(f"it never came to {at}")
+
+
 def load(path):
     return torch.load(path, weights_only=True)
 
@@ -81,6 +123,22 @@ def same(a, b):
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(map(same, a, b))
     return a == b
+
+
+def assert_same_run(a, b):
+    """Weights, optimizer, schedule, EMA, random state, position, history; and the table, byte for byte."""
+    for name in sorted({path.name for path in a.glob("*.pt")} - {"previous.pt"}):
+        first, second = (load(folder / name) for folder in (a, b))
+        for key in first.keys() - {"options", "seconds"}:  # save_interval may differ, and time does
+            assert same(first[key], second[key]), key
+    assert (a / "metrics.csv").read_bytes() == (b / "metrics.csv").read_bytes()
+
+
+def assert_close(a, b):
+    """All state of two runs: weights, optimizers, schedules, EMA."""
+    others = dict(tensors(load(b / "checkpoint.pt")["state"]))
+    for name, value in tensors(load(a / "checkpoint.pt")["state"]):
+        torch.testing.assert_close(value, others[name], rtol=1e-3, atol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
 
 
 def save_sealed(checkpoint, path):

@@ -13,13 +13,13 @@ from helpers import DIGITS, assert_one_line, load, run, save_sealed, train
 from PIL import Image
 
 import evaluate
-import models
 import train_cgan
 import train_gan
 from datasets import load as load_data
 from engine.checkpoint import load_checkpoint
 from engine.errors import UserError
-from models import CLASSIFIERS, KINDS
+from models import KINDS
+from models.mlp import MLP
 from photos import read_photo
 
 
@@ -34,14 +34,15 @@ def small_run(tmp_path):
     return tmp_path / "run"
 
 
-def test_the_first_command_reaches_96_percent_and_the_report_says_so(tmp_path):
-    """The README's first command, with a fourth of its epochs."""
-    train(*DIGITS, "--recipe", "best", "--epochs", 15, "--output-dir", tmp_path / "run")
-    output, _ = run("evaluate.py", "run", cwd=tmp_path)
+def test_the_first_command_learns_and_the_report_says_how_well(tmp_path, capsys):
+    """The README's first command, with three of its sixty epochs."""
+    train(*DIGITS, "--recipe", "best", "--epochs", 3, "--output-dir", tmp_path / "run")
+    call(tmp_path / "run")
+    output = capsys.readouterr().out
     folder = tmp_path / "run" / "evaluation"
     metrics = json.loads((folder / "metrics.json").read_text())
-    assert (metrics["dataset"], metrics["model"], metrics["epochs"]) == ("digits", "cnn", 15)
-    assert metrics["test_accuracy"] >= 0.96
+    assert (metrics["dataset"], metrics["model"], metrics["epochs"]) == ("digits", "cnn", 3)
+    assert metrics["test_accuracy"] >= 0.8  # by chance 0.1
     assert f"test accuracy {metrics['test_accuracy']:.2%}: {metrics['test_errors']} errors in 360 images" in output
     assert f"{metrics['per_class']['7']['f1-score']:.4f}" in output
     plots = {"confusion_matrix.png", "mistakes.png", "filters.png"}
@@ -49,12 +50,6 @@ def test_the_first_command_reaches_96_percent_and_the_report_says_so(tmp_path):
     for name in plots:
         Image.open(folder / name).verify()
         assert name in output.splitlines()[-1]
-
-
-@pytest.mark.parametrize("model", CLASSIFIERS)
-def test_every_model_can_be_evaluated(tmp_path, model):
-    train(*DIGITS, "--recipe", "best", "--model", model, "--dry-run", "--output-dir", tmp_path / "run")
-    assert call(tmp_path / "run")["test_images"] == 360
 
 
 def test_the_ema_of_the_best_epoch_is_what_is_evaluated(tmp_path):
@@ -68,38 +63,14 @@ def test_the_ema_of_the_best_epoch_is_what_is_evaluated(tmp_path):
     assert torch.equal(evaluate.load_model(tmp_path / "run").linear1.weight, ema)
 
 
-class Reader(torch.nn.Module):
-    """A model whose first layer cannot be plotted: it reads an image row by row."""
-
-    def __init__(self, classes=10):
-        super().__init__()
-        self.rows = torch.nn.LSTM(28, 16, batch_first=True)
-        self.fc = torch.nn.Linear(16, classes)
-
-    def forward(self, x):
-        return self.fc(self.rows(x.squeeze(1))[0][:, -1])
-
-
-def test_a_new_model_needs_only_its_line_in_the_registry(tmp_path, monkeypatch):
-    monkeypatch.setitem(CLASSIFIERS, "reader", Reader)
-    train(*DIGITS, "--model", "reader", "--epochs", 2, "--output-dir", tmp_path / "run")
-    assert call(tmp_path / "run")["model"] == "reader"
-    monkeypatch.delitem(CLASSIFIERS, "reader")
-    with pytest.raises(UserError, match="there is no reader in models/"):
-        call(tmp_path / "run")
-
-
 def test_a_script_of_ones_own_is_evaluated_by_the_kind_of_its_runs(small_run, tmp_path, monkeypatch):
-    checkpoint = load(small_run / "checkpoint.pt")
-    checkpoint["options"].update(script="distill.py", kind="classifier")
-    save_sealed(checkpoint, tmp_path / "mine" / "checkpoint.pt")
-    assert call(tmp_path / "mine") == call(small_run)
-
-    checkpoint["options"]["kind"] = "student"  # a kind of one's own
+    checkpoint, options = load(small_run / "checkpoint.pt"), evaluate.load_model(small_run).options
+    assert options["kind"] == "classifier"
+    checkpoint["options"].update(script="distill.py", kind="student")  # a kind of one's own
     save_sealed(checkpoint, tmp_path / "mine" / "checkpoint.pt")
     with pytest.raises(UserError, match=r"mine is of the unknown kind student; models/.*: add it to KINDS there"):
         call(tmp_path / "mine")
-    monkeypatch.setitem(KINDS, "student", ("model", lambda options: models.build_classifier("mlp")))
+    monkeypatch.setitem(KINDS, "student", ("model", lambda options: MLP()))
     assert call(tmp_path / "mine") == call(small_run)
 
 
@@ -109,22 +80,14 @@ def test_a_script_of_ones_own_is_evaluated_by_the_kind_of_its_runs(small_run, tm
 def test_every_changed_or_missing_byte_of_a_checkpoint_is_detected(small_run, tmp_path):
     whole = (small_run / "checkpoint.pt").read_bytes()
     copy = tmp_path / "copy.pt"
-    places = torch.randint(len(whole), (200,)).tolist()
-    for place in [*range(30), *range(len(whole) - 60, len(whole)), *places]:
+    for place in [*range(10), *range(len(whole) - 40, len(whole)), *torch.randint(len(whole), (50,)).tolist()]:
         copy.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
         with pytest.raises(UserError, match=r"copy\.pt"):
             load_checkpoint(copy)
-    for length in [0, 1, 22, len(whole) // 2, len(whole) - 1]:
+    for length in [0, len(whole) // 2, len(whole) - 1]:
         copy.write_bytes(whole[:length])
         with pytest.raises(UserError, match=r"copy\.pt"):
             load_checkpoint(copy)
-
-
-def test_a_damaged_checkpoint_falls_back_to_the_one_before(small_run, capsys):
-    (small_run / "previous.pt").write_bytes((small_run / "checkpoint.pt").read_bytes())
-    (small_run / "checkpoint.pt").write_bytes(b"PK damaged")
-    call(small_run)
-    assert_one_line(capsys.readouterr().err, "checkpoint.pt", "previous.pt", "damaged")
 
 
 class Canary:
@@ -135,10 +98,9 @@ class Canary:
         return (os.mkdir, (str(self.path),))
 
 
-@pytest.mark.parametrize("name", ["checkpoint.pt", "previous.pt", "best.pt"])
 @pytest.mark.parametrize("sealed", [False, True])
-def test_nothing_in_a_foreign_file_is_executed(tmp_path, sealed, name):
-    canary, path = Canary(tmp_path / "executed"), tmp_path / "run" / name
+def test_nothing_in_a_foreign_file_is_executed(tmp_path, sealed):
+    canary, path = Canary(tmp_path / "executed"), tmp_path / "run" / "checkpoint.pt"
     if sealed:
         save_sealed({"options": canary}, path)
     else:
@@ -150,24 +112,19 @@ def test_nothing_in_a_foreign_file_is_executed(tmp_path, sealed, name):
     assert not (tmp_path / "executed").exists()
 
 
-def test_no_checkpoint_and_one_of_another_network_get_one_line(small_run, tmp_path):
+def test_what_is_no_checkpoint_and_one_of_another_network_get_one_line(small_run, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"empty.* does not exist"):
         call(tmp_path / "empty")
+    for content in (5, {"options": 1}, [torch.zeros(2)]):  # with a valid SHA-256 of their own
+        save_sealed(content, tmp_path / "other.pt")
+        with pytest.raises(UserError, match=r"other\.pt"):
+            load_checkpoint(tmp_path / "other.pt")
     checkpoint = load(small_run / "checkpoint.pt")
     checkpoint["options"]["model"] = "cnn"
     save_sealed(checkpoint, tmp_path / "run" / "checkpoint.pt")
     _, errors = run("evaluate.py", "run", cwd=tmp_path, code=1)
     assert_one_line(errors, "run", "models/")
-
-
-def test_a_change_of_the_networks_code_is_a_warning(small_run, capsys):
-    checkpoint = load(small_run / "checkpoint.pt")
-    checkpoint["code"]["models/mlp.py"] = "another"
-    save_sealed(checkpoint, small_run / "checkpoint.pt")
-    call(small_run)
-    assert_one_line(capsys.readouterr().err, "warning: models/mlp.py changed", "run")
-    assert (small_run / "evaluation" / "metrics.json").is_file()
 
 
 # Images of the user's own -------------------------------------------------------------------------------------------
@@ -179,34 +136,6 @@ def as_drawn(image):
     paper = Image.new("L", (500, 320), 255)
     paper.paste(large, (230, 10))
     return paper
-
-
-def variants(drawn):
-    yield drawn
-    yield drawn.convert("RGB")
-    yield drawn.point(lambda value: 255 - value)  # light on dark
-    yield drawn.point(lambda value: 90 + value // 3)  # faint pencil on grey paper
-    yield drawn.convert("P")
-    yield Image.fromarray(numpy.asarray(drawn).astype(numpy.uint16) * 257)
-    ink = Image.new("RGBA", drawn.size, (0, 0, 160, 0))
-    ink.putalpha(drawn.point(lambda value: 255 - value))  # blue ink on nothing
-    yield ink
-    chalk = Image.new("RGBA", drawn.size, (255, 255, 255, 0))
-    chalk.putalpha(drawn.point(lambda value: 255 - value))  # white on nothing
-    yield chalk
-
-
-def test_own_images_are_classified_in_every_mode(tmp_path):
-    model = evaluate.load_model("weights/cnn.pt")
-    images, labels = load_data("digits", None, train=False)
-    right = []
-    for image, label in zip(images[:5, 0], labels[:5]):
-        for variant in variants(as_drawn(image)):
-            variant.save(tmp_path / "digit.png")
-            photo = read_photo(tmp_path / "digit.png")
-            assert (photo.shape, photo.dtype) == ((1, 1, 28, 28), torch.uint8)
-            right.append((evaluate.classify(model, photo).argmax() == label).item())
-    assert sum(right) >= 0.9 * len(right)
 
 
 def test_photo_is_fitted_into_20_pixels_and_centred_by_mass(tmp_path):
@@ -287,40 +216,36 @@ def test_a_generator_is_measured_beside_real_images(generators, name, capsys, mo
         assert Image.open(folder / plot).height == rows * 56
 
 
-def test_samples_come_from_the_seed_alone_and_as_raw_values(generators, tmp_path):
-    call(generators / "cgan", "--samples", "20", "--digit", "7", "--seed", "3")
+def test_samples_come_from_the_seed_alone_and_as_raw_values(generators):
+    """The noise is none that training uses; the image shows the values as they are."""
     folder = generators / "cgan" / "evaluation"
+    for seed in ("4", "3"):
+        call(generators / "cgan", "--samples", "20", "--digit", "7", "--seed", seed)
     first = numpy.load(folder / "samples-20-digit7-seed3.npz")
-    assert first["images"].shape == (20, 28, 28)
-    assert first["images"].min() >= 0
-    assert first["images"].max() <= 1
+    assert not numpy.array_equal(numpy.load(folder / "samples-20-digit7-seed4.npz")["images"], first["images"])
     assert first["labels"].tolist() == [7] * 20
-    assert first["z"].shape == (20, 100)
-    own, of_training = (torch.Generator().manual_seed(seed) for seed in (2**31 + 3, 3))
+    own = torch.Generator().manual_seed(2**31 + 3)
     assert numpy.array_equal(first["z"], torch.rand(20, 100, generator=own))
-    assert not numpy.array_equal(first["z"], torch.rand(20, 100, generator=of_training))
-    grid = numpy.asarray(Image.open(folder / "samples-20-digit7-seed3.png"))
-    assert grid.shape == (4 * 56, 5 * 56)
-    assert (grid[:56:2, 56:112:2] == numpy.round(first["images"][1] * 255)).all()  # as they are, not stretched
-    again = evaluate.sample(evaluate.load_model(generators / "cgan"), 20, digit=7, seed=3)
-    assert numpy.array_equal(again[:, 0].numpy(), first["images"])
     generator = evaluate.load_model(generators / "cgan")
+    assert numpy.array_equal(evaluate.sample(generator, 20, digit=7, seed=3)[:, 0].numpy(), first["images"])
     with torch.no_grad():
         by_hand = generator(torch.from_numpy(first["z"]), torch.full((20,), 7))
     assert numpy.allclose(by_hand[:, 0].numpy(), first["images"], atol=1e-6)
+    grid = numpy.asarray(Image.open(folder / "samples-20-digit7-seed3.png"))
+    assert grid.shape == (4 * 56, 5 * 56)
+    assert (grid[:56:2, 56:112:2] == numpy.round(first["images"][1] * 255)).all()
     assert Image.open(folder / "interpolation-digit7-seed3.png").height == 10 * 56
 
-    before = (folder / "samples-20-digit7-seed3.npz").read_bytes()
-    call(generators / "cgan", "--samples", "20", "--digit", "7", "--seed", "4")
-    assert not numpy.array_equal(numpy.load(folder / "samples-20-digit7-seed4.npz")["images"], first["images"])
-    assert (folder / "samples-20-digit7-seed3.npz").read_bytes() == before
 
-    call(generators / "cgan", "--samples", "6", "--digit", "7", "8", "--columns", "2")
-    assert numpy.load(folder / "samples-6-digit7-8-seed0.npz")["labels"].tolist() == [7, 7, 7, 8, 8, 8]
-    assert Image.open(folder / "samples-6-digit7-8-seed0.png").size == (2 * 56, 3 * 56)
-    call(generators / "cgan", "--samples", "30")
-    labels = numpy.load(folder / "samples-30-seed0.npz")["labels"]
-    assert numpy.bincount(labels).tolist() == [3] * 10
+@pytest.mark.parametrize(
+    ("flags", "labels", "columns"),
+    [(["--digit", "7", "8", "--columns", "2"], [7, 7, 7, 8, 8, 8], 2), ([], [0, 1, 3, 5, 6, 8], 3)],
+)
+def test_samples_are_of_the_classes_asked_for_in_so_many_columns(generators, flags, labels, columns):
+    call(generators / "cgan", "--samples", "6", *flags)
+    name = f"samples-6{'-digit7-8' if flags else ''}-seed0"
+    assert numpy.load(generators / "cgan" / "evaluation" / f"{name}.npz")["labels"].tolist() == labels
+    assert Image.open(generators / "cgan" / "evaluation" / f"{name}.png").width == columns * 56
 
 
 def test_flags_that_do_not_fit_the_run_are_refused(generators, small_run):

@@ -33,8 +33,14 @@ def start(folder, state, **options):
     )
 
 
+def numbered_images(count, batch_size):
+    """Images of one pixel, and their numbers as labels."""
+    images = torch.arange(count).view(count, 1, 1, 1).to(torch.uint8)
+    return Batches(images, torch.arange(count), batch_size, "cpu")
+
+
 def ten_images(batch_size):
-    return Batches(torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1), torch.arange(10), batch_size, "cpu")
+    return numbered_images(10, batch_size)
 
 
 def fit(layer, optimizer):
@@ -48,23 +54,6 @@ def fit(layer, optimizer):
         return {"loss": loss.detach()}
 
     return train_step
-
-
-def blank_images(count):
-    return torch.zeros(count, 1, 1, 1, dtype=torch.uint8), torch.zeros(count, dtype=torch.int64)
-
-
-def test_means_count_every_image_once_whatever_the_last_batch(tmp_path):
-    run = start(tmp_path / "run", {"position": Position()})
-    utils.train(run, lambda images, labels: {"label": labels.float().mean()}, ten_images(batch_size=4))
-    assert [row["label"] for row in run.history] == pytest.approx([4.5, 4.5])
-
-
-def test_reports_cover_the_epoch_without_gap_or_overlap(tmp_path):
-    run = start(tmp_path / "run", {"position": Position()})
-    utils.train(run, lambda images, labels: {"label": labels.float().mean()}, ten_images(batch_size=2))
-    assert [row["epoch"] for row in run.curve] == pytest.approx([0.6, 1.0, 1.6, 2.0])
-    assert run.curve[0]["label"] * 6 + run.curve[1]["label"] * 4 == pytest.approx(45)
 
 
 def test_best_pt_is_the_best_epoch_and_the_run_ends_when_it_should_stop(tmp_path):
@@ -87,70 +76,14 @@ def test_best_pt_is_the_best_epoch_and_the_run_ends_when_it_should_stop(tmp_path
     assert load(tmp_path / "run" / "checkpoint.pt")["state"]["position"]["steps"] == 4
 
 
-def test_every_schedule_in_the_state_advances_once_a_step(tmp_path):
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-    schedule = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1000)
-    run = start(tmp_path / "run", {"schedule": schedule})
-    optimizer.step()
-    utils.train(run, lambda images, labels: {"loss": torch.zeros(())}, ten_images(batch_size=4))
-    assert schedule.last_epoch == 6
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_metric_that_is_not_finite_is_named_and_never_saved(tmp_path, value):
-    run = start(tmp_path / "run", {"position": Position()}, save_interval=0.0)
-    values = iter([0.0, 0.0, value])
-    with pytest.raises(UserError, match="loss_d is not finite at or shortly before step 3 of epoch 1"):
-        utils.train(run, lambda images, labels: {"loss_d": torch.tensor(next(values))}, ten_images(batch_size=2))
-    assert load(tmp_path / "run" / "checkpoint.pt")["batch"] == 2
-
-
-def test_amp_runs_the_step_in_bfloat16(tmp_path):
-    seen = []
-    layer = torch.nn.Linear(1, 1)
-
-    def train_step(images, labels):
-        seen.append(layer(images.flatten(1)).dtype)
-        return {"loss": torch.zeros(())}
-
-    utils.train(start(tmp_path / "a", {}, epochs=1, amp=True), train_step, ten_images(10))
-    utils.train(start(tmp_path / "b", {}, epochs=1), train_step, ten_images(10))
-    assert seen == [torch.bfloat16, torch.float32]
-
-
-def test_amp_sees_weights_updated_within_the_step(tmp_path):
-    layer = torch.nn.Linear(1, 1, bias=False)
-    white = torch.full((1, 1, 1, 1), 255, dtype=torch.uint8)
-    images_of_one = Batches(white, torch.zeros(1, dtype=torch.int64), 1, "cpu")
-    seen = []
-
-    def train_step(images, labels):
-        for weight in (1.0, 2.0):
-            with torch.no_grad():
-                layer.weight.fill_(weight)
-            seen.append(layer(images.flatten(1)).item())
-        return {"loss": torch.zeros(())}
-
-    utils.train(start(tmp_path / "run", {}, epochs=1, amp=True), train_step, images_of_one)
-    assert seen == [1.0, 2.0]
-
-
-def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
-    checkpoint.write_atomically(tmp_path / "file", b"old")
-    monkeypatch.setattr(
-        checkpoint.os, "fsync", lambda number: (_ for _ in ()).throw(OSError(28, "No space left on device"))
-    )
-    with pytest.raises(UserError, match=r"file could not be written \(No space left on device\)"):
-        checkpoint.write_atomically(tmp_path / "file", b"new")
-    assert (tmp_path / "file").read_bytes() == b"old"
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
-def test_the_loop_updates_every_ema_after_each_step(tmp_path):
+def test_every_schedule_and_every_ema_in_the_state_is_updated_once_a_step(tmp_path):
     network = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(network.parameters(), lr=1.0)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1000)
+    optimizer.step()  # before the schedule's, as torch asks
     state = {"network": network, "ema": EMA(network, decay=0.9), "slow": EMA(network, decay=0.99)}
     expected = {name: network.weight.detach().clone() for name in ("ema", "slow")}
-    run = start(tmp_path / "run", state)
+    run = start(tmp_path / "run", {**state, "schedule": schedule})
 
     def train_step(images, labels):
         torch.nn.init.normal_(network.weight)
@@ -161,23 +94,210 @@ def test_the_loop_updates_every_ema_after_each_step(tmp_path):
         return {}
 
     utils.train(run, train_step, ten_images(batch_size=2))
+    assert schedule.last_epoch == 10
     for name in expected:
         assert state[name].updates == 10
         torch.testing.assert_close(state[name].model.weight, expected[name])
 
 
-def test_a_weight_that_is_not_finite_is_never_saved_though_the_loss_is_fine(tmp_path):
+@pytest.mark.parametrize(
+    ("fault", "message", "batch"),
+    [
+        ("metric", "loss_d is not finite at or shortly before step 3 of epoch 1; .*--lr", 2),
+        ("weight", "network is not finite at or shortly before step 3 of epoch 1", 2),
+        ("validation", "val_loss is not finite at or shortly before the end of epoch 1", 5),
+    ],
+)
+def test_what_is_not_finite_is_named_and_never_saved(tmp_path, fault, message, batch):
     network = torch.nn.Linear(2, 2)
     run = start(tmp_path / "run", {"network": network}, save_interval=0.0)
 
     def train_step(images, labels):
-        if run.batch == 2:
+        if fault == "weight" and run.batch == 2:
             network.weight.data[1, 1] = math.nan
-        return {"loss": torch.zeros(())}
+        return {"loss_d": torch.tensor(math.inf if fault == "metric" and run.batch == 2 else 0.0)}
 
-    with pytest.raises(UserError, match="network is not finite at or shortly before step 3"):
-        utils.train(run, train_step, ten_images(batch_size=2))
-    assert load(tmp_path / "run" / "checkpoint.pt")["batch"] == 2
+    with pytest.raises(UserError, match=message):
+        utils.train(run, train_step, ten_images(2), lambda: {"val_loss": math.nan if fault == "validation" else 0.0})
+    saved = load(tmp_path / "run" / "checkpoint.pt")
+    assert (saved["epoch"], saved["batch"]) == (0, batch)
+
+
+@pytest.mark.parametrize("amp", [True, False])
+def test_amp_runs_the_step_in_bfloat16_and_sees_weights_updated_within_it(tmp_path, amp):
+    layer = torch.nn.Linear(1, 1, bias=False)
+    white = torch.full((1, 1, 1, 1), 255, dtype=torch.uint8)
+    seen = []
+
+    def train_step(images, labels):
+        for weight in (1.0, 2.0):
+            with torch.no_grad():
+                layer.weight.fill_(weight)
+            seen.append(layer(images.flatten(1)))
+        return {}
+
+    utils.train(
+        start(tmp_path / "run", {}, epochs=1, amp=amp), train_step, Batches(white, torch.zeros(1).long(), 1, "cpu")
+    )
+    assert [x.item() for x in seen] == [1.0, 2.0]
+    assert seen[0].dtype == (torch.bfloat16 if amp else torch.float32)
+
+
+# Metrics --------------------------------------------------------------------------------------------------------------
+
+
+def mean_of(labels):
+    return labels.float().mean()
+
+
+def test_a_metric_is_averaged_over_the_images_that_it_was_returned_for(tmp_path):
+    """A run of ten steps, the last with two images for three: one metric at each step, one of them a number, one at
+    every third step, and one that begins within the epoch. A report without images for a metric leaves it out."""
+    run = start(tmp_path / "run", {"position": Position()}, epochs=1, log_interval=2)
+    seen = []
+
+    def train_step(images, labels):
+        rare = {"rare": mean_of(labels)} if run.batch % 3 == 0 else {}
+        late = {"late": mean_of(labels)} if run.batch > 6 else {}
+        seen.append(labels.tolist())
+        return {"label": mean_of(labels), "number": mean_of(labels).item(), **rare, **late}
+
+    utils.train(run, train_step, numbered_images(29, 3))
+
+    def mean(batches):
+        labels = [label for batch in batches for label in seen[batch]]
+        return pytest.approx(sum(labels) / len(labels)) if labels else None
+
+    (row,), reports = run.history, [(0, 1), (2, 3), (4, 5), (6, 7), (8, 9)]
+    assert (row["label"], row["number"]) == (pytest.approx(14), pytest.approx(14))
+    assert (row["rare"], row["late"]) == (mean([0, 3, 6, 9]), mean([7, 8, 9]))
+    assert [row["epoch"] for row in run.curve] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1])
+    assert [row["label"] for row in run.curve] == [mean(steps) for steps in reports]
+    assert [row.get("rare") for row in run.curve] == [mean([i for i in steps if i % 3 == 0]) for steps in reports]
+    assert [row.get("late") for row in run.curve] == [mean([i for i in steps if i > 6]) for steps in reports]
+
+
+def test_sums_keep_growing_in_bfloat16(tmp_path):
+    run = start(tmp_path / "run", {}, epochs=1)
+    one = torch.ones((), dtype=torch.bfloat16)
+    utils.train(run, lambda images, labels: {"one": one}, numbered_images(3000, 1))
+    assert run.history[0]["one"] == 1
+
+
+def test_a_metric_with_more_than_one_value_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"train_step returns label with shape \[2\]; return its mean"):
+        utils.train(start(tmp_path / "run", {}), lambda images, labels: {"label": labels}, ten_images(batch_size=2))
+
+
+def test_a_stopped_run_leaves_its_plots_and_resumes_even_with_other_metrics(tmp_path):
+    """The run is stopped after 3 of 5 batches of the second epoch."""
+    folder = tmp_path / "run"
+    run = start(folder, {"position": Position()}, epochs=3)
+    seen = []
+
+    def stopped_train_step(images, labels):
+        if (run.epoch, run.batch) == (1, 2):
+            signal.raise_signal(signal.SIGTERM)
+        seen.append((run.epoch, mean_of(labels).item()))
+        return {"label": mean_of(labels), "old": mean_of(labels)}
+
+    with pytest.raises(Stopped):
+        utils.train(run, stopped_train_step, ten_images(batch_size=2), sample=lambda: torch.zeros(10, 1, 28, 28))
+    assert (folder / "curves.png").is_file()
+    assert (folder / "samples.gif").is_file()
+    resumed = start(folder, {"position": Position()}, epochs=3, resume=str(folder))
+
+    def train_step(images, labels):
+        seen.append((resumed.epoch, mean_of(labels).item()))
+        return {"label": mean_of(labels), "new": mean_of(labels)}
+
+    utils.train(resumed, train_step, ten_images(batch_size=2))
+    second_epoch = [value for epoch, value in seen if epoch == 1]
+    rows = list(csv.DictReader((folder / "metrics.csv").open()))
+    assert list(rows[0]) == ["epoch", "label", "old", "new"]
+    assert [float(row["label"]) for row in rows] == pytest.approx([4.5] * 3)
+    assert [float(row["old"]) for row in rows[:2]] == pytest.approx([4.5, sum(second_epoch[:3]) / 3])
+    assert [float(row["new"]) for row in rows[1:]] == pytest.approx([sum(second_epoch[3:]) / 2, 4.5])
+    assert (rows[0]["new"], rows[2]["old"]) == ("", "")
+
+
+def test_rank_0_continues_with_all_sums_when_several_ranks_become_one():
+    meter = utils.Meter()
+    ranks = [{"x": (10.0, 9), "y": (1.0, 1)}, {"x": (4.0, 1)}]
+    meter.load([{"since_report": since, "epoch": {"x": (86.0, 90)}} for since in ranks])
+    assert meter.report() == {"x": 1.4, "y": 1}
+    assert meter.epoch_means() == {"x": 1.0, "y": 1}
+
+
+# The mode of the network, the clock, signals, and the files -----------------------------------------------------------
+
+
+def test_training_goes_on_in_train_mode_after_a_validation_in_eval_mode(tmp_path):
+    network = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Dropout())
+    network[0].eval()  # as a user may hold a layer's statistics fixed
+    modes = []
+
+    def train_step(images, labels):
+        modes.append(network.training)
+        return {}
+
+    def validate():
+        with utils.evaluating(network):
+            modes.append(network.training)
+        return {}
+
+    utils.train(start(tmp_path / "run", {"network": network}), train_step, ten_images(batch_size=10), validate)
+    assert modes == [True, False] * 2
+
+
+def test_the_loop_saves_every_so_many_seconds_since_the_last_save(tmp_path, monkeypatch):
+    """With a clock of the test's own: a step takes 4 seconds, and a checkpoint is due after 10."""
+    clock, saved = [0.0], []
+    monkeypatch.setattr("engine.run.time.monotonic", lambda: clock[0])
+    run = start(tmp_path / "run", {}, epochs=1, save_interval=10.0)
+    save = run.save
+    monkeypatch.setattr(run, "save", lambda *name: saved.append(run.batch) or save(*name))
+
+    def train_step(images, labels):
+        clock[0] += 4
+        return {}
+
+    utils.train(run, train_step, numbered_images(20, 2))
+    assert saved == [0, 3, 6, 9, 0]  # before the first step; after 12 s, 12 s and 12 s; at the end of the epoch
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_after_the_step_and_a_second_one_ends_at_once(tmp_path, number):
+    def interrupted(images, labels):
+        signal.raise_signal(number)
+        return {}
+
+    with pytest.raises(Stopped, match="--resume"):
+        utils.train(start(tmp_path / "run", {}), interrupted, ten_images(batch_size=2))
+    assert load(tmp_path / "run" / "checkpoint.pt")["batch"] == 1
+
+    def impatient(images, labels):
+        signal.raise_signal(number)
+        signal.raise_signal(number)
+        raise AssertionError("the second signal was ignored")
+
+    with pytest.raises(KeyboardInterrupt):
+        utils.train(start(tmp_path / "other", {}), impatient, ten_images(batch_size=2))
+
+
+def test_a_checkpoint_is_on_the_disk_before_its_name_points_to_it(tmp_path, monkeypatch):
+    done = []
+
+    def size(file):
+        return os.fstat(file).st_size if isinstance(file, int) else os.path.getsize(file)
+
+    def watch(name, original):
+        monkeypatch.setattr(checkpoint.os, name, lambda *args: done.append((name, size(args[0]))) or original(*args))
+
+    watch("fsync", os.fsync)
+    watch("replace", os.replace)
+    checkpoint.write_atomically(tmp_path / "file", b"content")
+    assert done == [("fsync", 7), ("replace", 7)]
 
 
 def test_a_grid_shows_pixels_as_they_are_row_by_row(tmp_path):
@@ -202,231 +322,13 @@ def test_the_gif_goes_through_the_epochs_and_ends_with_the_last(tmp_path):
     assert shown == [1, 3, 5, 7]
 
 
-def test_sums_keep_growing_in_bfloat16(tmp_path):
-    run = start(tmp_path / "run", {"position": Position()}, epochs=1)
-    one = torch.ones((), dtype=torch.bfloat16)
-    utils.train(run, lambda images, labels: {"one": one}, Batches(*blank_images(3000), 1, "cpu"))
-    assert run.history[0]["one"] == 1
-
-
-# Metrics --------------------------------------------------------------------------------------------------------------
-
-
-def mean_of(labels):
-    return labels.float().mean()
-
-
-def test_a_metric_may_be_a_python_number(tmp_path):
-    run = start(tmp_path / "run", {"position": Position()})
-    utils.train(run, lambda images, labels: {"label": mean_of(labels).item(), "one": 1}, ten_images(batch_size=4))
-    assert [row["label"] for row in run.history] == pytest.approx([4.5, 4.5])
-    assert [row["one"] for row in run.history] == [1, 1]
-
-
-def test_a_metric_is_averaged_over_the_images_that_it_was_returned_for(tmp_path):
-    """Here at every third of ten steps, the last of them with fewer images."""
-    run = start(tmp_path / "run", {"position": Position()}, epochs=1, log_interval=5)
-    seen = []
-
-    def train_step(images, labels):
-        rare = {"rare": mean_of(labels)} if run.batch % 3 == 0 else {}
-        seen.append((run.batch, labels.tolist()))
-        return {"label": mean_of(labels), **rare}
-
-    images = torch.zeros(29, 1, 1, 1, dtype=torch.uint8)
-    utils.train(run, train_step, Batches(images, torch.arange(29), 3, "cpu"))
-
-    def mean(batches, every=1):
-        values = [label for batch, labels in seen if batch in batches and batch % every == 0 for label in labels]
-        return sum(values) / len(values)
-
-    assert run.history[0]["label"] == pytest.approx(14)
-    assert run.history[0]["rare"] == pytest.approx(mean(range(10), every=3))
-    assert [row["rare"] for row in run.curve] == pytest.approx([mean(range(5), every=3), mean(range(5, 10), every=3)])
-    assert [row["label"] for row in run.curve] == pytest.approx([mean(range(5)), mean(range(5, 10))])
-
-
-def test_a_report_without_images_for_a_metric_leaves_it_out(tmp_path):
-    run = start(tmp_path / "run", {"position": Position()}, epochs=1, log_interval=1)
-
-    def train_step(images, labels):
-        return {"often": 2.0, "rare": 1.0} if run.batch % 3 == 0 else {"often": 2.0}
-
-    utils.train(run, train_step, ten_images(batch_size=2))
-    assert [row["often"] for row in run.curve] == [2, 2, 2, 2, 2]
-    assert [row.get("rare") for row in run.curve] == [1, None, None, 1, None]
-    assert run.history == [{"epoch": 1, "often": 2, "rare": 1}]
-
-
-def test_a_metric_may_begin_in_the_middle_of_an_epoch(tmp_path):
-    run = start(tmp_path / "run", {"position": Position()})
-    seen = []
-
-    def train_step(images, labels):
-        if (run.epoch, run.batch) < (0, 3):
-            return {"label": mean_of(labels)}
-        seen.append((run.epoch, labels.tolist()))
-        return {"label": mean_of(labels), "late": mean_of(labels)}
-
-    utils.train(run, train_step, ten_images(batch_size=2))
-    of_first_epoch = [label for epoch, labels in seen if epoch == 0 for label in labels]
-    assert len(of_first_epoch) == 4
-    assert [row["label"] for row in run.history] == pytest.approx([4.5, 4.5])
-    assert [row["late"] for row in run.history] == pytest.approx([sum(of_first_epoch) / 4, 4.5])
-
-
-def test_a_metric_with_more_than_one_value_is_refused(tmp_path):
-    run = start(tmp_path / "run", {"position": Position()})
-    with pytest.raises(UserError, match=r"train_step returns label with shape \[2\]"):
-        utils.train(run, lambda images, labels: {"label": labels}, ten_images(batch_size=2))
-
-
-def test_a_metric_may_come_or_go_between_save_and_resume(tmp_path):
-    """The run is stopped after 3 of 5 batches of the second epoch."""
-    folder = tmp_path / "run"
-    run = start(folder, {"position": Position()}, epochs=3)
-    seen = []
-
-    def stopped_train_step(images, labels):
-        if (run.epoch, run.batch) == (1, 2):
-            signal.raise_signal(signal.SIGTERM)
-        seen.append((run.epoch, mean_of(labels).item()))
-        return {"label": mean_of(labels), "old": mean_of(labels)}
-
-    with pytest.raises(Stopped):
-        utils.train(run, stopped_train_step, ten_images(batch_size=2))
-    resumed = start(folder, {"position": Position()}, epochs=3, resume=str(folder))
-
-    def train_step(images, labels):
-        seen.append((resumed.epoch, mean_of(labels).item()))
-        return {"label": mean_of(labels), "new": mean_of(labels)}
-
-    utils.train(resumed, train_step, ten_images(batch_size=2))
-    of_second_epoch = [value for epoch, value in seen if epoch == 1]
-    before, after = of_second_epoch[:3], of_second_epoch[3:]
-    with open(folder / "metrics.csv") as file:
-        rows = list(csv.DictReader(file))
-    assert list(rows[0]) == ["epoch", "label", "old", "new"]
-    assert [float(row["label"]) for row in rows] == pytest.approx([4.5] * 3)
-    assert float(rows[0]["old"]) == pytest.approx(4.5)
-    assert float(rows[1]["old"]) == pytest.approx(sum(before) / 3)
-    assert float(rows[1]["new"]) == pytest.approx(sum(after) / 2)
-    assert float(rows[2]["new"]) == pytest.approx(4.5)
-    assert (rows[0]["new"], rows[2]["old"]) == ("", "")
-    assert (folder / "curves.png").is_file()
-
-
-def test_rank_0_continues_with_all_sums_when_several_ranks_become_one():
-    meter = utils.Meter()
-    ranks = [{"x": (10.0, 9), "y": (1.0, 1)}, {"x": (4.0, 1)}]
-    meter.load([{"since_report": since, "epoch": {"x": (86.0, 90)}} for since in ranks])
-    assert meter.report() == {"x": 1.4, "y": 1}
-    assert meter.end_epoch() == {"x": 1.0, "y": 1}
-
-
-# The mode of the network, the clock, and the files --------------------------------------------------------------------
-
-
-def test_training_goes_on_in_train_mode_after_a_validation_in_eval_mode(tmp_path):
-    network = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Dropout())
-    network[0].eval()  # as a user may hold a layer's statistics fixed
-    modes = []
-
-    def train_step(images, labels):
-        modes.append(network.training)
-        return {}
-
-    def validate():
-        with utils.evaluating(network):
-            modes.append(network.training)
-        return {}
-
-    utils.train(start(tmp_path / "run", {"network": network}), train_step, ten_images(batch_size=10), validate)
-    assert modes == [True, False] * 2
-
-
-def test_the_loop_saves_every_so_many_seconds_since_the_last_save(tmp_path, monkeypatch):
-    """With a clock of the test's own: a step takes 4 seconds, and a checkpoint is due after 10."""
-    clock, position, saved = [0.0], Position(), []
-    monkeypatch.setattr("engine.run.time.monotonic", lambda: clock[0])
-    run = start(tmp_path / "run", {"position": position}, epochs=1, save_interval=10.0)
-    save = run.save
-    monkeypatch.setattr(run, "save", lambda *name: saved.append(run.batch) or save(*name))
-
-    def train_step(images, labels):
-        clock[0] += 4
-        return {}
-
-    utils.train(run, train_step, Batches(*blank_images(20), 2, "cpu"))
-    assert saved == [0, 3, 6, 9, 0]  # before the first step; after 12 s, 12 s and 12 s; at the end of the epoch
-
-
-def test_a_checkpoint_is_on_the_disk_before_its_name_points_to_it(tmp_path, monkeypatch):
-    done = []
-    for name in ("fsync", "replace"):
-        original = getattr(os, name)
-        monkeypatch.setattr(
-            checkpoint.os,
-            name,
-            lambda *args, name=name, original=original: done.append((name, size(args[0]))) or original(*args),
-        )
-
-    def size(file):
-        return os.fstat(file).st_size if isinstance(file, int) else os.path.getsize(file)
-
-    checkpoint.write_atomically(tmp_path / "file", b"content")
-    assert done == [("fsync", 7), ("replace", 7)]
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_after_the_step_with_plots_and_a_second_one_ends_at_once(tmp_path, number):
-    run = start(tmp_path / "run", {"position": Position()})
-
-    def train_step(images, labels):
-        signal.raise_signal(number)
-        return {"loss": torch.zeros(())}
-
-    with pytest.raises(Stopped, match="--resume"):
-        utils.train(run, train_step, ten_images(batch_size=2), sample=lambda: torch.zeros(10, 1, 28, 28))
-    assert load(tmp_path / "run" / "checkpoint.pt")["batch"] == 1
-
-    def impatient(images, labels):
-        signal.raise_signal(number)
-        signal.raise_signal(number)
-        raise AssertionError("the second signal was ignored")
-
-    with pytest.raises(KeyboardInterrupt):
-        utils.train(start(tmp_path / "other", {"position": Position()}), impatient, ten_images(batch_size=2))
-
-
-def test_a_run_that_is_stopped_leaves_curves_and_the_samples_so_far(tmp_path):
-    run = start(tmp_path / "run", {"position": Position()})
-
-    def train_step(images, labels):
-        if (run.epoch, run.batch) == (1, 2):
-            signal.raise_signal(signal.SIGINT)
-        return {"loss": torch.zeros(())}
-
-    with pytest.raises(Stopped):
-        utils.train(run, train_step, ten_images(batch_size=2), sample=lambda: torch.zeros(10, 1, 28, 28))
-    assert (tmp_path / "run" / "curves.png").is_file()
-    assert (tmp_path / "run" / "samples.gif").is_file()
-
-
-def test_a_validation_metric_that_is_not_finite_is_named_and_never_saved(tmp_path):
-    run = start(tmp_path / "run", {"position": Position()})
-    with pytest.raises(UserError, match="val_loss is not finite at or shortly before the end of epoch 1"):
-        utils.train(run, lambda images, labels: {}, ten_images(batch_size=2), lambda: {"val_loss": math.nan})
-    assert load(tmp_path / "run" / "checkpoint.pt")["epoch"] == 0
-
-
 def test_images_from_a_file_are_read_outside_the_captured_step(tmp_path, monkeypatch):
     """`on_device = False`: the loop calls `take` itself, and the step gets images and labels."""
     batches, captured = ten_images(batch_size=2), []
     batches.on_device = False
     monkeypatch.setattr(utils, "capture", lambda step, run: captured.append(step) or step)
-    run = start(tmp_path / "run", {"position": Position()}, epochs=1)
-    utils.train(run, lambda images, labels: {"label": labels.float().mean()}, batches)
+    run = start(tmp_path / "run", {}, epochs=1)
+    utils.train(run, lambda images, labels: {"label": mean_of(labels)}, batches)
     assert run.history[0]["label"] == 4.5
     captured[0](torch.zeros(2, 1, 1, 1), torch.ones(2))
     assert run.meter.report() == {"label": 1.0}

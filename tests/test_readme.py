@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed.run
-from helpers import ROOT, run
+from helpers import ROOT
 from PIL import Image
 
 import compare
@@ -24,6 +24,7 @@ import train_classifier
 import train_gan
 import train_likelihood
 from datasets import load
+from engine.checkpoint import upgrade
 from engine.flags import parse_args
 
 README = ROOT / "README.md"
@@ -64,8 +65,11 @@ def test_rows_were_made_with_the_options_of_their_commands_and_with_five_seeds()
         assert differing <= {"--compile"}, name  # which trains to the same values
         script = importlib.import_module(Path(script).stem)
         options = vars(parse_args(script.get_args_parser(), script.RECIPES, script.VARIANTS, flags))
-        ours = {name: options[name] for name in ("compile", "script")}
-        assert {**row["options"], **ours}.items() <= options.items(), name
+        upgrade(row)  # options of an earlier version to the names of today
+        expected = {
+            key: value for key, value in row["options"].items() if key in options.keys() - {"compile", "script"}
+        }
+        assert expected == {key: options[key] for key in expected}, name
         assert len(row.get("test_errors", row.get("seeds"))) == FEWER_SEEDS.get(name, 5), name
         assert not (row["commit"] or "").endswith("-dirty"), name
 
@@ -83,16 +87,21 @@ def folder(data_dir, tmp_path_factory):
     return folder
 
 
-def test_every_command_runs(folder):
-    """In the README's order, then in that of the pages; trainings with --dry-run."""
+def test_every_command_runs(folder, monkeypatch):
+    """In the README's order, then in that of the pages: trainings with --dry-run, and others with --help."""
+    monkeypatch.chdir(folder)
     commands = find(r"^(?:pip install .* && )?python (\S+\.py) ?(.*)$", COMMANDS)
     assert len(commands) > 12
     for script, flags in commands:
-        if script.startswith("train_") and "--resume" not in flags:
-            flags += " --dry-run"
-        elif not script.startswith(("train_", "evaluate")):
-            flags = "--help"
-        run(script, *shlex.split(flags), cwd=folder)
+        module, words = importlib.import_module(Path(script).stem), shlex.split(flags)
+        if script.startswith("train_"):
+            module.main([*words, "--dry-run"])
+        elif script == "evaluate.py":
+            module.main(words)
+        else:
+            monkeypatch.setattr(sys, "argv", [script, "--help"])
+            with pytest.raises(SystemExit, match="0"):
+                module.main()
 
 
 @pytest.mark.slow
@@ -159,10 +168,9 @@ def test_every_message_is_one_of_the_code():
     assert len(messages) > 30
     texts = list(templates())
     for message in messages:
-        parts = [part.strip() for part in message.split("…")]
-        assert max(map(len, parts)) >= 9, message
-        pattern = re.compile(".*".join(map(re.escape, parts)))
-        assert any(pattern.search(text) for text in texts), message
+        parts = [part for part in (part.strip(" :;,") for part in message.split("…")) if len(part) >= 9]
+        assert parts, message
+        assert all(any(part in text for text in texts) for part in parts), message
 
 
 def test_every_file_that_a_page_names_exists():
