@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import load, same, train
+from helpers import DIGITS, load, same, train
 
 import maxout_paper
 from datasets import Batches
@@ -10,18 +10,16 @@ from datasets import load as load_images
 from engine.errors import UserError
 from models.maxout import MaxoutMLP
 
-FLAGS = ["--dataset", "digits", "--device", "cpu"]
-
 
 def second(*flags):
-    maxout_paper.main([*FLAGS, *map(str, flags)])
+    maxout_paper.main([*DIGITS, *map(str, flags)])
 
 
 @pytest.fixture
 def first(tmp_path, monkeypatch):
     """The run folder of a first stage of one epoch: 1,300 images in 13 steps."""
     monkeypatch.chdir(tmp_path)
-    train(*FLAGS, "--recipe", "paper", "--epochs", 1, "--output-dir", "first")
+    train(*DIGITS, "--recipe", "paper", "--epochs", 1, "--output-dir", "first")
     return tmp_path / "first"
 
 
