@@ -7,10 +7,13 @@ Runs that differ only in their seed are one setting: a line for the mean, a band
 and mean ± standard deviation.
 """
 
+import collections
 import csv
+import itertools
 import json
 import statistics
 import sys
+from collections.abc import Iterable
 from glob import glob
 from pathlib import Path
 from types import SimpleNamespace
@@ -46,16 +49,15 @@ def read_run(folder: Path) -> SimpleNamespace:
     history, curve, seconds = (read_csv(folder / name) for name in ("metrics.csv", "curve.csv", "seconds.csv"))
     if not history or not seconds:
         raise UserError(f"{folder} has no finished epoch yet; leave it out, or wait for the first one")
-    options = {name: value for name, value in config["options"].items() if name not in SAME}
-    options["device"] = config["device"].split(":")[0]  # instead of auto
+    run = SimpleNamespace(folder=folder, seed=config["options"]["seed"], history=history, curve=curve)
+    run.options = {name: value for name, value in config["options"].items() if name not in SAME}
+    run.options["device"] = config["device"].split(":")[0]  # instead of auto
     code = load_checkpoint(folder, warn=False)["code"] if has_checkpoint(folder) else {}
-    ends = np.cumsum([0, *(row["seconds"] for row in seconds)]).tolist()  # of the epochs, in seconds
-    last = {name: value for row in history for name, value in row.items() if name != "epoch"}
-    return SimpleNamespace(
-        folder=folder, seed=config["options"]["seed"], options=options, history=history, curve=curve, seconds=ends,
-        setting=json.dumps([options, config.get("types"), code], sort_keys=True),
-        values={"seconds": ends[-1], **last, **read_measures(folder, history[-1]["epoch"])},
-    )  # fmt: skip
+    run.setting = json.dumps([run.options, config.get("types"), code], sort_keys=True)
+    run.seconds = np.cumsum([0, *(row["seconds"] for row in seconds)]).tolist()  # at the end of each epoch
+    run.values = dict(collections.ChainMap(*reversed(history)), seconds=run.seconds[-1])
+    run.values.update(read_measures(folder, run.values.pop("epoch")))
+    return run
 
 
 def read_csv(path: Path) -> list[dict[str, float]]:
@@ -74,32 +76,41 @@ def read_measures(folder: Path, epoch: float) -> dict[str, float]:
     return {name: measures[name] for name in MEASURES if name in measures and measures["epochs"] == result}
 
 
+def label(runs: list[SimpleNamespace]) -> str:
+    """The folder of a setting's runs, without the seed if there are several."""
+    if len(runs) == 1:
+        return str(runs[0].folder)
+    several = "seeds" if len({run.seed for run in runs}) == len(runs) else "runs"
+    return f"{str(runs[0].folder).removesuffix(f'-{runs[0].seed}')} ({len(runs)} {several})"
+
+
 def name_settings(settings: list[list[SimpleNamespace]]) -> tuple[list[str], list[str]]:
-    """The label of each setting, its folder without the seed; and the options in which it differs from others."""
-    labels, differences, everything = [], [], [runs[0].options for runs in settings]
-    for runs, own in zip(settings, everything):
-        several = f" ({len(runs)} {'seeds' if len({run.seed for run in runs}) == len(runs) else 'runs'})"
-        folder = str(runs[0].folder)
-        labels.append(folder.removesuffix(f"-{runs[0].seed}") + several if runs[1:] else folder)
+    """The label of each setting, and a line with the options that not all settings share."""
+    labels, differences, everything = list(map(label, settings)), [], [runs[0].options for runs in settings]
+    for text, own in zip(labels, everything):
         names = [name for name in own if any(str(other.get(name)) != str(own[name]) for other in everything)]
-        differences.append(" ".join(f"{name}={own[name]}" for name in names))
+        differences.append(f"{text}: {' '.join(f'{name}={own[name]}' for name in names)}\n" if names else "")
     return labels, differences
+
+
+def points(run: SimpleNamespace, name: str, last: float, fine: bool) -> tuple[list[float], list[float]]:
+    """Epochs up to `last`, and a metric's values there; fine: from curve.csv, which has more points than epochs."""
+    rows = run.curve if fine and any(name in row for row in run.curve) else run.history
+    rows = [row for row in rows if name in row and row["epoch"] <= last]
+    return [row["epoch"] for row in rows], [row[name] for row in rows]
 
 
 def curves(runs: list[SimpleNamespace], name: str, fine: bool) -> tuple[list[float], np.ndarray, np.ndarray]:
     """Epochs, mean seconds and values [runs, points] of a metric, up to the last epoch that all these runs have."""
-    last, points = min(len(run.history) for run in runs), []
-    for run in runs:
-        reports = [row for row in run.curve if fine and name in row and row["epoch"] <= last]
-        rows = reports or [row for row in run.history[:last] if name in row]
-        points.append(([row["epoch"] for row in rows], [row[name] for row in rows]))
-    epochs: list[float] = min((x for x, _ in points), key=len)
+    last = min(run.history[-1]["epoch"] for run in runs)
+    each = [points(run, name, last, fine) for run in runs]
+    epochs = min((x for x, _ in each), key=len)
     seconds = [np.interp(epochs, range(len(run.seconds)), run.seconds) for run in runs]
-    return epochs, np.mean(seconds, axis=0), np.array([np.interp(epochs, *each) for each in points])
+    return epochs, np.mean(seconds, axis=0), np.array([np.interp(epochs, *own) for own in each])
 
 
 def plot(settings: list[list[SimpleNamespace]], labels: list[str], names: list[str], fine: bool) -> Figure:
-    """A column per metric, over epochs and over seconds. fine: from curve.csv, which has more points than epochs."""
+    """A column per metric, over epochs and over seconds."""
     figure = Figure(figsize=(max(8, 5 * len(names)), 8), layout="constrained")
     for axes, name in zip(figure.subplots(2, len(names), squeeze=False).T, names):
         ends = []
@@ -128,36 +139,47 @@ def mean_sd(name: str, values: list[float]) -> str:
     return f"{mean:.{digits}f}{spread}{unit}"
 
 
+def cells(runs: list[SimpleNamespace], names: Iterable[str]) -> list[str]:
+    """The range of the epochs, and each metric's mean_sd; empty unless every seed has it."""
+    epochs = sorted({len(run.history) for run in runs})
+    own = [" to ".join(map(str, epochs[:1] + epochs[1:][-1:]))]
+    for name in names:
+        values = [run.values[name] for run in runs if name in run.values]
+        own.append(mean_sd(name, values) if len(values) == len(runs) else "")
+    return own
+
+
 def print_table(settings: list[list[SimpleNamespace]], labels: list[str]) -> None:
-    """A row per setting: seconds of training, last metrics, measures. A cell is empty unless every seed has it."""
+    """A row per setting: seconds of training, last metrics, measures."""
     names = dict.fromkeys(name for runs in settings for run in runs for name in run.values)
-    table = [["", "epochs", *names]]
-    for runs, label in zip(settings, labels):
-        epochs = sorted({len(run.history) for run in runs})
-        table.append([label, " to ".join(map(str, epochs[:1] + epochs[1:][-1:]))])
-        for name in names:
-            values = [run.values[name] for run in runs if name in run.values]
-            table[-1].append(mean_sd(name, values) if len(values) == len(runs) else "")
+    table = [["", "epochs", *names], *([label, *cells(runs, names)] for runs, label in zip(settings, labels))]
     widths = [max(map(len, column)) for column in zip(*table)]
     for row in table:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+        print("  ".join(map(str.ljust, row, widths)).rstrip())
+
+
+def read_settings(patterns: list[str]) -> list[list[SimpleNamespace]]:
+    """The runs of each setting. Raises UserError."""
+    paths = [path for each in patterns for path in ([each] if Path(each).exists() else sorted(glob(each)) or [each])]
+    settings: dict[str, list[SimpleNamespace]] = {}
+    for folder in {Path(path).resolve(): Path(path) for path in paths}.values():
+        run = read_run(folder)
+        settings.setdefault(run.setting, []).append(run)
+    return list(settings.values())
 
 
 def main(argv: list[str] | None = None) -> None:
     args = get_args_parser().parse_args(argv)
-    paths = [path for each in args.runs for path in ([each] if Path(each).exists() else sorted(glob(each)) or [each])]
-    runs = [read_run(folder) for folder in {Path(path).resolve(): Path(path) for path in paths}.values()]
-    of_setting: dict[str, list[SimpleNamespace]] = {}
-    for run in runs:
-        of_setting.setdefault(run.setting, []).append(run)
-    settings = list(of_setting.values())
+    settings = read_settings(args.runs)
+    runs = list(itertools.chain(*settings))
     shortest = min(len(run.history) for run in runs)
-    names = [name for name in runs[0].values if all(name in run.history[shortest - 1] for run in runs)]
+    shared = set.intersection(*(set(run.history[shortest - 1]) for run in runs))
+    names = [name for name in runs[0].values if name in shared]
     if not names:
         raise UserError("these runs have no metric in common; compare runs of one script")
     labels, differences = name_settings(settings)
     print_table(settings, labels)
-    print("".join(f"{label}: {text}\n" for label, text in zip(labels, differences) if text), end="")
+    print(*differences, sep="", end="")
     if missing := [str(run.folder) for run in runs if not run.values.keys() & MEASURES]:
         print(f"without a test result, which evaluate.py adds: {' '.join(missing)}")
     plots.save_figure(plot(settings, labels, names, fine=shortest < 5), Path(args.output))

@@ -62,14 +62,29 @@ def run_step(name: str, commit: str, args: argparse.Namespace) -> dict[str, Any]
         "seconds": round(time.monotonic() - started, 1),
         "succeeded": status == 0,
         "commit": commit,
-        "output": output.splitlines()[-40:] if status or name == "tests" else [],
+        "output": output.splitlines()[-40:],
     }
     metrics = folder / "evaluation" / "metrics.json"
     if status == 0 and metrics.is_file():
-        row["metrics"] = {key: value for key, value in json.loads(metrics.read_text()).items() if key != "per_class"}
+        row["metrics"] = json.loads(metrics.read_text())
         row["epochs_trained"] = len((folder / "metrics.csv").read_text().splitlines()) - 1
     print(f"{name}: {'FAILED' if status else 'done'} in {row['seconds']} s", *output.splitlines()[-5:], sep="\n")
     return row
+
+
+def run_steps(path: Path, args: argparse.Namespace) -> None:
+    """Run the steps that have not succeeded at this commit, and keep their rows in `path`. Raises UserError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    results = json.loads(path.read_text()) if path.is_file() else {"steps": {}}
+    commit, steps = str(environment()["commit"]), results["steps"]
+    for name in args.names:
+        if steps.get(name, {}).get("succeeded") and steps[name]["commit"] == commit:
+            print(f"{name}: already done")
+            continue
+        steps[name] = run_step(name, commit, args)
+        path.write_text(json.dumps({**results, **environment()}, indent=2) + "\n")
+    if failed := [name for name, row in steps.items() if not row["succeeded"]]:
+        raise UserError(f"failed: {', '.join(failed)}; their output is in {path}; fix it and run this again")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -85,18 +100,7 @@ def main(argv: list[str] | None = None) -> None:
         if not torch.cuda.is_available():
             raise UserError("this machine or this build of torch has no CUDA device; --device cpu tries the command")
         torch.cuda.init()  # so that environment() names the GPU
-    path = RESULTS if args.device == "cuda" else Path(args.output_dir) / "trial.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    results = json.loads(path.read_text()) if path.is_file() else {"steps": {}}
-    commit, steps = str(environment()["commit"]), results["steps"]
-    for name in args.names:
-        if steps.get(name, {}).get("succeeded") and steps[name]["commit"] == commit:
-            print(f"{name}: already done")
-            continue
-        steps[name] = run_step(name, commit, args)
-        path.write_text(json.dumps({**results, **environment()}, indent=2) + "\n")
-    if failed := [name for name, row in steps.items() if not row["succeeded"]]:
-        raise UserError(f"failed: {', '.join(failed)}; their output is in {path}; fix it and run this again")
+    run_steps(RESULTS if args.device == "cuda" else Path(args.output_dir) / "trial.json", args)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from compare import MEASURES, mean_sd
 from engine import flags
 from engine.checkpoint import has_checkpoint, load_checkpoint
 from engine.errors import UserError, run_script
+from engine.folder import read_config
 from engine.provenance import warn_if_code_changed
 from tables import accuracy
 
@@ -121,26 +122,26 @@ PROVENANCE = ("torch", "python", "processor", "cores", "threads", "gpu", "commit
 LEFT_OUT = ("data_dir", "first_stage", "classes", "goal")  # of the options: paths, and what a script adds to them
 OURS = {"--seed", "--data-dir", "--output-dir", "--resume", "--auto-resume"}  # flags that --command may not hold
 
-# What the pages show of the first seed's run: (row, file of the run) -> file of assets/.
+# What the pages show of the first seed's run: row -> file of the run -> file of assets/.
 KEPT = {
-    ("cnn-best", "evaluation/mistakes.png"): "mistakes.png",
-    ("cnn-best", "evaluation/confusion_matrix.png"): "confusion.png",
-    ("vae-lecture", "evaluation/samples.png"): "vae-lecture.png",
-    ("vae-lecture", "evaluation/interpolation-seed0.png"): "vae-latent-walk.png",
-    ("rbm-lecture", "evaluation/samples.png"): "rbm-lecture.png",
-    ("rbm-lecture", "evaluation/gibbs_chains.png"): "rbm-gibbs-chains.png",
-    ("rnn-lecture", "evaluation/samples.png"): "rnn-lecture.png",
-    ("hmm-lecture", "evaluation/samples.png"): "hmm-lecture.png",
-    ("hmm-lecture", "evaluation/real_images.png"): "real.png",
-    ("gan-lecture", "samples/epoch-0025.png"): "gan-lecture.png",
-    ("cgan-lecture", "samples/epoch-0025.png"): "cgan-lecture.png",
-    ("gan-paper", "curves.png"): "gan-paper-curves.png",
-    ("gan-best-large", "curves.png"): "gan-best-large-curves.png",
-    ("gan-best", "samples.gif"): "gan-best.gif",
-    ("gan-best", "evaluation/samples.png"): "gan-best.png",
-    ("gan-best", "evaluation/nearest_training_images.png"): "gan-best-neighbours.png",
-    ("cgan-best", "samples.gif"): "cgan-best.gif",
-    ("cgan-best", "evaluation/same_noise-seed0.png"): "cgan-best-same-noise.png",
+    "cnn-best": {"evaluation/mistakes.png": "mistakes.png", "evaluation/confusion_matrix.png": "confusion.png"},
+    "vae-lecture": {
+        "evaluation/samples.png": "vae-lecture.png",
+        "evaluation/interpolation-seed0.png": "vae-latent-walk.png",
+    },
+    "rbm-lecture": {"evaluation/samples.png": "rbm-lecture.png", "evaluation/gibbs_chains.png": "rbm-gibbs-chains.png"},
+    "rnn-lecture": {"evaluation/samples.png": "rnn-lecture.png"},
+    "hmm-lecture": {"evaluation/samples.png": "hmm-lecture.png", "evaluation/real_images.png": "real.png"},
+    "gan-lecture": {"samples/epoch-0025.png": "gan-lecture.png"},
+    "cgan-lecture": {"samples/epoch-0025.png": "cgan-lecture.png"},
+    "gan-paper": {"curves.png": "gan-paper-curves.png"},
+    "gan-best-large": {"curves.png": "gan-best-large-curves.png"},
+    "gan-best": {
+        "samples.gif": "gan-best.gif",
+        "evaluation/samples.png": "gan-best.png",
+        "evaluation/nearest_training_images.png": "gan-best-neighbours.png",
+    },
+    "cgan-best": {"samples.gif": "cgan-best.gif", "evaluation/same_noise-seed0.png": "cgan-best-same-noise.png"},
 }
 
 
@@ -246,52 +247,65 @@ def read_results() -> Row:
     return json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
 
 
+def measured(metrics: list[Row]) -> Row:
+    """What a row keeps of the seeds' metrics.json: accuracies and errors, or everything."""
+    if "test_accuracy" not in metrics[0]:
+        return {"seeds": metrics}
+    accuracies = [seed["test_accuracy"] for seed in metrics]
+    return {
+        "test_accuracy_mean": statistics.mean(accuracies),
+        "test_accuracy_sd": statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0,
+        "test_errors": [seed["test_errors"] for seed in metrics],
+    }
+
+
+def provenance(configs: list[Row]) -> Row:
+    for key in PROVENANCE:
+        if len({config[key] for config in configs}) > 1:
+            print(f"  warning: the seeds differ in {key}; the row names that of seed 0")
+    return {key: configs[0][key] for key in PROVENANCE}
+
+
 def record(name: str, metrics: list[Row], folders: list[Path]) -> None:
     """Put the row into results.json and what KEPT says of the first seed's run into assets/."""
-    seconds = [read_seconds(folder) for folder in folders]
-    config, *others = [json.loads((folder / "config.json").read_text()) for folder in folders]
-    for key in PROVENANCE:
-        if any(other[key] != config[key] for other in others):
-            print(f"  warning: the seeds differ in {key}; the row names that of seed 0")
+    seconds, configs = list(map(read_seconds, folders)), list(map(read_config, folders))
     row: Row = {
         "command": f"python {ROWS[name]}",
         "published": PUBLISHED.get(name, ""),
-        "options": {key: value for key, value in config["options"].items() if key not in LEFT_OUT},
+        "options": {key: value for key, value in configs[0]["options"].items() if key not in LEFT_OUT},
         "epochs_trained": [len(epochs) for epochs in seconds],
         "training_seconds": [round(sum(epochs)) for epochs in seconds],
         "epochs_evaluated": [seed["epochs"] for seed in metrics],  # best.pt's, if images are held out
+        **measured(metrics),
+        **provenance(configs),
     }
-    if "test_accuracy" in metrics[0]:
-        accuracies = [seed["test_accuracy"] for seed in metrics]
-        row["test_accuracy_mean"] = statistics.mean(accuracies)
-        row["test_accuracy_sd"] = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
-        row["test_errors"] = [seed["test_errors"] for seed in metrics]
-    else:
-        row["seeds"] = metrics
-    row.update({key: config[key] for key in PROVENANCE})
     rows = {**read_results(), name: row}
-    in_order = {name: rows[name] for name in ROWS if name in rows}
-    RESULTS.write_text(json.dumps(in_order, indent=2) + "\n")
-    for (row_name, source), target in KEPT.items():
-        if row_name == name:
-            shutil.copy(folders[0] / source, ROOT / "assets" / target)
+    RESULTS.write_text(json.dumps({name: rows[name] for name in ROWS if name in rows}, indent=2) + "\n")
+    for source, target in KEPT.get(name, {}).items():
+        shutil.copy(folders[0] / source, ROOT / "assets" / target)
     print(f"  wrote {RESULTS}")
+
+
+def short_forms(args: Namespace) -> dict[str, list[float]]:
+    """What is compared of each short form that can be trained here, for one seed or, with --record, three."""
+    has_mnist = Path(args.data_dir, "MNIST").is_dir()
+    names = [name for name, (command, _) in QUICK.items() if has_mnist or "digits" in command]
+    print("".join(f"{name}: skipped, there is no MNIST in {args.data_dir}\n" for name in QUICK.keys() - names), end="")
+    args.jobs = os.cpu_count()  # with one thread each
+    with tempfile.TemporaryDirectory() as folder:
+        pairs = [(name, seed) for name in names for seed in range(3 if args.record else 1)]
+        tasks = [(QUICK[name][0], seed, Path(folder) / f"{name}-{seed}") for name, seed in pairs]
+        values: dict[str, list[float]] = {}
+        for (name, _), metrics in zip(pairs, run_all(tasks, args)):
+            values.setdefault(name, []).append(metrics[QUICK[name][1]])
+    return values
 
 
 def quick(args: Namespace) -> bool:
     """Train the short forms; whether each falls in its band. With --record: make the bands, from three seeds each."""
-    bands, good = json.loads(BANDS.read_text()) if BANDS.is_file() else {}, True
-    has_mnist = Path(args.data_dir, "MNIST").is_dir()
-    names = [name for name, (command, _) in QUICK.items() if "digits" in command or has_mnist]
-    print("".join(f"{name}: skipped, there is no MNIST in {args.data_dir}\n" for name in QUICK.keys() - names), end="")
-    seeds = range(3 if args.record else 1)
-    args.jobs = os.cpu_count()  # with one thread each
-    with tempfile.TemporaryDirectory() as folder:
-        tasks = [(QUICK[name][0], seed, Path(folder) / f"{name}-{seed}") for name in names for seed in seeds]
-        metrics = run_all(tasks, args)
-    for i, name in enumerate(names):
+    bands, good = json.loads(BANDS.read_text()), True
+    for name, values in short_forms(args).items():
         command, measure = QUICK[name]
-        values = [seed[measure] for seed in metrics[i * len(seeds) : (i + 1) * len(seeds)]]
         if args.record:  # three values say little about the spread: twice their range on either side
             low, high, spread = min(values), max(values), 2 * (max(values) - min(values))
             bands[name] = {"command": command, "metric": measure, "low": low - spread, "high": high + spread}
@@ -321,13 +335,12 @@ def get_args_parser() -> flags.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     parser = get_args_parser()
     args = parser.parse_args(argv)
-    if unknown := [name for name in args.names if name not in ROWS]:
-        parser.error(f"there is no row {unknown[0]}; --list prints them")
+    if unknown := set(args.names) - ROWS.keys():
+        parser.error(f"there is no row {min(unknown)}; --list prints them")
     if args.quick:
         sys.exit(0 if quick(args) else "a short form falls outside its band in benchmarks/results/quick.json")
-    if args.list or not (args.names or args.command is not None):
-        width = max(map(len, ROWS))
-        print("\n".join(f"{name:{width}}  python {command}" for name, command in ROWS.items()))
+    if args.list:
+        print("\n".join(f"{name:25}  python {command}" for name, command in ROWS.items()))
     for name in args.names:
         run_row(name, args)
     if args.command is not None:

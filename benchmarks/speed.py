@@ -188,13 +188,17 @@ def compare(command: str, loops: Loops, steps: int, args: argparse.Namespace, th
             limits.append(1000 * limit(cost, args.device))
         for pipe in pipes.values():
             pipe.send(False)
-    rows: dict[str, Row] = {}
-    for name, (_, *own) in times.items():  # the first turn warms up, and compiles
-        rows[name] = {"ms": statistics.median(own), "metrics": metrics[name], "times_as_fast_as": {}}
-        for other, (_, *theirs) in times.items():
-            ratios = sorted(b / a for a, b in zip(own, theirs))
-            rows[name]["times_as_fast_as"][other] = [statistics.median(ratios), ratios[0], ratios[-1]]
+    rows = {name: beside(name, times, metrics[name]) for name in times}
     return {"limit_ms": statistics.median(limits[1:]), "loops": rows}
+
+
+def beside(name: str, times: dict[str, list[float]], metrics: dict[str, float]) -> Row:
+    """A loop's row. The first turn, which warms up and compiles, is not counted."""
+    row: Row = {"ms": statistics.median(times[name][1:]), "metrics": metrics, "times_as_fast_as": {}}
+    for other, theirs in times.items():
+        ratios = sorted(b / a for a, b in zip(times[name][1:], theirs[1:]))
+        row["times_as_fast_as"][other] = [statistics.median(ratios), ratios[0], ratios[-1]]
+    return row
 
 
 def limit(cost: Row, device: str) -> float:

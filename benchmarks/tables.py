@@ -135,7 +135,7 @@ def nats(seeds: list[Row]) -> str:
     return text
 
 
-def real_images(rows: dict[str, Row]) -> Row:
+def real_images(rows: dict[Any, Row]) -> Row:
     """The measures of real images, which each row's seeds hold; those per class come from the conditional ones."""
     return {key: value for row in rows.values() if "seeds" in row for key, value in row["seeds"][0]["real"].items()}
 
@@ -191,18 +191,22 @@ def families_table() -> str:
     """The slide's five families side by side, a column each below its samples; then real images."""
     results, ((_, *abilities), *families) = read("results.json"), FAMILIES.values()
     rows = [results[name] for name, *_ in families]
-    seeds, real = [row["seeds"] for row in rows], [real_images({name: results[name] for name, *_ in families})]
+    seeds = [row["seeds"] for row in rows]
     names = list(FAMILIES)[1:]
     samples = [f"![Samples of the {name}](assets/{row}.png)" for name, (row, *_) in zip(names, families)]
     lines = [["samples", *samples, "![Real test images](assets/real.png)"]]
-    lines += [[what, *(family[i] for family in families), ""] for i, what in enumerate(abilities, 1)]
+    lines += [[what, *own, ""] for what, *own in zip(abilities, *(family[1:] for family in families))]
     lines.append(["nats per image", *map(nats, seeds), ""])
-    lines += [[name, *(measures(each, [name])[0] for each in [*seeds, real])] for name in ("Parzen", "FID", "coverage")]
-    lines.append(["parameters", *(f"{row[0]['parameters']:,}" for row in seeds), ""])
+    of_all = [measures(own, ["Parzen", "FID", "coverage"]) for own in [*seeds, [real_images(dict(enumerate(rows)))]]]
+    lines += map(list, zip(["Parzen", "FID", "coverage"], *of_all))
+    lines.append(["parameters", *(f"{own[0]['parameters']:,}" for own in seeds), ""])
     lines.append(["training, minutes", *map(minutes, rows), ""])
-    seconds = [statistics.mean(seed["sampling_seconds"] for seed in row) for row in seeds]
-    lines.append(["10,000 samples, seconds", *(f"{value:.1f}" for value in seconds), ""])
+    lines.append(["10,000 samples, seconds", *(f"{sampling_seconds(own):.1f}" for own in seeds), ""])
     return table(["", *names, "real images"], lines)
+
+
+def sampling_seconds(seeds: list[Row]) -> float:
+    return statistics.mean(seed["sampling_seconds"] for seed in seeds)
 
 
 def best_table() -> str:
@@ -221,17 +225,16 @@ def speed_table(device: str) -> str:
     """Milliseconds a step of each loop, how often it fits into the baseline's, and the losses of these steps."""
     speed = read(f"speed-{device}.json")
     names = [name for name in LOOPS if name in next(iter(speed["rows"].values()))["loops"]]
+    more = ["fraction of the limit", *["`--compile` over JAX"] * ("JAX" in names)]
     times, losses = [], []
     for case, row in speed["rows"].items():
         loops = row["loops"]
         cells = [f"{loops[name]['ms']:.2f} ms{speedup(loops[name], 'baseline', ', ')}" for name in names]
         cells.append(f"{100 * row['limit_ms'] / min(loop['ms'] for loop in loops.values()):.0f} %")
-        if "JAX" in names:
-            cells.append(speedup(loops["ours, compiled"], "JAX"))
+        cells += [speedup(loops["ours, compiled"], "JAX") for _ in more[1:]]
         times.append([case, *cells])
         losses.append([case, *(", ".join(f"{x:.3f}" for x in loops[name]["metrics"].values()) for name in names)])
-    header = ["", *(LOOPS[name] for name in names)]
-    more = ["fraction of the limit", *["`--compile` over JAX"] * ("JAX" in names)]
+    header = ["", *map(LOOPS.__getitem__, names)]
     return (
         f"{table([*header, *more], times)}\n\nLoss and accuracy, or the losses of D and G, in the last of these turns:"
         f"\n\n{table(header, losses)}\n\n"

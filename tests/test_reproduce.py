@@ -30,7 +30,7 @@ def args(tmp_path, monkeypatch):
     rows = {"first": FIRST, "second": SECOND, "light": OWN}
     monkeypatch.setattr(reproduce, "ROWS", rows)
     monkeypatch.setattr(reproduce, "PUBLISHED", {"second": "99 %"})
-    monkeypatch.setattr(reproduce, "KEPT", {("light", "seconds.csv"): tmp_path / "kept.csv"})
+    monkeypatch.setattr(reproduce, "KEPT", {"light": {"seconds.csv": tmp_path / "kept.csv"}})
     return Namespace(seeds=1, jobs=1, data_dir="data", output_dir=tmp_path, record=False)
 
 
