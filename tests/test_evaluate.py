@@ -190,7 +190,7 @@ def generators(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", ["gan", "cgan"])
+@pytest.mark.parametrize("name", [pytest.param("gan", marks=pytest.mark.slow), "cgan"])
 def test_a_generator_is_measured_beside_real_images(generators, name, capsys, monkeypatch):
     monkeypatch.setattr(evaluate, "SAMPLES", 1000)
     call(generators / name)

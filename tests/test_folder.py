@@ -279,6 +279,7 @@ def test_changed_classes_are_one_line(begun):
         assert len(str(caught.value).splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_a_folder_that_was_moved_is_found_in_the_data_dir(begun):
     (begun.parent / "moved").mkdir()
     begun.rename(begun.parent / "moved" / "few")

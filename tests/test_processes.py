@@ -162,7 +162,7 @@ def test_each_image_goes_to_one_process_and_each_draws_its_own_noise(tmp_path):
     assert float(row["label"]) == sum(seen + others) / 8
 
 
-@pytest.mark.parametrize("name", ["mlp", "gan", pytest.param("cnn", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["mlp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gan", "cnn"))])
 def test_two_processes_end_with_the_weights_and_metrics_of_one(tmp_path, name):
     script, words = SCRIPTS[name]
     for processes, folder in ((1, "one"), (2, "two")):
@@ -187,6 +187,7 @@ def test_a_signal_to_one_process_stops_all_and_another_number_of_processes_resum
     assert_close(tmp_path / "whole", tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_after_the_death_of_a_process_torchrun_ends_with_the_same_run(tmp_path):
     run(2, "train_classifier.py", *MLP, "--output-dir", "whole", cwd=tmp_path)
     launcher = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
@@ -197,6 +198,7 @@ def test_after_the_death_of_a_process_torchrun_ends_with_the_same_run(tmp_path):
     assert (tmp_path / "whole" / "metrics.csv").read_bytes() == (tmp_path / "run" / "metrics.csv").read_bytes()
 
 
+@pytest.mark.slow
 def test_an_error_in_the_data_is_printed_once(tmp_path):
     """Rank 0 alone tries to download. The mirror is a closed local port."""
     _, errors = torchrun(tmp_path, closed_mirror, "--data-dir", "data", code=1)

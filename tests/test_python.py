@@ -139,6 +139,7 @@ def test_what_a_model_cannot_do_is_one_line(name, ask, reason):
         ask(evaluate.load_model(f"weights/{name}.pt"))
 
 
+@pytest.mark.slow
 def test_weights_are_evaluated_beside_the_runs_and_not_among_the_weights(tmp_path, data_dir):
     output, _ = run("evaluate.py", ROOT / "weights" / "cnn.pt", "--data-dir", data_dir, cwd=tmp_path)
     assert "test accuracy 99.55%: 45 errors" in output

@@ -87,6 +87,7 @@ def folder(data_dir, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_every_command_runs(folder, monkeypatch):
     """In the README's order, then in that of the pages: trainings with --dry-run, and others with --help."""
     monkeypatch.chdir(folder)

@@ -10,6 +10,7 @@ from helpers import ROOT
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks processes and kills them")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "count", "trials"),
     [

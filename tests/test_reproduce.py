@@ -52,6 +52,7 @@ def calls(monkeypatch):
     return calls
 
 
+@pytest.mark.slow
 def test_a_rows_second_stage_continues_the_same_seeds_first(args, calls, tmp_path):
     args.record = True
     reproduce.run_row("second", args)
@@ -78,6 +79,7 @@ def test_without_record_the_recorded_value_is_printed_and_kept(args, calls, tmp_
     assert (tmp_path / "kept.csv").is_file()
 
 
+@pytest.mark.slow
 def test_a_command_of_ones_own_runs_over_seeds_and_resumes(args, calls, tmp_path, monkeypatch, capsys):
     args.seeds = 2
     reproduce.run_command(f"python {OWN}", args)
@@ -157,6 +159,7 @@ def test_after_a_seed_that_failed_no_other_is_begun(args, monkeypatch):
     assert len(begun) < 9
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="sends a POSIX signal")
 def test_kill_ends_the_training_too_and_it_is_saved(tmp_path):
     script = [sys.executable, str(ROOT / "benchmarks" / "reproduce.py"), "--output-dir", str(tmp_path), "--seeds", "1"]

@@ -51,7 +51,9 @@ def undisturbed(tmp_path_factory):
 # Killed, stopped, resumed ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("at", "save_interval"), [((0, 1), 0), ((2, 10), 0), ((1, 4), 1000)])
+@pytest.mark.parametrize(
+    ("at", "save_interval"), [((0, 1), 0), pytest.param((2, 10), 0, marks=pytest.mark.slow), ((1, 4), 1000)]
+)
 def test_killed_at_a_step_and_resumed_gives_the_same_run(undisturbed, tmp_path, at, save_interval):
     with killed_at(at):
         train(*EVERYTHING, "--output-dir", "run", "--save-interval", save_interval)
@@ -79,11 +81,11 @@ def test_a_process_that_is_killed_resumes_with_the_same_command(undisturbed, tmp
 
 
 OTHERS = {
-    "gan lecture": (train_gan, ["--batch-size", "100", "--ema", "0.99", "--val-size", "937"]),
     "rbm": (train_likelihood, ["--model", "rbm", "--hidden", "16", "--batch-size", "100"]),  # with persistent chains
     "hmm": (train_likelihood, ["--model", "hmm", "--states", "56", "--binarise", "fixed"]),
 }
 LONG = {
+    "gan lecture": (train_gan, ["--batch-size", "100", "--ema", "0.99", "--val-size", "937"]),
     "maxout paper": (train_classifier, ["--recipe", "paper"]),
     "cnn with amp": (train_classifier, ["--model", "cnn", "--amp", "--batch-size", "200", "--val-size", "37"]),
     "gan paper with amp": (train_gan, ["--recipe", "paper", "--val-size", "137", "--amp"]),
@@ -226,7 +228,9 @@ def test_run_folder_holds_what_is_promised(undisturbed):
     assert set(rows[0]) == {"epoch", "loss", "accuracy", "val_loss", "val_accuracy"}
 
 
-@pytest.mark.parametrize(("script", "recipe"), [(train_gan, "paper"), (train_cgan, "lecture")])
+@pytest.mark.parametrize(
+    ("script", "recipe"), [pytest.param(train_gan, "paper", marks=pytest.mark.slow), (train_cgan, "lecture")]
+)
 def test_a_dry_run_of_a_generator_writes_everything(tmp_path, script, recipe):
     script.main([*DIGITS, "--recipe", recipe, "--dry-run", "--output-dir", "run"])
     expected = {".lock", "config.json", "metrics.csv", "curves.png", "checkpoint.pt", "previous.pt", "samples"}
@@ -372,7 +376,7 @@ def test_the_ema_is_what_is_validated_on_the_last_images(tmp_path):
             logits = network(images[-137:] / 255 * 2 - 1)
         losses[name] = torch.nn.functional.cross_entropy(logits, labels[-137:]).item()
     assert checkpoint["history"][0]["val_loss"] == pytest.approx(losses["ema"], rel=1e-4)
-    assert losses["raw"] != pytest.approx(losses["ema"], rel=1e-2)
+    assert losses["raw"] != pytest.approx(losses["ema"], rel=2e-3)
 
 
 @pytest.mark.parametrize("ema", [[], ["--ema", "0.9"]])
@@ -489,6 +493,7 @@ def test_a_process_says_it_in_one_line_too_and_exits_with_a_status(tmp_path, wor
 # On real MNIST --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_lecture_on_mnist_learns_within_memory(tmp_path, data_dir):
     code = f"""
