@@ -67,7 +67,7 @@ def difference(a, b):
 @pytest.mark.parametrize("condition", pages.CONDITIONS)
 def test_a_digit_is_found_in_every_condition(condition, reference, tmp_path):
     digit, rng = 5, np.random.default_rng(5)
-    page = pages.CONDITIONS[condition](draw(digit), rng)
+    page = pages.CONDITIONS[condition](pages.enlarge(draw(digit)), rng)
     pages.save(page, tmp_path / "page.jpg", condition, rng)
     assert reference.read(read_photo(tmp_path / "page.jpg") / 255)[1].tolist() == [digit]
 
