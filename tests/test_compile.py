@@ -25,14 +25,12 @@ from engine.errors import UserError
 
 CASES = {  # each has operations that no other has
     "mlp lecture": (train_classifier, ["--model", "mlp", "--weight-decay", "0.1"]),
-    "cnn best": (train_classifier, ["--model", "cnn", "--recipe", "best"]),
     "resnet best": (train_classifier, ["--model", "resnet", "--recipe", "best"]),
     "maxout paper": (train_classifier, ["--recipe", "paper"]),
     "gan best": (train_gan, ["--recipe", "best"]),
-    "gan paper": (train_gan, ["--recipe", "paper"]),
     "relativistic gan": (train_gan, ["--recipe", "best", "--networks", "large", "--loss", "relativistic"]),
     "cgan paper": (train_cgan, ["--recipe", "paper"]),
-    **{f"{model} lecture": (train_likelihood, ["--model", model]) for model in ("vae", "rbm", "rnn", "hmm")},
+    **{f"{model} lecture": (train_likelihood, ["--model", model]) for model in ("vae", "rbm", "hmm")},
     "iwae": (train_likelihood, ["--model", "vae", "--recipe", "best", "--importance-samples", "5"]),
     "rbm cd": (train_likelihood, ["--model", "rbm", "--recipe", "best", "--persistent-chains", "0"]),
     "rnn best": (train_likelihood, ["--model", "rnn", "--recipe", "best"]),
