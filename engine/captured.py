@@ -114,9 +114,7 @@ class CapturedStep:
             function = compile_step(self.step, self.inputs, momenta, counts)
             function(*self.inputs)
         except Exception as error:  # no compiler, no Triton, an operation that Inductor lacks, another torch
-            lines = str(error).splitlines() or [type(error).__name__]
-            reason = next((line for line in lines if " error: " in line), lines[0])  # the compiler's own message
-            print(f"not compiled: {reason}", flush=True)
+            print(f"not compiled: {reason_of(error)}", flush=True)
             self.compiled, self.eager = False, not self.graph
             self.settings = self.recorded_settings()  # now with the momentum
             return self.step
@@ -164,6 +162,12 @@ class CapturedStep:
                 elif name != "params" and not isinstance(value, torch.Tensor):
                     settings.append(value)
         return settings
+
+
+def reason_of(error: Exception) -> str:
+    """The C++ compiler's own message, if there is one; otherwise the first line."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    return next((line for line in lines if " error: " in line), lines[0])
 
 
 def replace_generator(device: torch.device, state: dict[str, torch.Tensor]) -> None:

@@ -83,15 +83,16 @@ def adam(
     """
     if amsgrad or maximize or found_inf is not None:
         return NotImplemented
+    decay, penalty = (weight_decay, 0) if decoupled else (0, weight_decay)
     t = torch.stack(steps).to(weights[0].dtype)
     rate, scale = lr / correction(beta1, t), correction(beta2, t).rsqrt()  # of each weight
     if len({counts.get(step.data_ptr()) for step in steps}) == 1:  # else some weights have been trained for longer
         # Equal numbers: Inductor computes their maximum once, but an expression anew for every weight.
         rate, scale = rate.amax().expand(len(steps)), scale.amax().expand(len(steps))
     for i, (w, g, m, v) in enumerate(zip(weights, gradients, averages, squares, strict=True)):
-        old = w * (1 - lr * weight_decay) if decoupled and weight_decay else w
-        if weight_decay and not decoupled:
-            g = g + weight_decay * w
+        old = w * (1 - lr * decay) if decay else w
+        if penalty:
+            g = g + penalty * w
         m.lerp_(g, 1 - beta1)
         v.copy_(beta2 * v + (1 - beta2) * g * g)
         w.copy_(old - rate[i] * m / (v.sqrt() * scale[i] + eps))
