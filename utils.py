@@ -29,16 +29,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
+from engine import optim
 from engine.captured import capture
 from engine.distributed import broadcast, rank, sync_flags, world_size
 from engine.errors import Stopped, caught_signals
 from engine.meter import Meter
-from engine.optim import EMA
 from engine.plots import plot_curves, save_gif, save_grid
 from engine.run import Metrics, Run
+from engine.state import warn_of_untrained, watched_optimizers
 
 TrainStep = Callable[[torch.Tensor, torch.Tensor], dict[str, torch.Tensor | float]]
 DRY_RUN_STEPS = 8  # enough to capture the step and to replay it
@@ -71,11 +71,13 @@ def train(
     steps = min(len(batches), DRY_RUN_STEPS) if run.args.dry_run else len(batches)
     run.meter = Meter(run.device())
     run.restore()
+    run.state["step"].fill_(run.epoch * steps + run.batch)
     run_step = make_step(run, train_step, batches)
+    optim.warn_of_short_schedules(run.state, run.args.epochs, len(batches))
     if finished(run, should_stop):
         print(f"run already finished at epoch {run.epoch}")
     try:
-        with caught_signals() as signals:
+        with caught_signals() as signals, watched_optimizers(run.state):
             if run.epoch == run.batch == 0:
                 run.save()
             while not finished(run, should_stop):
@@ -85,6 +87,7 @@ def train(
                     report(run, steps)
                     save(run, signals, due=time.monotonic() - run.saved >= run.args.save_interval)
                 finish_epoch(run, validate, score, sample, after_epoch)
+                optim.step_schedules(run.state, run.history[-1], score)
                 save(run, [] if finished(run, should_stop) else signals, due=True)
         save_plots(run)
         if "kind" in run.args:  # by which evaluate.py rebuilds the network
@@ -122,8 +125,9 @@ def make_step(run: Run, train_step: TrainStep, batches: Any) -> Callable[[torch.
     a GPU; otherwise it runs eagerly. Reading the images is part of it, unless `batches.on_device` is False.
     """
     device = run.device()
-    emas = [item for item in run.state.values() if isinstance(item, EMA)]
-    schedules = [item for item in run.state.values() if isinstance(item, LRScheduler)]
+    emas = [item for item in run.state.values() if isinstance(item, optim.EMA)]
+    schedules = optim.schedules(run.state, per_epoch=False).values()
+    size = len(next(iter(batches.rows(0))))  # of a batch, the last one apart
 
     def train_on(images: torch.Tensor, labels: torch.Tensor) -> None:
         # Without autocast's cache, which would return stale weights after an update within the step.
@@ -131,12 +135,13 @@ def make_step(run: Run, train_step: TrainStep, batches: Any) -> Callable[[torch.
             metrics = train_step(images, labels)
         for ema in emas:
             ema.update()
+        run.state["step"].add_(1)
         run.meter.add(metrics, len(images))
 
     if getattr(batches, "on_device", True):
-        captured = capture(lambda rows: train_on(*batches.take(rows)), run)
+        captured = capture(lambda rows: train_on(*batches.take(rows)), run, size)
     else:
-        on_images = capture(train_on, run)
+        on_images = capture(train_on, run, size)
         captured = lambda rows: on_images(*batches.take(rows))  # noqa: E731
 
     def run_step(rows: torch.Tensor) -> None:
@@ -144,6 +149,10 @@ def make_step(run: Run, train_step: TrainStep, batches: Any) -> Callable[[torch.
             part = rows.tensor_split(world_size())[rank()]  # all rows, unless torchrun started several processes
             run.fraction = len(part) / len(rows)  # by which engine/distributed.py weights this rank's gradients
             captured(part)
+        else:
+            run.state["step"].add_(1)
+        if run.epoch == run.batch == 0:
+            warn_of_untrained(run.state)
         for schedule in schedules:
             schedule.step()
 

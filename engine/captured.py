@@ -2,7 +2,8 @@
 
 It repeats the operations of the step that was recorded, on the same tensors and with the same Python numbers. A warm-up
 check therefore comes first: the step runs several times, and is refused if its operations differ. Then everything that
-these warm-up steps wrote is rolled back.
+these warm-up steps wrote is rolled back. The first step of each epoch runs eagerly and is compared with the recording:
+if it has changed, the step is captured again.
 """
 
 import time
@@ -16,35 +17,42 @@ from torch.optim import Optimizer
 from engine.device import random_state, set_random_state
 from engine.distributed import world_size
 from engine.errors import UserError
-from engine.recorder import Before, NotCapturable, Recorder, is_capturable, prepare, require_same
+from engine.recorder import COMPARED, Before, NotCapturable, Recorder, difference, is_capturable, prepare, require_same
+from engine.state import plain_values, unsaved
+from engine.watched import WARNING, watched
 
 if TYPE_CHECKING:
     from engine.run import Run
 
-COMPARED = 5  # steps in a row: enough to see `if i % 5 == 0`
 
-
-def capture(step: Callable, run: "Run") -> Callable:
+def capture(step: Callable, run: "Run", batch_size: int) -> Callable:
     """`step`, which takes tensors, as a captured step if `run` asks for one and it can be; otherwise `step` itself."""
-    args, device, optimizers = run.args, run.device(), run.optimizers()
+    args, device = run.args, run.device()
     graph = device.type == "cuda" and args.cuda_graph
-    if not (args.compile or graph):
-        return step
-    if world_size() > 1:
+    if world_size() > 1 and (args.compile or graph):
         print("every step runs eagerly: there are several processes")
+    if world_size() > 1:
         return step
-    for optimizer in optimizers:
+    if not (args.compile or graph):
+        return watched(step, run)
+    for optimizer in run.optimizers():
         if not is_capturable(optimizer):
-            print(f"every step runs eagerly: {type(optimizer).__name__} keeps its state on the CPU")
-            return step
-    return CapturedStep(step, optimizers, args.batch_size, device, compiled=args.compile, graph=graph, begun=run.begun)
+            name, remedy = type(optimizer).__name__, "fused=True" if "fused" in optimizer.defaults else "another one"
+            print(f"every step runs eagerly: {name} takes the learning rate as a Python number; use {remedy}")
+            return watched(step, run)
+    return CapturedStep(
+        step, run.state, batch_size, device,
+        compiled=args.compile, graph=graph, begun=run.begun, is_first=lambda: run.batch == 0,
+    )  # fmt: skip
 
 
 class CapturedStep:
     """`step(*tensors)`, captured.
 
+    state: the run's; what it holds may change from step to step.
     compiled: by Inductor (--compile). graph: as a CUDA graph, of the compiled step if there is one.
     begun: whether the run has made a step. If not, the first one runs eagerly: it allocates the optimizer's state.
+    is_first: whether the step is the first of an epoch.
 
     A short last batch runs eagerly. When a setting of an optimizer changes that the recording holds, the step is
     captured again; if one keeps changing within a few steps, all steps run eagerly. Raises UserError if the step
@@ -52,17 +60,20 @@ class CapturedStep:
     """
 
     def __init__(
-        self, step: Callable, optimizers: Sequence[Optimizer], batch_size: int, device: torch.device, *,
-        compiled: bool, graph: bool, begun: bool,
+        self, step: Callable, state: dict[str, Any], batch_size: int, device: torch.device, *,
+        compiled: bool, graph: bool, begun: bool, is_first: Callable[[], bool] = lambda: False,
     ):  # fmt: skip
-        self.step, self.optimizers, self.batch_size, self.device = step, optimizers, batch_size, device
-        self.compiled, self.graph, self.begun, self.eager = compiled, graph, begun, False
+        self.step, self.state, self.batch_size, self.device = step, state, batch_size, device
+        self.compiled, self.graph, self.begun, self.is_first, self.eager = compiled, graph, begun, is_first, False
         self.captured: Callable | None = None
+        self.recorded: Recorder | None = None  # the step as it was captured
         self.settings: list[Any] | None = None  # of the optimizers, as recorded
+        self.warning = ""  # the last one
         self.calls = 0  # of the captured step
         self.short_lived = 0  # how many captured steps in a row were replayed only a few times
+        self.optimizers = [item for item in state.values() if isinstance(item, Optimizer)]
         self.momenta = [torch.zeros((), device=device) for _ in self.groups()]
-        for optimizer in optimizers:
+        for optimizer in self.optimizers:
             prepare(optimizer, device)
 
     def __call__(self, *inputs: torch.Tensor) -> Any:
@@ -70,36 +81,74 @@ class CapturedStep:
             self.begun = True
             return self.step(*inputs)
         if self.settings != (settings := self.recorded_settings()):
-            self.short_lived = self.short_lived + 1 if self.settings and self.calls <= COMPARED else 0
-            if self.short_lived == 2:  # the first may belong to a run that was resumed just before a change
-                print("every step runs eagerly: a setting of the optimizer changes too often", flush=True)
-                self.eager = True
-                return self.step(*inputs)
-            self.settings, self.calls, self.captured = settings, 0, None
+            self.renew(self.settings is not None, "a setting of the optimizer changes")
+            self.settings = settings
+        if self.is_first() or self.eager:
+            return self.compare(inputs)
         if self.captured is None:
             self.captured = self.capture(inputs)
         self.calls += 1
         return self.captured(*inputs)
 
+    def renew(self, changed: bool, reason: str) -> None:
+        """Capture the step again. If that is due for the third time within a few steps, run all steps eagerly."""
+        self.short_lived = self.short_lived + 1 if changed and self.calls <= COMPARED else 0
+        if self.short_lived == 2:  # the first may belong to a run that was resumed just before a change
+            print(f"every step runs eagerly: {reason} too often", flush=True)
+            self.eager = True
+        self.calls, self.captured, self.recorded = 0, None, None
+
+    def compare(self, inputs: Sequence[torch.Tensor]) -> None:
+        """Run the step eagerly. If its operations are no longer the recorded ones, the next step is captured again."""
+        if self.recorded is None:
+            return self.step(*inputs)
+        try:
+            with Recorder(self.device, inputs) as recorder:
+                self.step(*inputs)
+        except NotCapturable as error:
+            raise UserError(self.refusal(error)) from error
+        if reason := difference(self.recorded, recorder):
+            print(f"capturing the training step again: {reason.partition(';')[0]}", flush=True)
+            self.renew(True, "the step changes")
+
     def capture(self, inputs: Sequence[torch.Tensor]) -> Callable:
         """Check the step, capture it, and roll back what that changed."""
         self.inputs = [tensor.clone() for tensor in inputs]  # a graph reads these very tensors
         random, before = random_state(), Before()
-        recorders = [Recorder(self.device, before) for _ in range(COMPARED)]
+        recorders = [Recorder(self.device, self.inputs, before) for _ in range(COMPARED)]
         try:
             with side_stream() if self.graph else nullcontext():
-                for recorder in recorders:  # the warm-up check
-                    with recorder:
-                        self.step(*self.inputs)
-                    require_same(recorders[0], recorder)
+                self.warm_up(recorders)
                 function = self.compile() if self.compiled else self.step
         except NotCapturable as error:
             raise UserError(self.refusal(error)) from error
         finally:
             for tensor, copy in reversed(before.values()):
                 tensor.copy_(copy)
+            for generator, state, _ in recorders[0].generators.values():
+                generator.set_state(state)
             set_random_state(random, fresh_seed=0)
+        self.recorded = recorders[0]
+        if (reason := unsaved(self.recorded, self.state)) != self.warning:
+            self.warning = reason
+            print(f"{WARNING}: {reason}", flush=True)
         return self.record_graph(function) if self.graph else function
+
+    def warm_up(self, recorders: list[Recorder]) -> None:
+        """The warm-up check. Raises NotCapturable."""
+        values, random = plain_values(self.state), []
+        for recorder in recorders:
+            torch.rand((), device=self.device)  # the random numbers of each step begin elsewhere
+            with recorder:
+                self.step(*self.inputs)
+            require_same(recorders[0], recorder)
+            random.append(random_state()[self.device.type])
+        if torch.equal(random[0], random[1]):
+            raise NotCapturable("it seeds the random numbers anew in each step; seed them before the first step")
+        for name, value in plain_values(self.state).items():
+            if value != values[name]:
+                remedy = "make it a tensor on the device that the step updates in place"
+                raise NotCapturable(f"it changes state[{name!r}], a Python value; {remedy}")
 
     def compile(self) -> Callable:
         from engine.compiler import compile_step  # imports torch's compiler, which takes a second

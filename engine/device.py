@@ -1,12 +1,14 @@
 """Where to train: the device, its settings, and its random number generators."""
 
 import ctypes
+import random
 import sys
 import timeit
 import warnings
-from types import ModuleType
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -75,20 +77,35 @@ def keep_freed_memory() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, 512 << 20)
 
 
-def random_generators() -> dict[str, ModuleType]:
-    """The modules with a random number generator that a step may draw from, by name."""
-    gpu = torch.cuda.is_initialized()  # not if this run is on the CPU because the GPU is taken
-    mps = torch.backends.mps.is_available()
-    return {"cpu": torch, **({"cuda": torch.cuda} if gpu else {}), **({"mps": torch.mps} if mps else {})}
+def seed_all(seed: int) -> None:
+    """Seed torch, numpy and Python's `random`."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
 
 
-def random_state() -> dict[str, torch.Tensor]:
-    return {name: module.get_rng_state() for name, module in random_generators().items()}
+def random_generators() -> dict[str, tuple[Callable, Callable]]:
+    """How to read and how to set the state of each random number generator that a step may use, by name."""
+    generators: dict[str, tuple[Callable, Callable]] = {
+        "cpu": (torch.get_rng_state, torch.set_rng_state),
+        "numpy": (lambda: [part.tolist() if hasattr(part, "tolist") else part for part in np.random.get_state()],
+                  np.random.set_state),
+        "python": (random.getstate, random.setstate),
+    }  # fmt: skip
+    if torch.cuda.is_initialized():  # not if this run is on the CPU because the GPU is taken
+        generators["cuda"] = (torch.cuda.get_rng_state, torch.cuda.set_rng_state)
+    if torch.backends.mps.is_available():
+        generators["mps"] = (torch.mps.get_rng_state, torch.mps.set_rng_state)
+    return generators
+
+
+def random_state() -> dict[str, Any]:
+    return {name: read() for name, (read, _) in random_generators().items()}
 
 
 def set_random_state(state: dict[str, Any], fresh_seed: int) -> None:
     """Continue from `state`. A generator it lacks, as after a change of device, starts from `fresh_seed`."""
-    torch.manual_seed(fresh_seed)
-    for name, module in random_generators().items():
+    seed_all(fresh_seed)
+    for name, (_, write) in random_generators().items():
         if name in state:
-            module.set_rng_state(state[name])
+            write(state[name])

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import torch
 
 from engine.checkpoint import has_checkpoint, load_checkpoint
-from engine.device import pick_device
+from engine.device import pick_device, seed_all
 from engine.errors import UserError
 from engine.run import DEFAULTS, WHERE
 
@@ -123,10 +123,10 @@ def training_parser(kind: str, script: str, doc: str, recipes: Recipes, datasets
 def start(
     parser: ArgumentParser, recipes: Recipes, variants: Variants | None = None, argv: Sequence[str] | None = None
 ) -> tuple[argparse.Namespace, torch.device]:
-    """What every training script starts with: its flags, and the device; it seeds torch. Raises UserError."""
+    """What every training script starts with: its flags, and the device; it seeds random numbers. Raises UserError."""
     args = parse_args(parser, recipes, variants, argv)
     device = pick_device(args.device, args.amp)
-    torch.manual_seed(args.seed)
+    seed_all(args.seed)
     return args, device
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from engine.errors import UserError
 
@@ -44,6 +44,44 @@ def build_schedule(
     return LambdaLR(optimizer, cosine) if args.schedule == "cosine" else None
 
 
+def schedules(state: dict[str, Any], per_epoch: bool) -> dict[str, LRScheduler]:
+    """The schedules in `state` that the loop advances after each step, or those that it advances after each epoch.
+
+    per_epoch: those whose name begins with `epoch_`, and ReduceLROnPlateau.
+    """
+    named = {name: item for name, item in state.items() if isinstance(item, LRScheduler)}
+    of_epochs = {name for name, item in named.items() if name.startswith("epoch_") or is_plateau(item)}
+    return {name: item for name, item in named.items() if (name in of_epochs) == per_epoch}
+
+
+def is_plateau(schedule: Any) -> bool:
+    return isinstance(schedule, ReduceLROnPlateau)
+
+
+def step_schedules(state: dict[str, Any], row: dict[str, float], score: str | None) -> None:
+    """After an epoch with these metrics. ReduceLROnPlateau gets `score` with mode="max", or else the (val_)loss."""
+    for name, schedule in schedules(state, per_epoch=True).items():
+        if not is_plateau(schedule):
+            schedule.step()
+            continue
+        metric = score if schedule.mode == "max" else "val_loss" if "val_loss" in row else "loss"  # type: ignore
+        if metric not in row:
+            raise UserError(
+                f"{name} needs the metric {metric}, which no epoch has; return it from train_step or validate"
+            )
+        schedule.step(row[metric])  # type: ignore
+
+
+def warn_of_short_schedules(state: dict[str, Any], epochs: int, epoch_length: int) -> None:
+    """Name each schedule that is advanced after each step and whose own numbers look like epochs."""
+    for name, schedule in schedules(state, per_epoch=False).items():
+        numbers = [getattr(schedule, key, 0) for key in ("T_max", "T_0", "total_iters", "total_steps", "step_size")]
+        end = max(*numbers, *getattr(schedule, "milestones", ()))
+        if 1 < end <= epochs < epochs * epoch_length:
+            advice = f'if it counts epochs, put it into `state` as "epoch_{name}"'
+            print(f"warning: {name} is advanced after each step, {end} of {epochs * epoch_length}; {advice}")
+
+
 class MaxoutSchedule(LRScheduler):
     """The schedule of Goodfellow et al. 2013 and 2014: the learning rate is divided by `decay` after every step, down
     to 1e-6. SGD's momentum rises linearly, once per epoch of `epoch_length` steps, to the final one in the 250th.
@@ -65,11 +103,17 @@ class EMA:
     """Exponential moving average of a network's weights and of batch norm's statistics, as the network `self.model`.
 
     average = d * average + (1 - d) * weights, where d rises from 0.1 to `decay` as (1 + updates) / (10 + updates).
-    Not torch's AveragedModel, which waits for the device at each update.
+    Not torch's AveragedModel, which waits for the device at each update. Raises UserError if it cannot be copied.
     """
 
     def __init__(self, model: nn.Module, decay: float):
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        try:
+            self.model = copy.deepcopy(model).eval().requires_grad_(False)
+            for average in self.model.state_dict().values():
+                average.isfinite()  # which a layer without a size, as LazyLinear, does not allow
+        except (RuntimeError, ValueError) as error:
+            remedy = "omit --ema, give each layer its size, or use torch.nn.utils.parametrizations"
+            raise UserError(f"--ema cannot copy the network: {str(error).splitlines()[0]}; {remedy}") from error
         self.decay = decay
         self.updates = torch.zeros((), device=next(model.parameters()).device)
         pairs = list(zip(self.model.state_dict().values(), model.state_dict().values(), strict=True))

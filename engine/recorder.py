@@ -1,5 +1,9 @@
 """What a step does, operation by operation: whether it does the same each time, and what it wrote to."""
 
+import itertools
+import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +13,12 @@ from torch.utils._pytree import tree_leaves
 
 from engine.errors import UserError
 
+ENGINE, TORCH = str(Path(__file__).parent), str(Path(torch.__file__).parent)
+ROOT = Path(ENGINE).parent
+LOOP = str(ROOT / "utils.py")
+THE_STEP = "the step"  # what has no line of the user's
+COMPARED = 5  # steps in a row: enough to see `if i % 5 == 0`
+PLAIN = (bool, int, float, str, type(None))  # with tensors, what a checkpoint may hold
 Before = dict[tuple, tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -17,37 +27,67 @@ class NotCapturable(UserError):
 
 
 class Recorder(TorchDispatchMode):
-    """Records each operation of a step: its name, its Python numbers, and the tensors it reads.
+    """Records each operation of a step: its name, its Python numbers, the tensors it reads, and the user's line.
 
-    device: where every tensor must be. Raises NotCapturable at an operation that a captured step cannot repeat.
+    device: where every tensor must be, None: anywhere. Raises NotCapturable at an operation that a captured step
+        cannot repeat.
+    inputs: of the step.
     before: gets each tensor and a copy from before it was first written to, by its place in memory.
     """
 
-    def __init__(self, device: torch.device, before: Before | None = None):
+    def __init__(
+        self, device: torch.device | None, inputs: Sequence[torch.Tensor] = (), before: Before | None = None
+    ):  # fmt: skip
         super().__init__()
-        self.device, self.before = device, {} if before is None else before
+        self.device, self.before = device, before
         self.operations: list[tuple] = []
-        self.made: dict[int, int] = {}  # storage -> its number among those that the step made
+        self.lines: list[str] = []  # of each operation
+        self.made = {
+            storage_of(tensor): -i for i, tensor in enumerate(inputs)
+        }  # storage -> the operation, or the input
+        self.used: dict[int, str] = {}  # storage that the step found -> the first operation on it
+        self.written: dict[int, tuple[torch.Tensor, str]] = {}  # of these, the ones that it wrote to, and the line
+        self.generators: dict[int, tuple[torch.Generator, torch.Tensor, str]] = {}  # with its first state, and the line
+        self.reads_values = False  # .item() and the like
+        self.optimizing = False  # whether the operations are an optimizer's
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if function.namespace == "profiler":
             return function(*args, **kwargs)
-        if function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
-            raise NotCapturable(f"it waits for a value on the device ({function}, as .item() or a boolean mask does)")
-        for tensor in written(function, args, kwargs):
-            place = (storage_of(tensor), tensor.storage_offset(), tensor.shape, tensor.stride())
-            if storage_of(tensor) not in self.made and place not in self.before:
-                self.before[place] = (tensor.detach(), tensor.detach().clone())
+        line = user_line()
+        inputs = tree_leaves((args, kwargs))
+        if reason := waits(function, inputs):
+            self.reads_values |= not self.optimizing
+            if self.device:
+                raise NotCapturable(f"{line} waits for a value on the device, {reason}")
+        self.note(function.__name__, inputs, written(function, args, kwargs), line)
         outputs = self.run(function, args, kwargs)
-        self.record(str(function), tree_leaves((args, kwargs)), tensors_of(outputs))
+        self.record(str(function), inputs, tensors_of(outputs), line)
         return outputs
 
-    def record(self, name: str, inputs: list[Any], outputs: list[torch.Tensor]) -> None:
+    def note(self, name: str, inputs: list[Any], written: list[torch.Tensor], line: str) -> None:
+        """Before an operation: what it uses and changes of what the step has not made."""
+        for tensor in tensors_of(inputs):
+            if storage_of(tensor) not in self.made:
+                self.used.setdefault(storage_of(tensor), name)
+        for tensor in written:
+            if storage_of(tensor) not in self.made:
+                self.written.setdefault(storage_of(tensor), (tensor.detach(), line))
+                place = (storage_of(tensor), tensor.storage_offset(), tensor.shape, tensor.stride())
+                if self.before is not None and place not in self.before:
+                    self.before[place] = (tensor.detach(), tensor.detach().clone())
+        for generator in inputs:
+            if isinstance(generator, torch.Generator):
+                self.generators.setdefault(address_of(generator), (generator, generator.get_state(), line))
+
+    def record(self, name: str, inputs: list[Any], outputs: list[torch.Tensor], line: str) -> None:
         for tensor in (*tensors_of(inputs), *outputs):
-            if tensor.device.type != self.device.type:
-                raise NotCapturable(f"{name} uses a tensor on the {tensor.device.type}")
+            if self.device and tensor.device.type != self.device.type:
+                remedy = f"make it with device=images.device, or before the first step and with .to({self.device})"
+                raise NotCapturable(f"{line} uses a tensor on the {tensor.device.type} in {name}; {remedy}")
         self.operations.append((name, *map(self.describe, inputs)))
+        self.lines.append(line)
         known = {storage_of(tensor) for tensor in tensors_of(inputs)}
         for tensor in outputs:
             if storage_of(tensor) not in known:
@@ -63,6 +103,20 @@ class Recorder(TorchDispatchMode):
         storage = storage_of(value)
         origin = f"made by operation {self.made[storage]}" if storage in self.made else f"storage {storage}"
         return (*value.shape, origin)
+
+
+def waits(function: Any, inputs: list[Any]) -> str:
+    """The kind of code that makes this operation wait for a value on the device, and the remedy; "" if it does not."""
+    name = function.__name__.partition(".")[0]
+    if name == "_local_scalar_dense":
+        return (
+            "as .item(), print and `if` on a tensor do, and a distribution that is built in the step; return metrics "
+            "as tensors, use torch.where, and build distributions before the first step"
+        )
+    masks = name.startswith("index") and any(tensor.dtype == torch.bool for tensor in tensors_of(inputs[1:]))
+    if masks or name in ("nonzero", "masked_select", "_unique2", "bincount"):
+        return "as images[mask] does; use torch.where(mask, images, 0), or weight the loss of each image by the mask"
+    return ""
 
 
 def written(function: Any, args: tuple, kwargs: dict[str, Any]) -> list[torch.Tensor]:
@@ -84,15 +138,48 @@ def storage_of(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
+def address_of(generator: torch.Generator) -> int:
+    """By which it is known: each operation gets another Python object for it."""
+    return generator._cdata  # type: ignore[attr-defined]
+
+
 def require_same(recorded: Recorder, other: Recorder) -> None:
     """Raise NotCapturable if two steps are not the same operations on the same tensors."""
-    if len(recorded.operations) != len(other.operations):
-        counts = f"{len(recorded.operations)} and {len(other.operations)} operations"
-        raise NotCapturable(f"it is not the same in every step ({counts}), as after `if i % 5 == 0`")
-    for first, second in zip(recorded.operations, other.operations):
-        if first != second:
-            a, b = next(((a, b) for a, b in zip(first, second) if a != b), (first, second))
-            raise NotCapturable(f"it is not the same in every step ({first[0]}: {a}, then {b})")
+    if reason := difference(recorded, other):
+        raise NotCapturable(reason)
+
+
+def difference(recorded: Recorder, other: Recorder) -> str:
+    """The first difference between two steps, with the line of the user's code and the remedy; "" if there is none."""
+    for i, (first, second) in enumerate(itertools.zip_longest(recorded.operations, other.operations)):
+        if first == second:
+            continue
+        line = other.lines[i] if second else recorded.lines[i]
+        if not first or not second or first[0] != second[0] or len(first) != len(second):
+            remedy = "make what happens every few steps part of each step, or weight it by 0 or 1 with torch.where"
+            return f"{line} does not do the same in every step, as after `if i % 5 == 0`; {remedy}"
+        a, b = next((a, b) for a, b in zip(first, second) if a != b)
+        if isinstance(a, tuple):
+            remedy = "update it in place, as with x.copy_(...)"
+            return f"{line} does not do the same in every step: {first[0]} reads a tensor that was replaced; {remedy}"
+        remedy = 'compute it from state["step"], or keep it in a tensor in `state` that the step updates in place'
+        return f"{line} does not do the same in every step: {first[0]} gets the number {a}, then {b}; {remedy}"
+    return ""
+
+
+def user_line() -> str:
+    """Where the user's code is: `file:line` of the innermost frame that is neither torch's nor the engine's."""
+    frame = sys._getframe(1).f_back
+    while frame:
+        file = frame.f_code.co_filename
+        if file.endswith(LOOP):
+            break
+        if not file.startswith((ENGINE, TORCH)):
+            path = Path(file)
+            name = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+            return f"{name}:{frame.f_lineno}"
+        frame = frame.f_back
+    return THE_STEP  # in backward passes on a GPU, which run in a thread of their own
 
 
 def is_capturable(optimizer: Optimizer) -> bool:

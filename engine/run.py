@@ -20,7 +20,7 @@ from engine.errors import UserError
 from engine.folder import lock, new_folder, read_config
 from engine.optim import EMA
 from engine.provenance import code_fingerprint, environment, warn_if_code_changed
-from engine.recorder import portable_state
+from engine.state import check_optimizers, restored, saved
 
 Metrics = dict[str, float]  # a row of metrics, by name
 WHERE = dict(resume=None, output_dir=None, auto_resume=False)  # options that are not saved
@@ -35,14 +35,18 @@ class Run:
     """A run folder, the position in the training, and everything a checkpoint holds. Raises UserError.
 
     args: all options of the run, which its checkpoints store; those of DEFAULTS may be missing.
-    state: name -> object with `state_dict()`: networks, optimizers, schedules, an EMA.
+    state: name -> what a resumed run needs: networks, optimizers, schedules, an EMA, tensors, generators, plain values.
+        The loop adds state["step"], the number of steps made so far, an int64 tensor [] on the device.
     name: the folder is runs/`name`, or the next free runs/`name`-2, ..., unless --output-dir or --resume names one.
     """
 
     def __init__(self, args: argparse.Namespace, state: dict[str, Any], name: str = "run"):
         self.args, self.state = argparse.Namespace(**{**DEFAULTS, **vars(args)}), state
         self.options = {name: value for name, value in vars(self.args).items() if name not in WHERE}  # which are saved
-        self.types = {name: type(item).__name__ for name, item in state.items()}
+        if "step" in state:
+            raise UserError('state["step"] is the loop\'s, the number of steps made; use another name')
+        self.content()  # raises what the first save would
+        check_optimizers(state)
         self.script = self.options.get("script", "")
         self.epochs = 1 if self.args.dry_run else self.args.epochs
         if self.args.batch_size < world_size():
@@ -52,6 +56,7 @@ class Run:
         self.curve: list[Metrics] = []  # a row per report
         self.seconds = [0.0]  # of training, per epoch
         self.counted = self.saved = time.monotonic()  # when these seconds were last updated; of the last save
+        state["step"] = torch.zeros((), dtype=torch.int64, device=self.device())
         self.begun = False  # whether this process continues a run whose first step was made by the same code
         self.meter: Any = None  # sums of the current epoch's metrics; utils.train sets it
         self.fraction = 1.0  # fraction of the batch that this rank computes
@@ -71,6 +76,13 @@ class Run:
         tensors = (tensor for network in self.networks().values() for tensor in network.state_dict().values())
         return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
+    def content(self) -> dict[str, Any]:
+        """What a checkpoint holds of `state`; the step number follows from epoch and batch."""
+        return {name: saved(name, item) for name, item in self.state.items() if name != "step"}
+
+    def types(self) -> dict[str, str]:
+        return {name: type(item).__name__ for name, item in self.state.items() if name != "step"}
+
     def save(self, name: str = "checkpoint.pt") -> None:
         """Write everything that resuming needs. Raises UserError instead if a metric or a weight is not finite."""
         meter = self.meter.state_dict()
@@ -78,13 +90,10 @@ class Run:
         ranks = all_gather({"random": random_state(), "meter": meter})
         if rank() == 0:
             self.count_seconds()
-            state = {
-                key: portable_state(item) if isinstance(item, Optimizer) else item.state_dict()
-                for key, item in self.state.items()
-            }
+            state = self.content()
             self.require_finite({key: largest(value) for key, value in state.items()})
             checkpoint = {
-                "options": self.options, "types": self.types, "code": code_fingerprint(self.script), "state": state,
+                "options": self.options, "types": self.types(), "code": code_fingerprint(self.script), "state": state,
                 "ranks": ranks, "seconds": self.seconds, **{key: getattr(self, key) for key in POSITION},
             }  # fmt: skip
             content = io.BytesIO()
@@ -140,13 +149,13 @@ class Run:
 
     def load_state(self, checkpoint: dict[str, Any]) -> None:
         for name, then in checkpoint["types"].items():
-            now = self.types.get(name, "gone")
+            now = self.types().get(name, "gone")
             if now != then and not isinstance(self.state.get(name), torch.nn.Module):
                 remedy = "undo the edit, or start a new run"
                 raise UserError(f"{name}: {self.folder} was trained with {then}, the code now has {now}; {remedy}")
         try:
-            for name, item in self.state.items():
-                item.load_state_dict(checkpoint["state"][name])
+            for name in self.types():
+                self.state[name] = restored(self.state[name], checkpoint["state"][name])
         except (KeyError, RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"{self.folder} does not match the code, which has changed since: {reason}") from error
@@ -178,7 +187,7 @@ class Run:
 
     def write_config(self) -> None:
         """config.json: the options, and what is needed to trace a result to its code and machine."""
-        config = {"options": self.options, "types": self.types, "device": str(self.device()), **environment()}
+        config = {"options": self.options, "types": self.types(), "device": str(self.device()), **environment()}
         before = read_config(self.folder).get("commit")
         if self.args.resume and before and config["commit"]:  # every commit that trained this run
             known = config["commit"] in before.split(", then ")

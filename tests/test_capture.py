@@ -10,8 +10,9 @@ import sys
 
 import pytest
 import torch
-from helpers import DIGITS
+from helpers import DIGITS, assert_one_line
 from test_loop import Position, start, ten_images
+from torch.distributions import Normal
 
 import train_cgan
 import train_classifier
@@ -69,7 +70,7 @@ def record(run, train_step, batches, steps=COMPARED):
         prepare(optimizer, META)
     inner = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(utils, "capture", lambda step, run: inner.append(step) or step)
+        patch.setattr(utils, "capture", lambda step, *_: inner.append(step) or step)
         utils.make_step(run, train_step, batches)
     schedules = [item for item in run.state.values() if isinstance(item, torch.optim.lr_scheduler.LRScheduler)]
     rows = torch.zeros(run.args.batch_size, dtype=torch.int64, device=META)
@@ -119,27 +120,36 @@ def replaced(loss):
     return KEPT[0]
 
 
-FAULTS = {  # what a user might do with the loss of call number i
-    "a Python number": lambda i, loss: loss / i,
-    "read on the host": lambda i, loss: loss * loss.item(),
-    "a boolean mask": lambda i, loss: loss + (loss > 0).nonzero().sum(),
-    "on the CPU": lambda i, loss: loss * torch.rand(()),
-    "copied to the CPU": lambda i, loss: torch.zeros(()).copy_(loss),
-    "a tensor that is replaced": lambda i, loss: replaced(loss),
+FAULTS = {  # what a user might do with the loss of call number i, and what is said of it
+    "a Python number": (lambda i, loss: loss / i, 'gets the number 2, then 3; compute it from state["step"]'),
+    "read on the host": (lambda i, loss: loss * loss.item(), "waits for a value on the device, as .item()"),
+    "a boolean mask": (
+        lambda i, loss: loss + loss.view(1)[loss.view(1) > 0].sum(),
+        "images[mask] does; use torch",
+    ),
+    "a distribution": (lambda i, loss: loss + Normal(loss, 1).mean, "build distributions before the first step"),
+    "on the CPU": (lambda i, loss: loss * torch.rand(()), "uses a tensor on the cpu in aten.rand"),
+    "copied to the CPU": (lambda i, loss: torch.zeros(()).copy_(loss), "make it with device=images.device"),
+    "a tensor that is replaced": (
+        lambda i, loss: replaced(loss),
+        "reads a tensor that was replaced; update",
+    ),
+    "every other step": (lambda i, loss: loss.exp() if i % 2 else loss, "does not do the same in every step, as after"),
 }
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_fault_is_detected(build, name):
+def test_a_fault_is_detected_and_its_line_is_named(build, name):
     run, train_step, batches = build(train_classifier, "--model", "mlp")
-    calls = []
+    calls, (change, part) = [], FAULTS[name]
 
     def faulty_step(images, labels):
         calls.append(0)
-        return {"loss": FAULTS[name](len(calls), train_step(images, labels)["loss"])}
+        return {"loss": change(len(calls), train_step(images, labels)["loss"])}
 
-    with pytest.raises(NotCapturable):
+    with pytest.raises(NotCapturable, match=r"^tests/test_capture.py:\d+ ") as caught:
         require_all_same(record(run, faulty_step, batches))
+    assert_one_line(f"{caught.value}\n", part)
 
 
 @pytest.mark.parametrize("period", range(2, 6))
@@ -152,7 +162,7 @@ def test_whatever_happens_every_few_steps_up_to_five_is_detected_in_any_phase(pe
                 x.add_(1)
         return recorder
 
-    with pytest.raises(NotCapturable, match="not the same in every step"):
+    with pytest.raises(NotCapturable, match="not do the same in every step"):
         require_all_same([recorded(i) for i in range(COMPARED)])
 
 
@@ -243,8 +253,10 @@ def fake_cuda(monkeypatch):
     return lambda graphed, position: monkeypatch.setattr(torch.cuda, "graph", graph_of(graphed, position))
 
 
-def graphed_step(step, optimizer, begun=False):
-    return CapturedStep(step, [optimizer], 2, torch.device("cpu"), compiled=False, graph=True, begun=begun)
+def graphed_step(step, optimizer, begun=False, **state):
+    return CapturedStep(
+        step, {"optimizer": optimizer, **state}, 2, torch.device("cpu"), compiled=False, graph=True, begun=begun
+    )
 
 
 def graphed_counter(fake_cuda, optimizer, begun=False):
@@ -254,7 +266,7 @@ def graphed_counter(fake_cuda, optimizer, begun=False):
         position.steps += 1
         seen.append(rows.tolist())
 
-    graphed = graphed_step(step, optimizer, begun)
+    graphed = graphed_step(step, optimizer, begun, position=position)
     fake_cuda(graphed, position)
     return graphed, position, seen
 
@@ -359,9 +371,61 @@ def test_a_changing_step_is_one_line(fake_cuda):
     calls = itertools.count(1)
     graphed = graphed_step(lambda rows: torch.zeros(1).mul_(next(calls)), sgd())
     fake_cuda(graphed, Position())
-    with pytest.raises(UserError, match=r"not the same in every step.*--no-cuda-graph") as caught:
+    with pytest.raises(UserError, match=r"not do the same in every step.*--no-cuda-graph") as caught:
         call(graphed, 20)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_step_that_changes_in_a_later_epoch_is_captured_again(fake_cuda, capsys):
+    """As when `after_epoch` unfreezes a layer: the first step of each epoch runs eagerly and is compared."""
+    layers, calls, position = [torch.nn.Linear(1, 1)], [], Position()
+    layers[0].weight.requires_grad_(False)
+
+    def step(rows):
+        position.steps += 1
+        layers[0](torch.ones(2, 1)).sum().backward()
+        layers[0].zero_grad()
+
+    graphed = graphed_step(step, sgd(), position=position, layer=layers[0])
+    graphed.is_first = lambda: len(calls) % 10 == 0
+    fake_cuda(graphed, position)
+    for epoch in range(4):
+        for _ in range(10):
+            call(graphed, 1)
+            calls.append(0)
+        if epoch == 1:
+            layers[0].weight.requires_grad_(True)
+    assert position.steps == 40
+    assert (FakeGraph.captures, FakeGraph.replays) == (2, 36)
+    assert capsys.readouterr().out.count("capturing the training step again: tests/test_capture.py:") == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: torch.manual_seed(0), "it seeds the random numbers anew in each step"),
+        (lambda state: state.update(count=state["count"] + 1), r"it changes state\['count'\], a Python value"),
+    ],
+)
+def test_what_a_captured_step_would_leave_out_is_refused(change, message):
+    state = {"count": 0}
+    step = CapturedStep(
+        lambda rows: change(state) and torch.rand(()), state, 2, torch.device("cpu"),
+        compiled=True, graph=False, begun=True,
+    )  # fmt: skip
+    with pytest.raises(
+        UserError, match=f"train_step cannot be compiled: {message}.*; omit --compile to run it eagerly"
+    ):
+        call(step, 1)
+
+
+def test_a_generator_is_rolled_back_after_the_warm_up_check(fake_cuda):
+    own = torch.Generator().manual_seed(3)
+    graphed = graphed_step(lambda rows: torch.rand(2, generator=own), sgd(), begun=True, own=own)
+    graphed.record_graph = lambda function: lambda *inputs: None
+    before = own.get_state()
+    call(graphed, 1)
+    assert torch.equal(own.get_state(), before)
 
 
 def test_a_failed_capture_names_its_cause(fake_cuda, monkeypatch):
@@ -387,8 +451,8 @@ def test_a_run_on_cuda_is_captured_when_dry_and_when_resumed(fake_cuda, tmp_path
     folder, position = tmp_path / "run", Position()
 
     class Graphed(CapturedStep):
-        def __init__(self, step, optimizers, batch_size, device, **how):
-            super().__init__(step, optimizers, batch_size, torch.device("cpu"), **how)
+        def __init__(self, step, state, batch_size, device, **how):
+            super().__init__(step, state, batch_size, torch.device("cpu"), **how)
             fake_cuda(self, position)
 
     def train_step(images, labels):
@@ -398,18 +462,20 @@ def test_a_run_on_cuda_is_captured_when_dry_and_when_resumed(fake_cuda, tmp_path
     monkeypatch.setattr(captured, "CapturedStep", Graphed)
     monkeypatch.setattr(utils, "Meter", lambda device, meter=utils.Meter: meter("cpu"))
     for options in ({"dry_run": True}, {"resume": str(folder), "epochs": 2}):
-        optimizer = torch.optim.Adam([torch.zeros(1, requires_grad=True)], lr=0.1, fused=True)
-        run = start(folder, {"position": position, "optimizer": optimizer}, batch_size=1, **options)
+        weight = torch.zeros(1, requires_grad=True)
+        optimizer = torch.optim.Adam([weight], lr=0.1, fused=True)
+        state = {"position": position, "weight": weight, "optimizer": optimizer}
+        run = start(folder, state, batch_size=1, **options)
         run.device = lambda: torch.device("cuda")  # which `capture` asks
         utils.train(run, train_step, ten_images(batch_size=1))
         assert isinstance(optimizer.param_groups[0]["lr"], torch.Tensor)
     assert position.steps == 18
-    assert (FakeGraph.captures, FakeGraph.replays) == (2, 17)
+    assert (FakeGraph.captures, FakeGraph.replays) == (2, 16)  # the first step of each epoch runs eagerly
 
 
 def test_an_optimizer_that_cannot_be_captured_runs_eagerly_and_is_said(tmp_path, capsys):
-    optimizer = torch.optim.Adagrad([torch.zeros(1, requires_grad=True)], lr=0.1)
-    run = start(tmp_path / "run", {"optimizer": optimizer})
+    weight = torch.zeros(1, requires_grad=True)
+    run = start(tmp_path / "run", {"weight": weight, "optimizer": torch.optim.Adagrad([weight], lr=0.1)})
     run.device = lambda: torch.device("cuda")
     run.meter = utils.Meter()
     step = utils.make_step(run, lambda images, labels: {"loss": torch.zeros(())}, ten_images(batch_size=2))

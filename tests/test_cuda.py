@@ -106,7 +106,7 @@ def test_what_only_capture_notices_names_its_cause(tmp_path):
         torch.cuda.synchronize()
         return ()
 
-    step = CapturedStep(waiting, [], 2, torch.device("cuda"), compiled=False, graph=True, begun=True)
+    step = CapturedStep(waiting, {}, 2, torch.device("cuda"), compiled=False, graph=True, begun=True)
     with pytest.raises(UserError, match=r"capturing.*--no-cuda-graph"):
         step(torch.zeros(2, device="cuda"))
     drawn = torch.zeros(2, device="cuda")
@@ -115,7 +115,7 @@ def test_what_only_capture_notices_names_its_cause(tmp_path):
         drawn.copy_(torch.rand(2, device="cuda"))
         return ()
 
-    step = CapturedStep(drawing, [], 2, torch.device("cuda"), compiled=False, graph=True, begun=True)
+    step = CapturedStep(drawing, {}, 2, torch.device("cuda"), compiled=False, graph=True, begun=True)
     step(torch.zeros(2, device="cuda"))  # a notebook can go on
     assert drawn.any()
 

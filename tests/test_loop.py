@@ -326,7 +326,7 @@ def test_images_from_a_file_are_read_outside_the_captured_step(tmp_path, monkeyp
     """`on_device = False`: the loop calls `take` itself, and the step gets images and labels."""
     batches, captured = ten_images(batch_size=2), []
     batches.on_device = False
-    monkeypatch.setattr(utils, "capture", lambda step, run: captured.append(step) or step)
+    monkeypatch.setattr(utils, "capture", lambda step, *_: captured.append(step) or step)
     run = start(tmp_path / "run", {}, epochs=1)
     utils.train(run, lambda images, labels: {"label": mean_of(labels)}, batches)
     assert run.history[0]["label"] == 4.5

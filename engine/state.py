@@ -1,0 +1,123 @@
+"""What `state` may hold, and how it is saved and restored.
+
+`state` is a dict of everything that a resumed run needs: networks, optimizers, schedules, an EMA, or any other object
+with `state_dict()` and `load_state_dict()`; tensors; torch.Generators; plain values (numbers, text, None, and lists,
+tuples and dicts of them).
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils._pytree import tree_leaves
+
+from engine.errors import UserError
+from engine.recorder import PLAIN, THE_STEP, Recorder, address_of, portable_state, storage_of
+
+OVERWRITES = ("zero_", "_foreach_zero_", "fill_", "copy_", "normal_", "uniform_", "bernoulli_", "random_")
+
+
+def saved(name: str, item: Any) -> Any:
+    """What a checkpoint holds of state[name]. Raises UserError if it could not be saved, or not be loaded again."""
+    if isinstance(item, Optimizer):
+        content: Any = portable_state(item)
+    elif isinstance(item, torch.Generator):
+        content = item.get_state()
+    elif hasattr(item, "load_state_dict") and hasattr(item, "state_dict"):
+        content = item.state_dict()
+    else:
+        content = item
+    for leaf in tree_leaves(content):
+        if not isinstance(leaf, torch.Tensor) and type(leaf) not in PLAIN:
+            what = f"a {type(item).__name__}" + (f" that holds a {type(leaf).__name__}" if leaf is not item else "")
+            remedy = "a checkpoint holds tensors and plain values: give it state_dict() and load_state_dict()"
+            raise UserError(f"state[{name!r}] is {what}, which cannot be saved; {remedy}")
+    return content
+
+
+def restored(item: Any, before: Any) -> Any:
+    """`item` as it was when `saved` returned `before`. Everything but a plain value is changed in place."""
+    if isinstance(item, torch.Generator):
+        item.set_state(before)
+    elif isinstance(item, torch.Tensor):
+        item.data.copy_(before)
+    elif hasattr(item, "load_state_dict"):
+        item.load_state_dict(before)
+    else:
+        return before
+    return item
+
+
+def weights_of(state: dict[str, Any]) -> dict[torch.Tensor, str]:
+    """The name of each weight that `state` saves: the parameters of its networks, and its tensors."""
+    names = {item: name for name, item in state.items() if isinstance(item, torch.Tensor)}
+    for network, item in state.items():
+        if isinstance(item, nn.Module):
+            names.update({parameter: f"{network}.{name}" for name, parameter in item.named_parameters()})
+    return names
+
+
+def check_optimizers(state: dict[str, Any]) -> None:
+    """Raise UserError if an optimizer in `state` holds weights that `state` does not save."""
+    known = weights_of(state)
+    for name, item in state.items():
+        if isinstance(item, Optimizer):
+            lacking = [p for group in item.param_groups for p in group["params"] if p not in known]
+            if lacking:
+                shapes = ", ".join(str(list(parameter.shape)) for parameter in lacking[:3])
+                remedy = "add the network that they belong to"
+                raise UserError(f"{name} updates {len(lacking)} weights that `state` lacks ({shapes}); {remedy}")
+
+
+@contextmanager
+def watched_optimizers(state: dict[str, Any]) -> Iterator[None]:
+    """Within this, a step of an optimizer that `state` lacks raises UserError: a resumed run would start it anew."""
+
+    def check(optimizer: Optimizer, *_: Any) -> None:
+        if not any(optimizer is item for item in state.values()):
+            remedy = "add it, so that a resumed run continues it"
+            raise UserError(f"train_step uses an optimizer ({type(optimizer).__name__}) that `state` lacks; {remedy}")
+
+    hook = register_optimizer_step_pre_hook(check)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def warn_of_untrained(state: dict[str, Any]) -> None:
+    """After a step: name the weights that have a gradient and are in no optimizer."""
+    held = {
+        id(p) for item in state.values() if isinstance(item, Optimizer) for g in item.param_groups for p in g["params"]
+    }
+    names = [name for weight, name in weights_of(state).items() if weight.grad is not None and id(weight) not in held]
+    if held and names:
+        shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        print(f"warning: {len(names)} weights are not trained: no optimizer holds {shown}", flush=True)
+
+
+def unsaved(recorder: Recorder, state: dict[str, Any]) -> str:
+    """What the recorded step changed and `state` lacks, with the line of the user's code; "" if nothing."""
+    leaves = tree_leaves([saved(name, item) for name, item in state.items()])
+    known = {storage_of(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor)}
+    gradients = {storage_of(p.grad): name for p, name in weights_of(state).items() if p.grad is not None}
+    for storage, (tensor, line) in recorder.written.items():
+        of_loop = line == THE_STEP and storage not in gradients  # its sums of metrics
+        if not of_loop and storage not in known and recorder.used[storage].partition(".")[0] not in OVERWRITES:
+            name = gradients.get(storage)
+            what = f"adds to the gradient of {name} across steps" if name else f"updates a tensor {list(tensor.shape)}"
+            return f"{line} {what}, which `state` lacks"
+    own = {address_of(item) for item in state.values() if isinstance(item, torch.Generator)}
+    for address, (_, _, line) in recorder.generators.items():
+        if address not in own:
+            return f"{line} uses a torch.Generator that `state` lacks"
+    return ""
+
+
+def plain_values(state: dict[str, Any]) -> dict[str, Any]:
+    return {name: copy.deepcopy(item) for name, item in state.items() if type(item) in (*PLAIN, list, tuple, dict)}

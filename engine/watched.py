@@ -1,0 +1,80 @@
+"""An eager step is watched for a few steps: would a resumed run continue what it does?"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from engine.device import random_state
+from engine.recorder import COMPARED, THE_STEP, Recorder, difference
+from engine.state import plain_values, unsaved
+
+if TYPE_CHECKING:
+    from engine.run import Run
+
+WARNING = "warning: a resumed run would not continue exactly"
+
+
+class Watch(Recorder):
+    """Records a step that may do anything. What optimizers and the loop compute is left out: `state` has all of it."""
+
+    def __init__(self, inputs: tuple[torch.Tensor, ...]):
+        super().__init__(None, inputs)
+        self.sizes = [len(tensor) for tensor in inputs]
+
+    def record(self, name: str, inputs: list[Any], outputs: list[torch.Tensor], line: str) -> None:
+        self.silent = self.optimizing or line == THE_STEP
+        super().record(name, inputs, outputs, line)
+
+    def describe(self, value: Any) -> Any:
+        return "" if self.silent else super().describe(value)
+
+    def __enter__(self) -> "Watch":
+        self.hooks = [
+            register_optimizer_step_pre_hook(lambda *_: setattr(self, "optimizing", True)),
+            register_optimizer_step_post_hook(lambda *_: setattr(self, "optimizing", False)),
+        ]
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for hook in self.hooks:
+            hook.remove()
+
+
+def watched(step: Callable, run: "Run") -> Callable:
+    """`step(images, labels)`, which runs eagerly. Its second to sixth call are recorded and compared.
+
+    What changes from one to the next and is not in `run.state` is named in a warning.
+    """
+    last: list[Watch] = []
+    said = set[int]()
+    calls = 0
+
+    def watched_step(*inputs: torch.Tensor) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 1 or calls > 1 + COMPARED:
+            return step(*inputs)
+        before = host_values(run.state)
+        with Watch(inputs) as watch:
+            metrics = step(*inputs)
+        after = host_values(run.state)
+        reasons = [unsaved(watch, run.state)]
+        if last and last[0].sizes == watch.sizes and not watch.reads_values and before == after:
+            reasons.append(difference(last[0], watch))
+        last[:] = [watch]
+        for kind, reason in enumerate(reasons):
+            if reason and kind not in said:
+                said.add(kind)
+                print(f"{WARNING}: {reason}", flush=True)
+        return metrics
+
+    return watched_step
+
+
+def host_values(state: dict[str, Any]) -> list[Any]:
+    """What `state` saves of Python: plain values, and the random numbers of numpy and `random`."""
+    generators = random_state()
+    return [plain_values(state), generators["python"], generators["numpy"]]

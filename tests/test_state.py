@@ -1,0 +1,226 @@
+"""What a step may keep, and what is detected if a resumed run would lose it."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from helpers import assert_one_line
+from test_loop import fit, start, ten_images
+
+import utils
+from engine.device import seed_all
+from engine.errors import UserError
+from engine.optim import EMA
+
+# Whatever lies in `state` continues ----------------------------------------------------------------------------------
+
+# How much noise a step adds to its images, and what `state` holds for it.
+KEPT = {
+    "a generator": (lambda state: torch.rand((), generator=state["own"]), lambda: torch.Generator().manual_seed(3)),
+    "a tensor": (lambda state: state["own"].mul_(0.9).clone(), lambda: torch.tensor(1.0)),
+    "a plain value": (lambda state: state.update(own=state["own"] + 1) or 1 / state["own"], lambda: 0),
+    "a list": (lambda state: state["own"].append(len(state["own"])) or 1 / len(state["own"]), lambda: [1]),
+    "the step number": (lambda state: 1 / (1 + state["step"]), lambda: None),
+    "numpy's random numbers": (lambda state: np.random.rand(), lambda: None),
+    "Python's random numbers": (lambda state: random.random(), lambda: None),
+}
+
+
+def train_with_noise(folder, name, seed, **options):
+    """Returns the loss of each report, and the run."""
+    noise_of, make = KEPT[name]
+    seed_all(0)
+    layer = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    state = {"layer": layer, "optimizer": optimizer, "own": make()}
+    run = start(folder, state, log_interval=1, **options)
+    step = fit(layer, optimizer)
+    seed_all(seed)
+    utils.train(run, lambda images, labels: step(images + noise_of(state), labels), ten_images(batch_size=2))
+    return [row["loss"] for row in run.curve], run
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_what_state_holds_continues_exactly_and_without_a_warning(tmp_path, capsys, name):
+    whole, _ = train_with_noise(tmp_path / "whole", name, seed=5, epochs=3)
+    train_with_noise(tmp_path / "run", name, seed=5, epochs=1)
+    resumed, run = train_with_noise(tmp_path / "run", name, seed=6, epochs=3, resume=str(tmp_path / "run"))
+    assert resumed == whole
+    assert run.state["step"] == 15
+    assert "warning" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("item", "part"),
+    [
+        (object(), "a object"),
+        (np.random.default_rng(0), "a Generator"),
+        ({1, 2}, "a set"),
+        ([torch.nn.Linear(1, 1)], "a list that holds a Linear"),
+        (np.float64(0.5), "a float64"),
+    ],
+)
+def test_what_cannot_be_saved_is_named_before_the_first_step(tmp_path, item, part):
+    with pytest.raises(UserError) as caught:
+        start(tmp_path / "run", {"own": item})
+    assert_one_line(f"{caught.value}\n", "state['own']", part, "state_dict()")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_name_of_the_step_number_is_the_loops(tmp_path):
+    with pytest.raises(UserError, match=r'state\["step"\] is the loop\'s, .*use another name'):
+        start(tmp_path / "run", {"step": torch.zeros(())})
+
+
+# What `state` lacks is named -----------------------------------------------------------------------------------------
+
+
+class Lacking:
+    """Things that a step keeps outside `state`."""
+
+    def __init__(self):
+        self.calls, self.average = 0, torch.zeros(1, 1)
+        self.sigma = torch.ones(())
+        self.generator = torch.Generator()
+
+    def counter(self, layer):
+        self.calls += 1
+        return 0.1 * self.calls
+
+    def tensor(self, layer):
+        self.average.lerp_(layer.weight.detach(), 0.1)
+        return self.average
+
+    def replaced(self, layer):
+        self.sigma = self.sigma * 0.9
+        return self.sigma
+
+    def generated(self, layer):
+        return torch.rand((), generator=self.generator)
+
+    def skipped(self, layer):
+        self.calls += 1
+        return layer.weight.detach() * 0 if self.calls % 3 else 0
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("counter", "gets the number 0.2, then 0.3"),
+        ("tensor", "updates a tensor [1, 1], which `state` lacks"),
+        ("replaced", "reads a tensor that was replaced"),
+        ("generated", "uses a torch.Generator that `state` lacks"),
+        ("skipped", "does not do the same in every step"),
+    ],
+)
+def test_what_a_resumed_run_would_not_continue_is_named_with_its_line(tmp_path, capsys, name, part):
+    lacking, layer = Lacking(), torch.nn.Linear(1, 1)
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.1)
+    step = fit(layer, optimizer)
+
+    def train_step(images, labels):
+        return step(images * getattr(lacking, name)(layer), labels)
+
+    utils.train(start(tmp_path / "run", {"layer": layer, "optimizer": optimizer}), train_step, ten_images(batch_size=2))
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    assert "warning: a resumed run would not continue exactly: tests/test_state.py:" in line
+    assert part in line
+
+
+@pytest.mark.parametrize("within", [False, True], ids=["across steps", "within a step"])
+def test_gradients_accumulated_across_steps_are_named_and_within_a_step_they_are_fine(tmp_path, capsys, within):
+    layer = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+
+    def train_step(images, labels):
+        if within:
+            optimizer.zero_grad(set_to_none=False)
+        for part in images.flatten(1).chunk(2):
+            layer(part).mean().backward()
+        return {}
+
+    utils.train(start(tmp_path / "run", {"layer": layer, "optimizer": optimizer}), train_step, ten_images(batch_size=2))
+    assert ("adds to the gradient of layer." in capsys.readouterr().out) == (not within)
+
+
+def test_a_step_that_reads_values_or_trains_with_a_schedule_gets_no_warning(tmp_path, capsys):
+    layer = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    step = fit(layer, optimizer)
+
+    def train_step(images, labels):
+        loss = step(images, labels)["loss"].item()
+        return {"loss": loss, "lr": schedule.get_last_lr()[0]}
+
+    state = {"layer": layer, "optimizer": optimizer, "schedule": schedule}
+    utils.train(start(tmp_path / "run", state), train_step, ten_images(batch_size=2))
+    assert "warning" not in capsys.readouterr().out
+
+
+# Optimizers ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_optimizer_whose_weights_state_lacks_is_refused(tmp_path):
+    body, head = torch.nn.Linear(1, 4), torch.nn.Linear(4, 2)
+    optimizer = torch.optim.SGD([*body.parameters(), *head.parameters()], lr=0.1)
+    with pytest.raises(UserError, match=r"optimizer updates 2 weights that `state` lacks \(\[2, 4\], \[2\]\); add the"):
+        start(tmp_path / "run", {"body": body, "optimizer": optimizer})
+
+
+def test_an_optimizer_that_state_lacks_is_refused_at_its_first_step(tmp_path):
+    layer = torch.nn.Linear(1, 1)
+    run = start(tmp_path / "run", {"layer": layer})
+    step = fit(layer, torch.optim.SGD(layer.parameters(), lr=0.1))
+    with pytest.raises(UserError, match=r"train_step uses an optimizer \(SGD\) that `state` lacks; add it"):
+        utils.train(run, step, ten_images(batch_size=2))
+    step(*ten_images(batch_size=2).take(torch.arange(2)))  # the check ends with the training
+
+
+def test_weights_that_no_optimizer_trains_are_named(tmp_path, capsys):
+    layer = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD([layer.bias], lr=0.1)
+    run = start(tmp_path / "run", {"layer": layer, "optimizer": optimizer})
+    utils.train(run, fit(layer, optimizer), ten_images(batch_size=2))
+    assert capsys.readouterr().out.count("warning: 1 weights are not trained: no optimizer holds layer.weight\n") == 1
+
+
+# Schedules -----------------------------------------------------------------------------------------------------------
+
+
+def train_with(tmp_path, make, **callbacks):
+    layer = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1e-3)
+    name, schedule = make(optimizer)
+    run = start(tmp_path / "run", {"layer": layer, "optimizer": optimizer, name: schedule}, epochs=4)
+    utils.train(run, fit(layer, optimizer), ten_images(batch_size=2), **callbacks)
+    return optimizer.param_groups[0]["lr"], schedule
+
+
+@pytest.mark.parametrize(("name", "steps"), [("schedule", 20), ("schedule_d", 20), ("epoch_schedule", 4)])
+def test_a_schedule_advances_after_each_step_or_by_its_name_after_each_epoch(tmp_path, name, steps):
+    _, schedule = train_with(tmp_path, lambda optimizer: (name, torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)))
+    assert schedule.last_epoch == steps
+
+
+def test_a_schedule_whose_numbers_look_like_epochs_is_named(tmp_path, capsys):
+    train_with(tmp_path, lambda optimizer: ("schedule", torch.optim.lr_scheduler.StepLR(optimizer, 2)))
+    assert 'after each step, 2 of 20; if it counts epochs, put it into `state` as "epoch_sch' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("mode", "rate"), [("min", 1e-3), ("max", 1e-4)])
+def test_a_plateau_is_seen_in_the_validation_loss_or_the_score(tmp_path, mode, rate):
+    def make(optimizer):
+        return "plateau", torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, mode, patience=2, threshold=0)
+
+    values = iter(range(4, 0, -1))  # a loss that falls; as a score, no epoch after the first is the best
+    lr, _ = train_with(tmp_path, make, validate=lambda: {"val_loss": next(values)}, score="val_loss")
+    assert lr == pytest.approx(rate)
+
+
+def test_the_average_of_a_network_that_cannot_be_copied_is_one_line():
+    layer = torch.nn.utils.weight_norm(torch.nn.Linear(2, 2))
+    for network in (layer, torch.nn.LazyLinear(2)):
+        with pytest.raises(UserError, match=r"^--ema cannot copy the network: [^\n]*; omit --ema[^\n]*$"):
+            EMA(network, 0.9)
