@@ -8,6 +8,7 @@ python train_classifier.py --resume runs/mlp-mnist             # continue where 
 
 from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 
 import utils
 from datasets import DATASETS, Batches, distort, short_name, split
-from engine import distributed, flags, optim
+from engine import flags, optim
 from engine.errors import UserError, run_script
+from measures.trained import check_rebuilt
 from models import ACTIVATIONS, CLASSIFIERS, build_network
 from models.maxout import limit_column_norms
 
@@ -113,23 +115,21 @@ def target_probabilities(args: Namespace, device: torch.device | str) -> Tensor:
     return torch.eye(classes, device=device) * (1 - smoothing) + smoothing / classes
 
 
-def check(args: Namespace, model: nn.Module, batches: Any) -> None:
-    """Raise UserError unless the network takes these images, gives one logit per class, and can train on each batch."""
-    count, classes = len(batches.images), len(args.classes)
-    images, _ = batches.take(torch.arange(2).clamp(max=count - 1))
+def check_network(args: Namespace, model: nn.Module, batches: Any) -> None:
+    """Raise UserError unless the network takes these images and gives one logit per class."""
+    classes = len(args.classes)
+    images, _ = batches.take(torch.zeros(2, dtype=torch.int64))
     try:
         with utils.evaluating(model):
-            shape = list(model(images).shape)
+            outputs = model(images)
     except RuntimeError as error:
         reason = f"cannot read images {list(images.shape)} ({str(error).splitlines()[0]})"
         raise UserError(f"--model {args.model} {reason}; change its layers in models/ or the dataset") from error
-    if shape != [2, classes]:
-        remedy = f"give its last layer {classes} outputs"
+    if outputs.shape != (2, classes):
+        remedy, shape = f"give its last layer {classes} outputs", list(outputs.shape)
         raise UserError(f"--model {args.model} gives {shape} for 2 images, not [2, {classes}] logits; {remedy}")
-    sizes = {min(args.batch_size, count), count % args.batch_size}
-    needs_several = any(isinstance(layer, nn.BatchNorm1d) for layer in model.modules())
-    if needs_several and any(size // distributed.world_size() == 1 for size in sizes):
-        raise UserError(f"batch norm: one of {count} images would form a batch by itself; change --batch-size")
+    if classes > 1 and outputs.min() >= 0 and torch.allclose(outputs.sum(1), torch.ones(2, device=outputs.device)):
+        raise UserError(f"--model {args.model} gives probabilities, and --loss takes logits; omit its softmax")
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -140,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     batches = Batches(*train_set, args.batch_size, device, black=args.black, seed=args.seed)
     val_batches = Batches(*val_set, 1000, device, black=args.black, shuffle=False)
     state, train_step, network = build(args, device, batches)
-    check(args, network, batches)
+    check_network(args, network, batches)
     run = utils.Run(args, state, name=f"{args.model}-{short_name(args.dataset)}")
 
     def validate() -> dict[str, float]:
@@ -153,7 +153,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     def should_stop(row: dict[str, float]) -> bool:
         return bool(args.patience) and row["epoch"] - run.best_epoch("val_accuracy") >= args.patience
 
-    return utils.train(run, train_step, batches, validate, "val_accuracy", should_stop=should_stop)
+    check = partial(check_rebuilt, run, network, batches.take(torch.zeros(1, dtype=torch.int64))[0])
+    return utils.train(run, train_step, batches, validate, "val_accuracy", should_stop=should_stop, check=check)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ python train_gan.py --resume runs/gan-mnist           # continue where it stoppe
 
 from argparse import Namespace
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 import utils
 from datasets import DATASETS, SHOW_DIGITS, Batches, short_name, split
 from engine import errors, flags, optim
-from engine.adversarial import LOSSES, adversarial_parser, init_weights, r1_penalty
+from engine.adversarial import LOSSES, adversarial_parser, init_weights, logits_of, r1_penalty
+from measures.trained import check_rebuilt
 from measures.watch import Watch
 from models import GANS
 
@@ -62,7 +64,7 @@ def build(args: Namespace, device: torch.device, batches: Any) -> tuple[dict[str
         fakes = generator(generator.noise(len(images), device=device))  # G(z)
 
         # (1) update D: maximise log D(x) + log(1 - D(G(z)))
-        real, fake = discriminator(torch.cat([images, fakes.detach()])).float().chunk(2)
+        real, fake = logits_of(discriminator, [images], [fakes.detach()])
         loss_d = loss_of_d(real, fake)
         penalised = [images, fakes.detach()] if paired else [images]
         penalty = args.r1 / 2 * sum(r1_penalty(discriminator, x) for x in penalised) if args.r1 else 0
@@ -96,7 +98,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     state, train_step, sampler = build(args, device, batches)
     watch = Watch(sampler, val_set[0], args.seed, digits=args.dataset in SHOW_DIGITS)
     run = utils.Run(args, state, name=f"gan-{short_name(args.dataset)}")
-    return utils.train(run, train_step, batches, watch.validate, "val_log_likelihood", watch.grid, watch.warn)
+    check = partial(check_rebuilt, run, sampler, batches.take(torch.zeros(1, dtype=torch.int64))[0])
+    return utils.train(
+        run, train_step, batches, watch.validate, "val_log_likelihood", watch.grid, watch.warn, check=check
+    )
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ python train_likelihood.py --resume runs/vae-mnist         # continue where it s
 
 from argparse import Namespace
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from datasets import DATASETS, Batches, binarise, short_name, split
 from datasets.binarise import TRAIN_SEED, VALIDATION_SEED
 from engine import flags, optim
 from engine.errors import UserError, run_script
+from measures.trained import check_rebuilt
 from models import LIKELIHOOD_MODELS, build_likelihood_model
 
 RECIPES = {
@@ -62,6 +64,8 @@ def build(args: Namespace, device: torch.device, batches: Any) -> tuple[dict[str
         model: Any = build_likelihood_model(vars(args), batches.pixel_means().cpu()).to(device)
     except ValueError as error:
         raise UserError(error) from error
+    if missing := [name for name in ("loss", "log_likelihood", "likelihood", "sample") if not hasattr(model, name)]:
+        raise UserError(f"the model {args.model} lacks {', '.join(missing)}; models/__init__.py says what each is")
     optimizer = optim.build_optimizer(args, model.parameters())
     state = optim.training_state(args, model, optimizer, len(batches))
 
@@ -98,7 +102,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             return network.sample(100, torch.Generator(device).manual_seed(args.seed))
 
     run = utils.Run(args, state, name=f"{args.model}-{short_name(args.dataset)}")
-    return utils.train(run, train_step, batches, validate, "val_log_likelihood", sample)
+    check = partial(check_rebuilt, run, network, batches.take(torch.zeros(1, dtype=torch.int64))[0])
+    return utils.train(run, train_step, batches, validate, "val_log_likelihood", sample, check=check)
 
 
 if __name__ == "__main__":

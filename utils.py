@@ -35,10 +35,10 @@ from engine import optim
 from engine.captured import capture
 from engine.distributed import broadcast, rank, sync_flags, world_size
 from engine.errors import Stopped, caught_signals
-from engine.meter import Meter
+from engine.meter import Meter, validated
 from engine.plots import plot_curves, save_gif, save_grid
 from engine.run import Metrics, Run
-from engine.state import warn_of_untrained, watched_optimizers
+from engine.state import require_batches_for_norm, warn_of_untrained, watched_optimizers
 
 TrainStep = Callable[[torch.Tensor, torch.Tensor], dict[str, torch.Tensor | float]]
 DRY_RUN_STEPS = 8  # enough to capture the step and to replay it
@@ -53,6 +53,7 @@ def train(
     sample: Callable[[], torch.Tensor] | None = None,
     after_epoch: Callable[[Metrics], None] | None = None,
     should_stop: Callable[[Metrics], bool] = lambda row: False,
+    check: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Run `train_step(images, labels) -> {name: mean over the images}` over `batches` for --epochs epochs.
 
@@ -63,6 +64,7 @@ def train(
     score: the metric to maximise: best.pt is saved whenever it beats all earlier epochs. Without a validation split
         there is no best.pt, and the last epoch is the result.
     should_stop: gets the last row, on every rank; training ends once it returns True.
+    check: called before the first step and after the last, on rank 0; measures.trained.check_rebuilt is one.
 
     Saves checkpoint.pt before the first step, every --save-interval seconds, after each epoch, and on SIGINT or
     SIGTERM, after which it raises Stopped. Raises UserError if a metric or a weight is not finite. Returns the run
@@ -80,6 +82,7 @@ def train(
         with caught_signals() as signals, watched_optimizers(run.state):
             if run.epoch == run.batch == 0:
                 run.save()
+                broadcast(check)
             while not finished(run, should_stop):
                 for rows in progress(run, batches, steps):
                     run_step(rows)
@@ -89,6 +92,7 @@ def train(
                 finish_epoch(run, validate, score, sample, after_epoch)
                 optim.step_schedules(run.state, run.history[-1], score)
                 save(run, [] if finished(run, should_stop) else signals, due=True)
+        broadcast(check)
         save_plots(run)
         if "kind" in run.args:  # by which evaluate.py rebuilds the network
             print(f"now evaluate it: python evaluate.py {run.folder}")
@@ -127,7 +131,8 @@ def make_step(run: Run, train_step: TrainStep, batches: Any) -> Callable[[torch.
     device = run.device()
     emas = [item for item in run.state.values() if isinstance(item, optim.EMA)]
     schedules = optim.schedules(run.state, per_epoch=False).values()
-    size = len(next(iter(batches.rows(0))))  # of a batch, the last one apart
+    sizes = [len(rows) for rows in batches.rows(run.epochs)]  # the same in each epoch
+    require_batches_for_norm(run.networks(), min(sizes) // world_size())
 
     def train_on(images: torch.Tensor, labels: torch.Tensor) -> None:
         # Without autocast's cache, which would return stale weights after an update within the step.
@@ -139,9 +144,9 @@ def make_step(run: Run, train_step: TrainStep, batches: Any) -> Callable[[torch.
         run.meter.add(metrics, len(images))
 
     if getattr(batches, "on_device", True):
-        captured = capture(lambda rows: train_on(*batches.take(rows)), run, size)
+        captured = capture(lambda rows: train_on(*batches.take(rows)), run, max(sizes))
     else:
-        on_images = capture(train_on, run, size)
+        on_images = capture(train_on, run, max(sizes))
         captured = lambda rows: on_images(*batches.take(rows))  # noqa: E731
 
     def run_step(rows: torch.Tensor) -> None:
@@ -172,7 +177,7 @@ def finish_epoch(
     run: Run, validate: Callable | None, score: str | None, sample: Callable | None, after_epoch: Callable | None
 ) -> None:
     """Validate, print a row of metrics and append it to the history, save samples, and best.pt if it is the best."""
-    metrics = {**run.meter.epoch_means(), **(broadcast(validate) if validate else {})}
+    metrics = {**run.meter.epoch_means(), **(broadcast(lambda: validated(validate)) if validate else {})}
     run.count_seconds()
     run.seconds.append(0.0)
     run.epoch, run.batch = run.epoch + 1, 0

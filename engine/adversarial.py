@@ -1,7 +1,7 @@
 """What train_gan.py and train_cgan.py share: their losses, the initial weights, the R1 penalty, and their flags."""
 
 from argparse import BooleanOptionalAction
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -73,6 +73,18 @@ def init_linear(layer: nn.Linear, init_weight: Callable, **options: Any) -> None
     init_weight(layer.weight, **options)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
+
+
+def logits_of(discriminator: nn.Module, real: Sequence[Tensor], fake: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """D's logits, [N, 1] each, of real and of fake images; `real` and `fake` are what D is called with.
+
+    One pass over both, unless D has batch norm: its statistics would be those of the mixture, which G's images alone do
+    not have when G is updated.
+    """
+    if any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in discriminator.modules()):
+        return discriminator(*real).float(), discriminator(*fake).float()
+    of_real, of_fake = discriminator(*map(torch.cat, zip(real, fake))).float().chunk(2)
+    return of_real, of_fake
 
 
 def r1_penalty(discriminator: nn.Module, images: Tensor, *labels: Tensor) -> Tensor:

@@ -1,5 +1,8 @@
 """Means of the metrics."""
 
+from collections.abc import Callable
+from typing import Any, SupportsFloat
+
 import torch
 
 from engine.distributed import all_gather, rank, world_size
@@ -22,11 +25,10 @@ class Meter:
         self.epoch: Totals = {}  # since the epoch began, up to the last report, over all ranks
 
     def add(self, metrics: dict[str, torch.Tensor | float], images: int) -> None:
-        """Add metrics, each the mean over `images` images. Part of the captured step."""
+        """Add metrics, each the mean over `images` images. Part of the captured step. Raises UserError."""
+        check_metrics("train_step", metrics)
         for name, value in metrics.items():
             if isinstance(value, torch.Tensor):
-                if value.dim():
-                    raise UserError(f"train_step returns {name} with shape {list(value.shape)}; return its mean")
                 value = value.detach().float()
             if name not in self.sums:  # later steps add to these very tensors, as a graph must
                 self.sums[name], self.counts[name] = (torch.zeros((), device=self.device) for _ in range(2))
@@ -62,6 +64,31 @@ class Meter:
             since = [add_up(since), *[{}] * (world_size() - 1)]
         for name, pair in since[rank()].items():
             self.sums[name], self.counts[name] = (torch.tensor(value, device=self.device) for value in pair)
+
+
+def validated(validate: Callable[[], Any]) -> Metrics:
+    """What `validate` returns, as numbers. Raises UserError if it is something else than metrics named val_..."""
+    metrics = validate()
+    check_metrics("validate", metrics)
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def check_metrics(function: str, metrics: Any) -> None:
+    """Raise UserError unless what `function` returned is a dict of scalars whose names only it uses."""
+    if not isinstance(metrics, dict):
+        what = "nothing" if metrics is None else f"a {type(metrics).__name__}"
+        raise UserError(f'{function} returns {what}; return a dict of metrics, as {{"loss": loss.detach()}}')
+    for name, value in metrics.items():
+        of_validate = isinstance(name, str) and name.startswith("val_")
+        if not isinstance(name, str) or name == "epoch" or "$" in name or of_validate != (function == "validate"):
+            rule = (
+                "begin it with val_" if function == "validate" else "val_... are validate's, and \"epoch\" the loop's"
+            )
+            raise UserError(f"{function} returns a metric of the name {name!r}; use another name, without $: {rule}")
+        if tuple(getattr(value, "shape", ())):
+            raise UserError(f"{function} returns {name} with shape {list(value.shape)}; return its mean")
+        if not isinstance(value, SupportsFloat):
+            raise UserError(f"{function} returns {name} as a {type(value).__name__}; return a number")
 
 
 def add_up(parts: list[Totals]) -> Totals:

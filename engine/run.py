@@ -132,17 +132,20 @@ class Run:
         self.counted = self.saved = time.monotonic()
 
     def start_from(self, path: str) -> None:
-        """Load the networks' weights from another run: of the network that has an EMA, the EMA. Raises UserError."""
+        """Load the networks' weights from another run: of the network that has an EMA, the EMA. Raises UserError.
+
+        A layer that fits takes them; the others keep their new weights, and are named.
+        """
         state = load_result(path)["state"]
         for name, network in self.networks().items():
-            if name not in state:
-                remedy = "name a run folder of this script"
-                raise UserError(f"--start-from {path}: it has no weights of the {name}; {remedy}")
-            try:
-                network.load_state_dict(state[name])
-            except RuntimeError as error:
-                reason = " ".join(str(error).split())
-                raise UserError(f"--start-from {path}: its {name} is another network: {reason}") from error
+            own, given = network.state_dict(), state.get(name, {})
+            fitting = {key: value for key, value in given.items() if key in own and own[key].shape == value.shape}
+            if not fitting:
+                remedy = "name a run folder of this script and model"
+                raise UserError(f"--start-from {path}: it has no weights that fit the {name}; {remedy}")
+            network.load_state_dict(fitting, strict=False)
+            if fresh := [key for key in own if key not in fitting]:
+                print(f"--start-from: {name} took {len(fitting)} tensors; new weights: {', '.join(fresh)}", flush=True)
         for item in self.state.values():
             if isinstance(item, EMA):
                 torch._foreach_copy_(item.averages, item.weights)

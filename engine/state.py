@@ -90,6 +90,13 @@ def watched_optimizers(state: dict[str, Any]) -> Iterator[None]:
         hook.remove()
 
 
+def require_batches_for_norm(networks: dict[str, nn.Module], size: int) -> None:
+    """Raise UserError if the smallest batch is a single image, of which batch norm of linear layers has no variance."""
+    for name, network in networks.items():
+        if size == 1 and any(isinstance(layer, nn.BatchNorm1d) for layer in network.modules()):
+            raise UserError(f"batch norm of the {name}: one image would form a batch by itself; change --batch-size")
+
+
 def warn_of_untrained(state: dict[str, Any]) -> None:
     """After a step: name the weights that have a gradient and are in no optimizer."""
     held = {

@@ -1,10 +1,12 @@
 """Trained networks from Python: load_model, classify, sample."""
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from engine.checkpoint import load_result
 from engine.errors import UserError
@@ -12,6 +14,9 @@ from engine.provenance import ROOT, warn_if_code_changed
 from measures.samples import is_conditional, sample_images, spread
 from models import KINDS, build_network
 from photos import to_pixels
+
+UNUSUAL_SEED = 314159265  # a network that is rebuilt starts from other weights than any that was trained
+REMEDY = "make every layer in __init__, and keep tensors as parameters or buffers (register_buffer)"
 
 
 def load_network(run: str | Path, device: torch.device | str) -> tuple[Any, dict[str, Any]]:
@@ -22,7 +27,7 @@ def load_network(run: str | Path, device: torch.device | str) -> tuple[Any, dict
     if not Path(run).exists() and (ROOT / run).exists():
         run = ROOT / run
     checkpoint = load_result(run)
-    warn_if_code_changed(checkpoint, run)
+    changed = warn_if_code_changed(checkpoint, run)
     options, state = checkpoint["options"], checkpoint["state"]
     if (kind := options.get("kind")) not in KINDS:
         known = f"models/__init__.py knows {', '.join(KINDS)}"
@@ -30,13 +35,59 @@ def load_network(run: str | Path, device: torch.device | str) -> tuple[Any, dict
     name, _ = KINDS[kind]
     try:
         with torch.random.fork_rng([]):  # the first weights, soon replaced, take none of the caller's random numbers
+            torch.manual_seed(UNUSUAL_SEED)
             network: Any = build_network(options)
         network.load_state_dict(state[name])
     except (KeyError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"{run} does not match models/, which has changed since: {reason}") from error
+        cause = "models/, which has changed since" if changed else f"what models/ builds; {REMEDY}"
+        raise UserError(f"{run} does not match {cause}: {reason}") from error
     network.options = options
     return network.eval().to(device), checkpoint
+
+
+def check_rebuilt(run: Any, network: Any, images: torch.Tensor) -> None:
+    """Raise UserError unless evaluate.py would measure `network`: rebuild it from the last checkpoint and compare.
+
+    run: an engine.run.Run of one of KINDS. images: a few, as a classifier takes them.
+    """
+    name, _ = KINDS[run.options["kind"]]
+    result = run.state["ema"].model if "ema" in run.state else run.state.get(name)
+    if network is not result:
+        remedy = 'make it that one; an average of weights belongs into `state` as "ema" (engine.optim.EMA)'
+        raise UserError(f'evaluate.py measures state["{name}"] or its EMA, and the network here is another; {remedy}')
+    rebuilt, _ = load_network(run.folder / "checkpoint.pt", images.device)
+    if not torch.allclose(outputs(rebuilt, images), outputs(network, images), rtol=1e-2, atol=1e-3):
+        raise UserError(f"evaluate.py would measure another network: state_dict() lacks a part of this one; {REMEDY}")
+
+
+@torch.no_grad()
+def outputs(network: Any, images: torch.Tensor) -> torch.Tensor:
+    """What the network gives in eval mode, from the same random numbers each time; it is left as it was.
+
+    Its loss on `images` if it has one, else samples, else its outputs for `images`.
+    """
+
+    def refuse(module: torch.nn.Module, *_: Any) -> None:
+        raise UserError(f"forward makes a layer ({type(module).__name__}), which is never trained; make it in __init__")
+
+    was_training, before = network.training, copy.deepcopy(network.state_dict())
+    hook = register_module_parameter_registration_hook(refuse)
+    try:
+        with torch.random.fork_rng([images.device] if images.is_cuda else []):
+            torch.manual_seed(0)
+            network.eval()
+            if hasattr(network, "loss"):
+                made = network.loss((images > 0.5).float())
+            elif hasattr(network, "sample"):
+                made = network.sample(4, torch.Generator(images.device).manual_seed(0))
+            else:
+                made = network(images)
+    finally:
+        hook.remove()
+    network.load_state_dict(before)  # an RBM's loss moves its Gibbs chains
+    network.train(was_training)
+    return made.float()
 
 
 def load_model(run: str | Path, device: torch.device | str = "cpu") -> Any:

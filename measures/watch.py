@@ -73,7 +73,7 @@ def failure_signs(row: dict[str, float], digits: Tensor | None = None, asked: Te
     row: an epoch's metrics. digits: what the reference classifier predicts for samples, [N]. asked: what they should
     show, [N].
     """
-    if row.get("loss_d", 1) < 0.02:
+    if 0 <= row.get("loss_d", 1) < 0.02:  # below 0, it is a Wasserstein loss or the like
         yield f"D's loss is near zero ({row['loss_d']:.4f}): it detects every fake, so G learns nothing; try --r1 0.5"
     if digits is None:
         return

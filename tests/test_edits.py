@@ -12,11 +12,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import DIGITS, ROOT, assert_one_line, draw_shapes, load, run, train
+from test_loop import start as begin
+from test_loop import ten_images
 
 import datasets
 import models.gan
 import train_classifier
 import train_gan
+import train_likelihood
+import utils
+from engine.adversarial import logits_of
 from engine.errors import DataError, UserError
 from models.mlp import MLP
 
@@ -53,7 +58,7 @@ def run_in(copy, script, *words):
     return run(copy / script, *words, cwd=copy, before=partial(use, str(copy)))
 
 
-# The examples of docs/extending.md ------------------------------------------------------------------------------------
+# The examples of docs/extending.md ----------------------------------------------------------------------------------
 
 SECTIONS = {}
 for section in re.split(r"^## ", (ROOT / "docs" / "extending.md").read_text(), flags=re.MULTILINE)[1:]:
@@ -103,7 +108,7 @@ def test_every_example_of_the_page_works(copy, title):
         assert float(row["norm"]) > 0
 
 
-# Networks and optimizers ----------------------------------------------------------------------------------------------
+# Networks and optimizers --------------------------------------------------------------------------------------------
 
 
 def test_a_network_that_changed_but_still_fits_is_named(copy):
@@ -135,6 +140,152 @@ def test_a_network_with_other_outputs_is_one_line(monkeypatch):
     monkeypatch.setattr(train_classifier, "build_network", lambda options: MLP(classes=9))
     with pytest.raises(UserError, match=r"--model mlp gives \[2, 9\] for 2 images, not \[2, 10\] logits; .*10 outputs"):
         train(*WORDS)
+
+
+# What is trained is what is evaluated --------------------------------------------------------------------------------
+
+
+class Fourier(MLP):
+    """Random features in a plain attribute, which the state_dict lacks."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.features = torch.randn(784, 784) / 28
+
+    def forward(self, x):
+        return super().forward((x.flatten(1) @ self.features).view(x.shape))
+
+
+class InAList(MLP):
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.heads = [torch.nn.Linear(10, 10)]
+
+    def forward(self, x):
+        return self.heads[0](super().forward(x))
+
+
+class MadeInForward(MLP):
+    def forward(self, x):
+        return torch.nn.Linear(10, 10)(super().forward(x))
+
+
+class MadeAtFirst(MLP):
+    def forward(self, x):
+        self.head = getattr(self, "head", None) or torch.nn.Linear(10, 10)
+        return self.head(super().forward(x))
+
+
+class Annealed(MLP):
+    """A temperature that training changes, in a plain attribute."""
+
+    temperature = 1.0
+
+    def forward(self, x):
+        self.temperature *= 0.9 if self.training else 1
+        return super().forward(x) / self.temperature
+
+
+class Softmax(MLP):
+    def forward(self, x):
+        return super().forward(x).softmax(1)
+
+
+@pytest.mark.parametrize(
+    ("network", "part"),
+    [
+        (Fourier, "evaluate.py would measure another network: state_dict() lacks a part"),
+        (InAList, "evaluate.py would measure another network"),
+        (MadeInForward, "forward makes a layer (Linear), which is never trained; make it in __init__"),
+        (MadeAtFirst, "make every layer in __init__"),
+        (Annealed, "evaluate.py would measure another network"),
+        (Softmax, "--model mlp gives probabilities, and --loss takes logits; omit its softmax"),
+    ],
+)
+def test_a_network_that_would_be_evaluated_wrongly_is_one_line(tmp_path, monkeypatch, network, part):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(models.CLASSIFIERS, "mlp", network)
+    with pytest.raises(UserError) as caught:
+        train(*WORDS, "--dry-run")
+    assert_one_line(f"{caught.value}\n", part)
+
+
+def test_an_average_that_evaluate_would_not_find_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    build = train_classifier.build
+
+    def averaged(*args):
+        state, train_step, network = build(*args)
+        state["average"] = torch.optim.swa_utils.AveragedModel(network)
+        return state, train_step, state["average"]
+
+    monkeypatch.setattr(train_classifier, "build", averaged)
+    with pytest.raises(UserError, match=r'evaluate.py measures state\["model"\] or its EMA, and the'):
+        train(*WORDS)
+
+
+def test_a_likelihood_model_without_its_methods_is_refused_at_the_start(monkeypatch):
+    monkeypatch.setitem(models.LIKELIHOOD_MODELS, "vae", lambda **_: torch.nn.Linear(1, 1))
+    with pytest.raises(UserError, match=r"the model vae lacks loss, log_likelihood, likelihood, sample; models/"):
+        train_likelihood.main(DIGITS)
+
+
+def test_fine_tuning_on_other_classes_takes_the_layers_that_fit(tmp_path, capsys):
+    train(*WORDS, "--dry-run", "--output-dir", tmp_path / "first")
+    draw_shapes(tmp_path / "shapes", {"train": 20, "test": 5})
+    words = ["--model", "mlp", "--dataset", tmp_path / "shapes", "--lr", 0, "--dry-run", "--device", "cpu"]
+    train(*words, "--start-from", tmp_path / "first", "--output-dir", tmp_path / "second")
+    assert "--start-from: model took 6 tensors; new weights: linear4.weight, linear4.bias\n" in capsys.readouterr().out
+    first, second = (load(tmp_path / name / "checkpoint.pt")["state"]["model"] for name in ("first", "second"))
+    assert torch.equal(first["linear1.weight"], second["linear1.weight"])
+
+
+# What a step returns -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("returned", "part"),
+    [
+        (None, "train_step returns nothing; return a dict of metrics"),
+        (torch.zeros(()), "train_step returns a Tensor; return a dict"),
+        ({"loss": torch.zeros(2)}, "train_step returns loss with shape [2]; return its mean"),
+        ({"loss": None}, "train_step returns loss as a NoneType; return a number"),
+        *(({name: 0.0}, f"metric of the name {name!r}") for name in ("epoch", "val_loss", "$x$", 3)),
+    ],
+)
+def test_what_a_step_may_not_return_is_one_line(tmp_path, returned, part):
+    with pytest.raises(UserError) as caught:
+        utils.train(begin(tmp_path / "run", {}), lambda images, labels: returned, ten_images(batch_size=2))
+    assert_one_line(f"{caught.value}\n", part)
+
+
+@pytest.mark.parametrize(
+    ("returned", "part"),
+    [
+        (torch.zeros(()), "validate returns a Tensor; return a dict"),
+        (
+            {"loss": 0.0},
+            "validate returns a metric of the name 'loss'; use another name, without $: begin it",
+        ),
+        ({"val_confusion": torch.zeros(10, 10)}, "validate returns val_confusion with shape [10, 10]; return its mean"),
+    ],
+)
+def test_what_validate_may_not_return_is_one_line(tmp_path, returned, part):
+    run = begin(tmp_path / "run", {})
+    with pytest.raises(UserError) as caught:
+        utils.train(run, lambda images, labels: {}, ten_images(batch_size=2), validate=lambda: returned)
+    assert_one_line(f"{caught.value}\n", part)
+
+
+@pytest.mark.parametrize(("norm", "calls"), [(torch.nn.Identity(), 1), (torch.nn.BatchNorm2d(1), 2)])
+def test_batch_norm_of_the_discriminator_sees_real_and_fake_images_apart(norm, calls):
+    """As in DCGAN. In one batch, its statistics would be those of the mixture."""
+    seen = []
+    discriminator = torch.nn.Sequential(norm, torch.nn.Flatten(), torch.nn.Linear(784, 1))
+    discriminator.register_forward_hook(lambda module, inputs, _: seen.append(len(inputs[0])))
+    real, fake = logits_of(discriminator, [torch.rand(4, 1, 28, 28)], [torch.rand(4, 1, 28, 28)])
+    assert seen == [8 // calls] * calls
+    assert real.shape == fake.shape == (4, 1)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from types import SimpleNamespace
 
 import helpers
 import pytest
@@ -21,7 +20,6 @@ from helpers import DIGITS, ROOT, act_at, assert_close, load, tensors, train
 import datasets.mnist
 import models.cgan
 import models.gan
-import train_classifier
 import utils
 from datasets import Batches
 from engine.device import pick_device
@@ -209,8 +207,8 @@ def test_an_error_in_the_data_is_printed_once(tmp_path):
 
 
 def test_batches_too_small_for_the_processes_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(train_classifier, "distributed", SimpleNamespace(world_size=lambda: 2))
-    with pytest.raises(UserError, match="batch norm: one of 1437 images would form a batch by itself"):
+    monkeypatch.setattr(utils, "world_size", lambda: 2)
+    with pytest.raises(UserError, match="batch norm of the model: one image would form a batch by itself"):
         train(*DIGITS, "--model", "mlp", "--batch-norm", "--batch-size", "6")  # the last 3 in parts of 2 and 1
     monkeypatch.setattr("engine.run.world_size", lambda: 2)
     with pytest.raises(UserError, match="--batch-size 1 is less than the 2 processes"):

@@ -437,7 +437,7 @@ def test_a_flag_beats_the_recipe_and_is_shown(capsys):
 
 def test_batch_norm_of_one_image_is_refused_where_it_cannot_train():
     lone = [*DIGITS, "--batch-norm", "--batch-size", "1436", "--dry-run"]  # of 1,437 images
-    with pytest.raises(UserError, match=r"batch norm: one of 1437 images .*; change --batch-size"):
+    with pytest.raises(UserError, match=r"batch norm of the model: one image .*; change --batch-size"):
         train(*lone, "--model", "mlp")
     train(*lone, "--model", "cnn")  # it has several pixels
 
