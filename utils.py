@@ -9,15 +9,16 @@ From a batch to a number on the screen:
     report       every --log-interval steps, reads their means and adds a row to the curve below
     progress     shows that row in a progress bar, or on a line                            below
 
-After each step the loop updates every EMA and advances every schedule in `run.state`. An epoch ends when every image
-has been seen once: the network is validated, samples are saved, and a row of metrics and a checkpoint are written.
-`--resume RUN` continues with the batch after the last checkpoint.
+After each step the loop updates every EMA, advances every schedule, and adds 1 to `run.state["step"]`. An epoch ends
+when every image has been seen once: the network is validated, samples are saved, and a row of metrics and a checkpoint
+are written. `--resume RUN` continues with the batch after the last checkpoint.
 
-Edit a train_step as you like, within these limits: on a GPU, or with --compile, the step is captured, which means
-recorded once and replayed without Python. So it must stay on the device and do the same in every step: no `.item()`, no
-`print` of a tensor, no `images[mask]`, no `if` on a tensor, no Python number that changes. Random numbers, and an `if`
-on an option, are fine. engine/captured.py detects and names what cannot be captured; with `--no-cuda-graph` and without
-`--compile`, the step runs eagerly, and these limits do not apply.
+Edit a train_step as you like. What it keeps from step to step lies in `state`: networks, optimizers, tensors,
+generators, plain values. To anneal a number, compute it from the tensor `state["step"]`. On a GPU, or with --compile,
+the step is captured, which means recorded once and replayed without Python. So it must stay on the device and do the
+same in every step: no `.item()`, no `print` of a tensor, no `images[mask]`, no `if` on a tensor, no Python number that
+changes. Random numbers, and an `if` on an option, are fine. What cannot be captured is named, with its line; with
+`--no-cuda-graph` and without `--compile`, the step runs eagerly, and these limits do not apply.
 """
 
 import itertools
@@ -38,7 +39,7 @@ from engine.errors import Stopped, caught_signals
 from engine.meter import Meter, validated
 from engine.plots import plot_curves, save_gif, save_grid
 from engine.run import Metrics, Run
-from engine.state import require_batches_for_norm, warn_of_untrained, watched_optimizers
+from engine.state import require_batches_for_norm, same_modes, warn_of_untrained, watched_optimizers
 
 TrainStep = Callable[[torch.Tensor, torch.Tensor], dict[str, torch.Tensor | float]]
 DRY_RUN_STEPS = 8  # enough to capture the step and to replay it
@@ -89,7 +90,8 @@ def train(
                     run.batch += 1
                     report(run, steps)
                     save(run, signals, due=time.monotonic() - run.saved >= run.args.save_interval)
-                finish_epoch(run, validate, score, sample, after_epoch)
+                with same_modes(run.networks()):
+                    finish_epoch(run, validate, score, sample, after_epoch)
                 optim.step_schedules(run.state, run.history[-1], score)
                 save(run, [] if finished(run, should_stop) else signals, due=True)
         broadcast(check)

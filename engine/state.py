@@ -98,14 +98,29 @@ def require_batches_for_norm(networks: dict[str, nn.Module], size: int) -> None:
 
 
 def warn_of_untrained(state: dict[str, Any]) -> None:
-    """After a step: name the weights that have a gradient and are in no optimizer."""
-    held = {
-        id(p) for item in state.values() if isinstance(item, Optimizer) for g in item.param_groups for p in g["params"]
-    }
-    names = [name for weight, name in weights_of(state).items() if weight.grad is not None and id(weight) not in held]
-    if held and names:
-        shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-        print(f"warning: {len(names)} weights are not trained: no optimizer holds {shown}", flush=True)
+    """After the first step: name the weights that have a gradient and no optimizer, or an optimizer and no gradient."""
+    names = weights_of(state)
+    held = set()
+    for name, item in state.items():
+        if isinstance(item, Optimizer):
+            weights = [parameter for group in item.param_groups for parameter in group["params"]]
+            held.update(weights)
+            if not any(weight.grad is not None for weight in weights):
+                print(f"warning: {name} trains nothing: after the first step, its weights have no gradient", flush=True)
+    if held and (lacking := [names[weight] for weight in names if weight.grad is not None and weight not in held]):
+        shown = ", ".join(lacking[:3]) + (", ..." if len(lacking) > 3 else "")
+        print(f"warning: {len(lacking)} weights are not trained: no optimizer holds {shown}", flush=True)
+
+
+@contextmanager
+def same_modes(networks: dict[str, nn.Module]) -> Iterator[None]:
+    """Restore train or eval mode of every layer afterwards, which a validation may have left in eval mode."""
+    modes = {layer: layer.training for network in networks.values() for layer in network.modules()}
+    try:
+        yield
+    finally:
+        for layer, training in modes.items():
+            layer.training = training
 
 
 def unsaved(recorder: Recorder, state: dict[str, Any]) -> str:
@@ -117,12 +132,14 @@ def unsaved(recorder: Recorder, state: dict[str, Any]) -> str:
         of_loop = line == THE_STEP and storage not in gradients  # its sums of metrics
         if not of_loop and storage not in known and recorder.used[storage].partition(".")[0] not in OVERWRITES:
             name = gradients.get(storage)
-            what = f"adds to the gradient of {name} across steps" if name else f"updates a tensor {list(tensor.shape)}"
-            return f"{line} {what}, which `state` lacks"
+            if name:
+                remedy = "call optimizer.zero_grad() in each step, and add up gradients within one step alone"
+                return f"{line} adds to the gradient of {name} across steps; {remedy}"
+            return f"{line} updates a tensor {list(tensor.shape)} that `state` lacks; add it"
     own = {address_of(item) for item in state.values() if isinstance(item, torch.Generator)}
     for address, (_, _, line) in recorder.generators.items():
         if address not in own:
-            return f"{line} uses a torch.Generator that `state` lacks"
+            return f"{line} uses a torch.Generator that `state` lacks; add it"
     return ""
 
 

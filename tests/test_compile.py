@@ -153,6 +153,24 @@ def test_the_updates_are_torchs(name, tmp_path):
     torch.testing.assert_close(weights[True], weights[False], rtol=1e-5, atol=1e-7)
 
 
+def test_dropout_within_attention_uses_the_eager_steps_random_numbers(monkeypatch):
+    """Its memory is in another order than its dimensions, which Inductor changes: only dense dropout is left to it."""
+    x, graphs = torch.rand(5, 3, 4).transpose(0, 1), []
+    monkeypatch.setattr(torch._inductor, "compile", lambda graph, *_, **__: graphs.append(graph) or (lambda *_: None))
+
+    def noise(x):
+        return torch.empty_like(x).bernoulli_(0.5)
+
+    torch.manual_seed(3)
+    eager = noise(x)
+    compiler.compile_step(noise, [x], {}, {})
+    (random,) = [node for node in graphs[0].graph.nodes if "bernoulli" in str(node.target)]
+    assert random.meta["val"].is_contiguous()
+    torch.manual_seed(3)
+    order = compiler.fills_in_memory_order(torch.device("cpu"))
+    assert torch.equal(compiler.bernoulli_(torch.empty_like(x), 0.5, in_memory_order=order), eager)
+
+
 def set_environment(settings):
     os.environ.update(settings)
 

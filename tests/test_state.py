@@ -108,7 +108,7 @@ class Lacking:
     ("name", "part"),
     [
         ("counter", "gets the number 0.2, then 0.3"),
-        ("tensor", "updates a tensor [1, 1], which `state` lacks"),
+        ("tensor", "updates a tensor [1, 1] that `state` lacks"),
         ("replaced", "reads a tensor that was replaced"),
         ("generated", "uses a torch.Generator that `state` lacks"),
         ("skipped", "does not do the same in every step"),
@@ -176,6 +176,28 @@ def test_an_optimizer_that_state_lacks_is_refused_at_its_first_step(tmp_path):
     with pytest.raises(UserError, match=r"train_step uses an optimizer \(SGD\) that `state` lacks; add it"):
         utils.train(run, step, ten_images(batch_size=2))
     step(*ten_images(batch_size=2).take(torch.arange(2)))  # the check ends with the training
+
+
+def test_an_optimizer_whose_weights_get_no_gradient_is_named(tmp_path, capsys):
+    layer = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    run = start(tmp_path / "run", {"layer": layer, "optimizer": optimizer})
+    utils.train(run, lambda images, labels: {}, ten_images(batch_size=2))
+    assert capsys.readouterr().out.count("warning: optimizer trains nothing: after the first step, its weights") == 1
+
+
+@pytest.mark.parametrize("callback", ["validate", "sample", "after_epoch"])
+def test_a_network_left_in_eval_mode_trains_on_in_train_mode(tmp_path, callback):
+    layer, modes = torch.nn.Linear(1, 1), []
+    returned = {"validate": {}, "sample": torch.zeros(1, 1, 2, 2)}.get(callback)
+    run = start(tmp_path / "run", {"layer": layer})
+
+    def train_step(images, labels):
+        modes.append(layer.training)
+        return {}
+
+    utils.train(run, train_step, ten_images(10), **{callback: lambda *_: layer.eval() and returned})
+    assert modes == [True, True]
 
 
 def test_weights_that_no_optimizer_trains_are_named(tmp_path, capsys):
