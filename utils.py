@@ -39,7 +39,7 @@ from engine.errors import Stopped, caught_signals
 from engine.meter import Meter, validated
 from engine.plots import plot_curves, save_gif, save_grid
 from engine.run import Metrics, Run
-from engine.state import require_batches_for_norm, same_modes, warn_of_untrained, watched_optimizers
+from engine.state import require_batches_for_norm, same_modes, untrained, watched_optimizers
 
 TrainStep = Callable[[torch.Tensor, torch.Tensor], dict[str, torch.Tensor | float]]
 DRY_RUN_STEPS = 8  # enough to capture the step and to replay it
@@ -159,7 +159,8 @@ def make_step(run: Run, train_step: TrainStep, batches: Any) -> Callable[[torch.
         else:
             run.state["step"].add_(1)
         if run.epoch == run.batch == 0:
-            warn_of_untrained(run.state)
+            for problem in untrained(run.state):
+                print(f"warning: {problem}", flush=True)
         for schedule in schedules:
             schedule.step()
 

@@ -26,24 +26,31 @@ if TYPE_CHECKING:
 
 
 def capture(step: Callable, run: "Run", batch_size: int) -> Callable:
-    """`step`, which takes tensors, as a captured step if `run` asks for one and it can be; otherwise `step` itself."""
+    """`step`, which takes tensors, as a captured step if `run` asks for one and it can be; otherwise eager, watched."""
     args, device = run.args, run.device()
     graph = device.type == "cuda" and args.cuda_graph
-    if world_size() > 1 and (args.compile or graph):
-        print("every step runs eagerly: there are several processes")
+    asked = args.compile or graph
+    reason = why_eager(run.optimizers())
+    if asked and reason:
+        print(f"every step runs eagerly: {reason}")
     if world_size() > 1:
         return step
-    if not (args.compile or graph):
+    if not asked or reason:
         return watched(step, run)
-    for optimizer in run.optimizers():
-        if not is_capturable(optimizer):
-            name, remedy = type(optimizer).__name__, "fused=True" if "fused" in optimizer.defaults else "another one"
-            print(f"every step runs eagerly: {name} takes the learning rate as a Python number; use {remedy}")
-            return watched(step, run)
     return CapturedStep(
         step, run.state, batch_size, device,
         compiled=args.compile, graph=graph, begun=run.begun, is_first=lambda: run.batch == 0,
     )  # fmt: skip
+
+
+def why_eager(optimizers: list[Optimizer]) -> str:
+    if world_size() > 1:
+        return "there are several processes"
+    for optimizer in optimizers:
+        if not is_capturable(optimizer):
+            name, remedy = type(optimizer).__name__, "fused=True" if "fused" in optimizer.defaults else "another one"
+            return f"{name} takes the learning rate as a Python number; use {remedy}"
+    return ""
 
 
 class CapturedStep:

@@ -79,16 +79,18 @@ def check_metrics(function: str, metrics: Any) -> None:
         what = "nothing" if metrics is None else f"a {type(metrics).__name__}"
         raise UserError(f'{function} returns {what}; return a dict of metrics, as {{"loss": loss.detach()}}')
     for name, value in metrics.items():
-        of_validate = isinstance(name, str) and name.startswith("val_")
-        if not isinstance(name, str) or name == "epoch" or "$" in name or of_validate != (function == "validate"):
-            rule = (
-                "begin it with val_" if function == "validate" else "val_... are validate's, and \"epoch\" the loop's"
-            )
-            raise UserError(f"{function} returns a metric of the name {name!r}; use another name, without $: {rule}")
+        check_name(function, name)
         if tuple(getattr(value, "shape", ())):
             raise UserError(f"{function} returns {name} with shape {list(value.shape)}; return its mean")
         if not isinstance(value, SupportsFloat):
             raise UserError(f"{function} returns {name} as a {type(value).__name__}; return a number")
+
+
+def check_name(function: str, name: Any) -> None:
+    rule = "begin it with val_" if function == "validate" else "val_... is for validate, epoch for the loop"
+    plain = isinstance(name, str) and name != "epoch" and "$" not in name
+    if not plain or name.startswith("val_") != (function == "validate"):
+        raise UserError(f"{function} returns a metric of the name {name!r}; use another name, without $: {rule}")
 
 
 def add_up(parts: list[Totals]) -> Totals:

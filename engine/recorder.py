@@ -18,6 +18,7 @@ ROOT = Path(ENGINE).parent
 LOOP = str(ROOT / "utils.py")
 THE_STEP = "the step"  # what has no line of the user's
 COMPARED = 5  # steps in a row: enough to see `if i % 5 == 0`
+OVERWRITES = ("zero_", "_foreach_zero_", "fill_", "copy_", "normal_", "uniform_", "bernoulli_", "random_")
 PLAIN = (bool, int, float, str, type(None))  # with tensors, what a checkpoint may hold
 Before = dict[tuple, tuple[torch.Tensor, torch.Tensor]]
 
@@ -93,6 +94,11 @@ class Recorder(TorchDispatchMode):
             if storage_of(tensor) not in known:
                 self.made[storage_of(tensor)] = len(self.operations)
 
+    def continued(self) -> dict[int, tuple[torch.Tensor, str]]:
+        """What the step wrote to and did not overwrite first: it continues from the step before."""
+        first = {storage: name.partition(".")[0] for storage, name in self.used.items()}
+        return {storage: what for storage, what in self.written.items() if first[storage] not in OVERWRITES}
+
     def run(self, function, args, kwargs):
         return function(*args, **kwargs)
 
@@ -151,20 +157,24 @@ def require_same(recorded: Recorder, other: Recorder) -> None:
 
 def difference(recorded: Recorder, other: Recorder) -> str:
     """The first difference between two steps, with the line of the user's code and the remedy; "" if there is none."""
-    for i, (first, second) in enumerate(itertools.zip_longest(recorded.operations, other.operations)):
-        if first == second:
-            continue
-        line = other.lines[i] if second else recorded.lines[i]
-        if not first or not second or first[0] != second[0] or len(first) != len(second):
-            remedy = "make what happens every few steps part of each step, or weight it by 0 or 1 with torch.where"
-            return f"{line} does not do the same in every step, as after `if i % 5 == 0`; {remedy}"
-        a, b = next((a, b) for a, b in zip(first, second) if a != b)
-        if isinstance(a, tuple):
-            remedy = "update it in place, as with x.copy_(...)"
-            return f"{line} does not do the same in every step: {first[0]} reads a tensor that was replaced; {remedy}"
-        remedy = 'compute it from state["step"], or keep it in a tensor in `state` that the step updates in place'
-        return f"{line} does not do the same in every step: {first[0]} gets the number {a}, then {b}; {remedy}"
+    pairs = itertools.zip_longest(recorded.operations, other.operations, fillvalue=())
+    for i, (first, second) in enumerate(pairs):
+        if first != second:
+            line = (other if second else recorded).lines[i]
+            return f"{line} does not do the same in every step{change(first, second)}"
     return ""
+
+
+def change(first: tuple, second: tuple) -> str:
+    """What differs between two operations, and the remedy."""
+    if first[:1] != second[:1] or len(first) != len(second):
+        remedy = "make what happens every few steps part of each step, or weight it by 0 or 1 with torch.where"
+        return f", as after `if i % 5 == 0`; {remedy}"
+    a, b = next((a, b) for a, b in zip(first, second) if a != b)
+    if isinstance(a, tuple):
+        return f": {first[0]} reads a tensor that was replaced; update it in place, as with x.copy_(...)"
+    remedy = 'compute it from state["step"], or keep it in a tensor in `state` that the step updates in place'
+    return f": {first[0]} gets the number {a}, then {b}; {remedy}"
 
 
 def user_line() -> str:

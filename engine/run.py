@@ -138,14 +138,12 @@ class Run:
         """
         state = load_result(path)["state"]
         for name, network in self.networks().items():
-            own, given = network.state_dict(), state.get(name, {})
-            fitting = {key: value for key, value in given.items() if key in own and own[key].shape == value.shape}
-            if not fitting:
+            taken = load_fitting(network, state.get(name, {}))
+            if not taken:
                 remedy = "name a run folder of this script and model"
                 raise UserError(f"--start-from {path}: it has no weights that fit the {name}; {remedy}")
-            network.load_state_dict(fitting, strict=False)
-            if fresh := [key for key in own if key not in fitting]:
-                print(f"--start-from: {name} took {len(fitting)} tensors; new weights: {', '.join(fresh)}", flush=True)
+            if fresh := network.state_dict().keys() - taken:
+                print(f"--start-from: {name} took {len(taken)} tensors; new weights: {', '.join(sorted(fresh))}")
         for item in self.state.values():
             if isinstance(item, EMA):
                 torch._foreach_copy_(item.averages, item.weights)
@@ -196,6 +194,14 @@ class Run:
             known = config["commit"] in before.split(", then ")
             config["commit"] = before if known else f"{before}, then {config['commit']}"
         write_atomically(self.folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+
+
+def load_fitting(network: torch.nn.Module, state: dict[str, torch.Tensor]) -> set[str]:
+    """Load the tensors that `network` has, by name and shape; return their names."""
+    own = network.state_dict()
+    fitting = {name: value for name, value in state.items() if name in own and own[name].shape == value.shape}
+    network.load_state_dict(fitting, strict=False)
+    return set(fitting)
 
 
 def largest(state: Any) -> float:

@@ -6,6 +6,7 @@ tuples and dicts of them).
 """
 
 import copy
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,9 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._pytree import tree_leaves
 
 from engine.errors import UserError
-from engine.recorder import PLAIN, THE_STEP, Recorder, address_of, portable_state, storage_of
-
-OVERWRITES = ("zero_", "_foreach_zero_", "fill_", "copy_", "normal_", "uniform_", "bernoulli_", "random_")
+from engine.recorder import PLAIN, THE_STEP, Recorder, address_of, portable_state, storage_of, tensors_of
 
 
 def saved(name: str, item: Any) -> Any:
@@ -62,16 +61,20 @@ def weights_of(state: dict[str, Any]) -> dict[torch.Tensor, str]:
     return names
 
 
+def held_weights(state: dict[str, Any]) -> dict[str, list[torch.Tensor]]:
+    """The weights of each optimizer in `state`."""
+    optimizers = {name: item for name, item in state.items() if isinstance(item, Optimizer)}
+    return {name: [p for group in item.param_groups for p in group["params"]] for name, item in optimizers.items()}
+
+
 def check_optimizers(state: dict[str, Any]) -> None:
     """Raise UserError if an optimizer in `state` holds weights that `state` does not save."""
     known = weights_of(state)
-    for name, item in state.items():
-        if isinstance(item, Optimizer):
-            lacking = [p for group in item.param_groups for p in group["params"] if p not in known]
-            if lacking:
-                shapes = ", ".join(str(list(parameter.shape)) for parameter in lacking[:3])
-                remedy = "add the network that they belong to"
-                raise UserError(f"{name} updates {len(lacking)} weights that `state` lacks ({shapes}); {remedy}")
+    for name, weights in held_weights(state).items():
+        if lacking := [weight for weight in weights if weight not in known]:
+            shapes = ", ".join(str(list(weight.shape)) for weight in lacking[:3])
+            remedy = "add the network that they belong to"
+            raise UserError(f"{name} updates {len(lacking)} weights that `state` lacks ({shapes}); {remedy}")
 
 
 @contextmanager
@@ -97,19 +100,20 @@ def require_batches_for_norm(networks: dict[str, nn.Module], size: int) -> None:
             raise UserError(f"batch norm of the {name}: one image would form a batch by itself; change --batch-size")
 
 
-def warn_of_untrained(state: dict[str, Any]) -> None:
-    """After the first step: name the weights that have a gradient and no optimizer, or an optimizer and no gradient."""
-    names = weights_of(state)
-    held = set()
-    for name, item in state.items():
-        if isinstance(item, Optimizer):
-            weights = [parameter for group in item.param_groups for parameter in group["params"]]
-            held.update(weights)
-            if not any(weight.grad is not None for weight in weights):
-                print(f"warning: {name} trains nothing: after the first step, its weights have no gradient", flush=True)
-    if held and (lacking := [names[weight] for weight in names if weight.grad is not None and weight not in held]):
-        shown = ", ".join(lacking[:3]) + (", ..." if len(lacking) > 3 else "")
-        print(f"warning: {len(lacking)} weights are not trained: no optimizer holds {shown}", flush=True)
+def has_gradient(weight: torch.Tensor) -> bool:
+    return weight.grad is not None
+
+
+def untrained(state: dict[str, Any]) -> Iterator[str]:
+    """After the first step: name the optimizers whose weights have no gradient, and weights that no optimizer holds."""
+    held = held_weights(state)
+    for name, weights in held.items():
+        if not any(map(has_gradient, weights)):
+            yield f"{name} trains nothing: after the first step, its weights have no gradient"
+    known = set(itertools.chain(*held.values()))
+    lacking = [name for weight, name in weights_of(state).items() if has_gradient(weight) and weight not in known]
+    if lacking and held:
+        yield f"{len(lacking)} weights are not trained: no optimizer holds {', '.join(lacking[:3])}"
 
 
 @contextmanager
@@ -123,23 +127,25 @@ def same_modes(networks: dict[str, nn.Module]) -> Iterator[None]:
             layer.training = training
 
 
+def gradients_of(state: dict[str, Any]) -> dict[int, str]:
+    """The storage of each weight's gradient, and the weight's name."""
+    return {storage_of(weight.grad): name for weight, name in weights_of(state).items() if weight.grad is not None}
+
+
 def unsaved(recorder: Recorder, state: dict[str, Any]) -> str:
     """What the recorded step changed and `state` lacks, with the line of the user's code; "" if nothing."""
-    leaves = tree_leaves([saved(name, item) for name, item in state.items()])
-    known = {storage_of(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor)}
-    gradients = {storage_of(p.grad): name for p, name in weights_of(state).items() if p.grad is not None}
-    for storage, (tensor, line) in recorder.written.items():
-        of_loop = line == THE_STEP and storage not in gradients  # its sums of metrics
-        if not of_loop and storage not in known and recorder.used[storage].partition(".")[0] not in OVERWRITES:
-            name = gradients.get(storage)
-            if name:
-                remedy = "call optimizer.zero_grad() in each step, and add up gradients within one step alone"
-                return f"{line} adds to the gradient of {name} across steps; {remedy}"
-            return f"{line} updates a tensor {list(tensor.shape)} that `state` lacks; add it"
     own = {address_of(item) for item in state.values() if isinstance(item, torch.Generator)}
-    for address, (_, _, line) in recorder.generators.items():
-        if address not in own:
-            return f"{line} uses a torch.Generator that `state` lacks; add it"
+    foreign = [line for address, (_, _, line) in recorder.generators.items() if address not in own]
+    if foreign:
+        return f"{foreign[0]} uses a torch.Generator that `state` lacks; add it"
+    gradients = gradients_of(state)
+    known = set(map(storage_of, tensors_of([saved(name, item) for name, item in state.items()])))
+    for storage, (tensor, line) in recorder.continued().items():
+        if storage in gradients:
+            remedy = "call optimizer.zero_grad() in each step, and add up gradients within one step alone"
+            return f"{line} adds to the gradient of {gradients[storage]} across steps; {remedy}"
+        if line != THE_STEP and storage not in known:  # without a line, it is the loop's
+            return f"{line} updates a tensor {list(tensor.shape)} that `state` lacks; add it"
     return ""
 
 

@@ -235,7 +235,7 @@ def test_fine_tuning_on_other_classes_takes_the_layers_that_fit(tmp_path, capsys
     draw_shapes(tmp_path / "shapes", {"train": 20, "test": 5})
     words = ["--model", "mlp", "--dataset", tmp_path / "shapes", "--lr", 0, "--dry-run", "--device", "cpu"]
     train(*words, "--start-from", tmp_path / "first", "--output-dir", tmp_path / "second")
-    assert "--start-from: model took 6 tensors; new weights: linear4.weight, linear4.bias\n" in capsys.readouterr().out
+    assert "--start-from: model took 6 tensors; new weights: linear4.bias, linear4.weight\n" in capsys.readouterr().out
     first, second = (load(tmp_path / name / "checkpoint.pt")["state"]["model"] for name in ("first", "second"))
     assert torch.equal(first["linear1.weight"], second["linear1.weight"])
 

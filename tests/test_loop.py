@@ -332,3 +332,10 @@ def test_images_from_a_file_are_read_outside_the_captured_step(tmp_path, monkeyp
     assert run.history[0]["label"] == 4.5
     captured[0](torch.zeros(2, 1, 1, 1), torch.ones(2))
     assert run.meter.report() == {"label": 1.0}
+
+
+def test_the_captured_step_has_the_size_of_the_batches_not_of_the_flag(tmp_path, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(utils, "capture", lambda step, run, size: sizes.append(size) or step)
+    utils.train(start(tmp_path / "run", {}, batch_size=2), lambda images, labels: {}, ten_images(batch_size=4))
+    assert sizes == [4]
