@@ -127,6 +127,10 @@ def same_modes(networks: dict[str, nn.Module]) -> Iterator[None]:
             layer.training = training
 
 
+def generators_of(state: dict[str, Any]) -> set[int]:
+    return {address_of(item) for item in state.values() if isinstance(item, torch.Generator)}
+
+
 def gradients_of(state: dict[str, Any]) -> dict[int, str]:
     """The storage of each weight's gradient, and the weight's name."""
     return {storage_of(weight.grad): name for weight, name in weights_of(state).items() if weight.grad is not None}
@@ -134,10 +138,9 @@ def gradients_of(state: dict[str, Any]) -> dict[int, str]:
 
 def unsaved(recorder: Recorder, state: dict[str, Any]) -> str:
     """What the recorded step changed and `state` lacks, with the line of the user's code; "" if nothing."""
-    own = {address_of(item) for item in state.values() if isinstance(item, torch.Generator)}
-    foreign = [line for address, (_, _, line) in recorder.generators.items() if address not in own]
-    if foreign:
-        return f"{foreign[0]} uses a torch.Generator that `state` lacks; add it"
+    for address, (_, _, line) in recorder.generators.items():
+        if address not in generators_of(state):
+            return f"{line} uses a torch.Generator that `state` lacks; add it"
     gradients = gradients_of(state)
     known = set(map(storage_of, tensors_of([saved(name, item) for name, item in state.items()])))
     for storage, (tensor, line) in recorder.continued().items():
