@@ -94,6 +94,7 @@ def ours(command: str, device: str, more: list[str], data_dir: str, folder: str,
     def epoch():
         for rows in batches.rows(next(epochs)):
             step(rows)
+            run.batch += 1  # as in one long epoch, whose first step alone is compared with the recording
         metrics = run.meter.report()
         return {name: metrics[name] for name in ("loss", "accuracy", "loss_d", "loss_g") if name in metrics}
 
