@@ -27,12 +27,10 @@ CASES = {  # each has operations that no other has
     "mlp lecture": (train_classifier, ["--model", "mlp", "--weight-decay", "0.1"]),
     "resnet best": (train_classifier, ["--model", "resnet", "--recipe", "best"]),
     "maxout paper": (train_classifier, ["--recipe", "paper"]),
-    "gan best": (train_gan, ["--recipe", "best"]),
     "relativistic gan": (train_gan, ["--recipe", "best", "--networks", "large", "--loss", "relativistic"]),
     "cgan paper": (train_cgan, ["--recipe", "paper"]),
-    **{f"{model} lecture": (train_likelihood, ["--model", model]) for model in ("vae", "rbm", "hmm")},
+    **{f"{model} lecture": (train_likelihood, ["--model", model]) for model in ("rbm", "hmm")},
     "iwae": (train_likelihood, ["--model", "vae", "--recipe", "best", "--importance-samples", "5"]),
-    "rbm cd": (train_likelihood, ["--model", "rbm", "--recipe", "best", "--persistent-chains", "0"]),
     "rnn best": (train_likelihood, ["--model", "rnn", "--recipe", "best"]),
 }
 STEPS = 20  # more would not see more: rounding in double precision stays below 1e-14, and a fault shows at once
@@ -86,7 +84,7 @@ MLP = [*DIGITS, "--model", "mlp", "--recipe", "best", "--epochs", "2", "--val-si
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("at", [(0, 0), (0, 1), (1, 4)])
+@pytest.mark.parametrize("at", [(0, 1), (1, 4)])  # before the step is captured, and after
 def test_a_compiled_run_that_was_killed_within_an_epoch_resumes_exactly(tmp_path, at):
     train(*MLP, "--output-dir", tmp_path / "whole")
     with killed_at(at):
