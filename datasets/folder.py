@@ -4,9 +4,11 @@ The networks see 28x28 grey pixels, so that is what every image becomes. docs/ex
 larger images or for colour.
 """
 
-import glob
 import hashlib
+import itertools
 import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,9 +19,12 @@ from tqdm import tqdm
 
 from engine.errors import DataError
 from photos import open_image
+from photos.files import FORMATS
 
 SIDE, MODE = 28, "L"  # width and height in pixels; Pillow's name for grey. Colour is "RGB"
-SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+# Beside names that start with a dot: what systems and editors leave, never a class or an image.
+HIDDEN = {"__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found", "__pycache__",
+          "thumbnails", "thumbs.db", "desktop.ini"}  # fmt: skip
 PARTS = {"train", "training", "test", "testing", "val", "valid", "validation"}
 
 
@@ -29,13 +34,42 @@ def load_folder(folder: Path, train: bool) -> tuple[Tensor, Tensor]:
     Returns uint8 images [N, C, SIDE, SIDE] and int64 labels [N], in an order that mixes the classes and is always the
     same. Raises DataError.
     """
-    paths, labels = zip(*list_images(folder, train))
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        read = tqdm(pool.map(read_image, paths), f"reading {folder}", len(paths), leave=False, disable=None)
-        images = [*read]  # with a bar in a terminal only
+    listed, left_out = list_images(folder, train)
+    paths, labels = zip(*listed)
+    images = read_all(paths)
     what = f"{len(images)} {'training' if train else 'test'} images of {max(labels) + 1} classes"
     print(f"{folder}: {what}, each scaled to {SIDE}x{SIDE} {'grey ' * (MODE == 'L')}pixels", flush=True)
-    return torch.cat(images), torch.tensor(labels)
+    if left_out:
+        print(f"{folder}: left out, in no class or not read as images: {endings(left_out)}", flush=True)
+    if not train and (both := copies(paths, [path for path, _ in list_images(folder, True)[0]])):
+        print(f"warning: {len(both)} of the test images are training images too, such as {' and '.join(both[0])}")
+    return images, torch.tensor(labels)
+
+
+def read_all(paths: Sequence[str], read: Callable[[str], Tensor] | None = None) -> Tensor:
+    """What `read`, by default read_image, makes of the files. Raises a DataError that names all it cannot read."""
+
+    def attempt(path: str) -> Tensor | DataError:
+        try:
+            return (read or read_image)(path)
+        except DataError as error:
+            return error
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # the bar is shown in a terminal only
+        images = [*tqdm(pool.map(attempt, paths), "reading images", len(paths), leave=False, disable=None)]
+    errors = {path: image for path, image in zip(paths, images) if isinstance(image, DataError)}
+    for error in errors.values():
+        many = f"{len(errors)} of {len(images)} images cannot be read, such as {str([*errors][:5])[1:-1]}: "
+        raise DataError(f"{many * (len(errors) > 1)}{error}")
+    return torch.cat(images)
+
+
+def copies(*parts: Sequence[str]) -> list[tuple[str, ...]]:
+    """The files of one part that are byte for byte a file of the other, each with that one."""
+    sizes = set.intersection(*({*map(os.path.getsize, paths)} for paths in parts))  # no other files need be read
+    alike = ([path for path in paths if os.path.getsize(path) in sizes] for paths in parts)
+    one, other = ({hashlib.sha256(Path(path).read_bytes()).digest(): path for path in paths} for paths in alike)
+    return [(one[content], other[content]) for content in one if content in other]
 
 
 def read_image(path: str | Path) -> Tensor:
@@ -94,32 +128,83 @@ def parts(folder: Path) -> tuple[Path, Path]:
 
 
 def subfolders(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return sorted(name for name in next(os.walk(folder, onerror=refuse))[1] if not is_hidden(name))
 
 
-def list_images(folder: Path, train: bool) -> list[tuple[str, int]]:
-    """The path and the label of each image of a part. Raises DataError if a class has none.
+def is_hidden(name: str) -> bool:
+    return name.startswith(".") or name.lower() in HIDDEN
+
+
+def refuse(error: OSError) -> None:
+    raise DataError(f"{error.filename} cannot be read ({error.strerror}); allow reading it, or remove it") from error
+
+
+def list_images(folder: Path, train: bool) -> tuple[list[tuple[str, int]], list[str]]:
+    """The path and the label of each image of a part, and the other files that it holds. Raises DataError if too few.
 
     Sorted by a hash of the names: it mixes the classes, because --val-size takes the last images. A folder without
     train/ and test/ is split by it too, so that an image stays in its part when others are added.
     """
     part = parts(folder)[0 if train else 1]
-    least = 2 if part == folder else 1
+    others, least = outside_classes(folder, part), 2 if part == folder else 1
     chosen: list[tuple[bytes, str, int]] = []
-    for label, name in enumerate(folder_classes(folder)):
-        found = sorted((name_hash(path, part), path, label) for path in image_files(part / name))
-        if len(found) < least:
-            images = f"{len(found)} images ({', '.join(SUFFIXES)})"
-            raise DataError(f"{part / name} holds {images}, but needs at least {least}; add some, or remove the folder")
-        cut = max(1, round(len(found) / 5)) if part == folder else 0
-        chosen += found[cut:] if train or not cut else found[:cut]
-    return [(path, label) for _, path, label in sorted(chosen)]
+    for label, (place, files) in enumerate(class_files(folder, part)):
+        images = [*filter(is_image, files)]
+        others += sorted({*files} - {*images})
+        if len(images) < least:
+            holds = f"{len(images)} images ({', '.join(FORMATS)}) in {len(files)} files ({endings(files)})"
+            raise DataError(f"{place} holds {holds}, but needs at least {least}; add some, or remove the folder")
+        found = sorted((name_hash(path, part), path, label) for path in images)
+        chosen += found if part != folder else a_fifth(found, train)
+    return [(path, label) for _, path, label in sorted(chosen)], others
 
 
-def image_files(folder: Path) -> list[str]:
-    """All images in or below a folder, except hidden ones."""
-    paths = glob.iglob(f"{glob.escape(str(folder))}/**/*", recursive=True)
-    return [path for path in paths if path.lower().endswith(SUFFIXES) and os.path.isfile(path)]
+def a_fifth(found: list, train: bool) -> list:
+    """The first fifth, to test with; to train with, all others."""
+    cut = max(1, round(len(found) / 5))
+    return found[cut:] if train else found[:cut]
+
+
+def outside_classes(folder: Path, part: Path) -> list[str]:
+    """The files beside the folders of the classes, and those in folders that are neither train/ nor test/."""
+    unused = [folder / name for name in subfolders(folder) if part != folder and name not in ("train", "test")]
+    found = itertools.chain(part.glob("*.*"), *(place.rglob("*.*") for place in unused))
+    return [str(path) for path in found if path.is_file() and not is_hidden(path.name)]
+
+
+def is_image(path: str) -> bool:
+    from PIL import Image
+
+    return Image.registered_extensions().get(os.path.splitext(path)[1].lower()) in FORMATS
+
+
+def endings(files: Sequence[str]) -> str:
+    counts = Counter(Path(path).suffix.lower() or "without an ending" for path in files)
+    return ", ".join(f"{count} {ending}" for ending, count in counts.items())
+
+
+def class_files(folder: Path, part: Path) -> Iterator[tuple[Path, list[str]]]:
+    """The folder of each class, and the files in and below it, except hidden ones. Each real file is listed once.
+
+    Links are followed, unless they lead to the folder of a class, or into or above it. Raises DataError.
+    """
+    names, seen = folder_classes(folder), set[str]()
+    homes = [Path(os.path.realpath(each / name)) for each in parts(folder) for name in names]
+
+    def is_new(path: str) -> bool:
+        real = Path(os.path.realpath(path)) if os.path.islink(path) else None
+        back = real and real.exists() and any(real.is_relative_to(h) or h.is_relative_to(real) for h in homes)
+        if new := not (back or is_hidden(os.path.basename(path)) or str(real or path) in seen):
+            seen.add(str(real or path))
+        return new
+
+    for name in names:
+        paths: list[str] = []
+        for root, folders, files in os.walk(part / name, onerror=refuse, followlinks=True):
+            base = os.path.realpath(root)
+            folders[:] = [each for each in sorted(folders) if is_new(os.path.join(base, each))]
+            paths += [os.path.join(root, each) for each in sorted(files) if is_new(os.path.join(base, each))]
+        yield part / name, paths
 
 
 def name_hash(path: str, part: Path) -> bytes:

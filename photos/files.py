@@ -21,19 +21,19 @@ def open_image(image: "str | Path | Image.Image", side: int) -> "Image.Image":
     from PIL import Image
 
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # the limit is our own
-    if isinstance(image, Image.Image):
-        return in_colour(image, side)
-    name = image if str(image).isprintable() else repr(str(image))
-    if not Path(image).is_file():
-        raise DataError(f"{name} is not a file; give the path of an image, such as a PNG or JPEG")
+    name = "the picture" if isinstance(image, Image.Image) else image if str(image).isprintable() else repr(str(image))
     try:
+        if isinstance(image, Image.Image):
+            return in_colour(image, side)
+        if not Path(image).is_file():
+            raise DataError(f"{name} is not a file; give the path of an image, such as a PNG or JPEG")
         with Image.open(image, formats=FORMATS) as file:
             if file.width * file.height > MOST_PIXELS:
                 size = f"{file.width} x {file.height}"
                 raise DataError(f"{name} has {size} pixels; shrink it below 100 megapixels, or remove it")
             file.draft("RGB", (side, side))  # a JPEG is reduced while it is decoded
             return in_colour(file, side)
-    except (DataError, MemoryError):
+    except DataError:
         raise
     except Exception as error:  # each format raises its own kinds
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -47,6 +47,8 @@ def in_colour(image: "Image.Image", side: int) -> "Image.Image":
 
     if image.mode[0] in "IF":  # 16 bits and more: stretched from the darkest to the brightest pixel
         deep = np.asarray(image, dtype=np.float32)
+        if not np.isfinite(deep).all():
+            raise ValueError("not all of its pixels are finite")
         deep = (deep - deep.min()) / max(np.ptp(deep), 1) * 255
         image = Image.fromarray(deep.round().astype(np.uint8))
     if image.has_transparency_data:

@@ -1,6 +1,7 @@
 """Images of your own: a folder of classes, from the files to reports and plots, and one line for each mistake."""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -109,7 +110,7 @@ TEST_PART = {  # by a hash of the names: the same on every machine and in every 
 
 def test_a_folder_of_one_level_is_split_80_to_20_class_by_class(one_level):
     for folder in (one_level, shutil.copytree(one_level, one_level.parent / "elsewhere" / "copy")):
-        train, test = ([path for path, _ in list_images(folder, part)] for part in (True, False))
+        train, test = ([path for path, _ in list_images(folder, part)[0]] for part in (True, False))
         for name, numbers in TEST_PART.items():
             assert sorted(int(Path(path).stem) for path in test if Path(path).parent.name == name) == numbers
         assert (len(train), len({*train, *test})) == (60, 75)
@@ -118,13 +119,69 @@ def test_a_folder_of_one_level_is_split_80_to_20_class_by_class(one_level):
     assert set(labels.tolist()) == {0, 1, 2}  # the last images are of all classes
 
 
-def test_hidden_files_and_other_files_are_no_images(few):
-    for part in ("train", "test"):
-        (few / part / ".ipynb_checkpoints").mkdir()
-        (few / part / "circle" / "._0.png").write_bytes(b"what macOS leaves")
-        (few / part / "circle" / "notes.txt").write_text("notes")
+def count(few):
+    """How many training images it has, by its message, and of each class."""
+    return load_data(str(few), "", True)[1].bincount().tolist()
+
+
+@pytest.mark.parametrize("name", [".ipynb_checkpoints", ".thumbnails", "__MACOSX", "@eaDir", "._0.png", "Thumbs.db"])
+def test_what_systems_and_editors_leave_is_no_image_and_no_class(few, name, capsys):
+    for place in (few / "train", few / "test", few / "train" / "circle"):
+        if name.endswith((".png", ".db")):
+            (place / name).write_bytes(b"what a system leaves")
+        else:
+            shutil.copytree(few / "test" / "square", place / name)
     assert class_names("few", "") == SHAPES
-    assert len(load_data("few", "", True)[0]) == 60
+    assert count(few) == [20, 20, 20]
+    assert "left out" not in capsys.readouterr().out
+
+
+def link_up(few):
+    """Links that would never end, or lead to images that are counted elsewhere."""
+    for i, target in enumerate([few, few / "train", few / "train" / "square", few / "test" / "square" / "0.png"]):
+        (few / "train" / "circle" / f"link{i}{target.suffix}").symlink_to(target)
+    (few / "train" / "square" / "link").symlink_to(few / "train" / "circle")
+
+
+def link_out(few):
+    """Twice to images outside, among which a link leads back to their folder."""
+    outside = shutil.copytree(few / "test" / "circle", few.parent / "outside")
+    (outside / "loop").symlink_to(outside)
+    for name, target in (("a", outside), ("b", outside), ("c.png", outside / "0.png")):
+        (few / "train" / "circle" / name).symlink_to(target)
+
+
+@pytest.mark.parametrize(("link", "circles"), [(link_up, 20), (link_out, 28)])
+def test_each_file_is_one_image_however_many_links_lead_to_it(few, link, circles):
+    link(few)
+    assert count(few) == [circles, 20, 20]
+
+
+def test_every_format_is_read_or_its_ending_is_named_and_counted(few, capsys):
+    circles = few / "train" / "circle"
+    for i, ending in enumerate(["gif", "jfif", "JPG", "jpe", "pnm", "tif", "dib"]):
+        Image.open(circles / f"{i}.png").save(circles / f"new{i}.{ending}", format=None if i < 6 else "bmp")
+    for name in ("1.heic", "2.HEIC", "notes"):
+        (circles / name).write_bytes(b"x")
+    (few / "val" / "circle").mkdir(parents=True)
+    for folder in (few / "train", few / "val" / "circle"):
+        shutil.copy(circles / "0.png", folder / "outside.png")
+    assert count(few) == [26, 20, 20]
+    _, said, counts = capsys.readouterr().out.splitlines()[-1].rsplit(": ", 2)
+    assert said == "left out, in no class or not read as images"
+    assert {*counts.split(", ")} == {"2 .png", "2 .heic", "1 without an ending", "1 .dib"}
+    shutil.rmtree(few / "train" / "square")
+    (few / "train" / "square").mkdir()
+    (few / "train" / "square" / "a.heic").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"square holds 0 images \(BMP, GIF.*\) in 1 files \(1 .heic\), but needs"):
+        count(few)
+
+
+def test_a_test_image_that_is_a_training_image_is_named(few, capsys):
+    shutil.copy(few / "train" / "square" / "3.png", few / "test" / "circle" / "copy.png")
+    load_data("few", "", train=False)
+    warning = "warning: 1 of the test images are training images too, such as few/test/circle/copy.png and few/train/"
+    assert warning in capsys.readouterr().out
 
 
 def test_a_folder_with_the_name_of_a_dataset_gives_way_to_it(few, monkeypatch):
@@ -213,9 +270,33 @@ def remove(*names):
     return lambda few: [shutil.rmtree(few / name) for name in names]
 
 
-def cut_off(few):
-    path = few / "train" / "circle" / "3.png"
-    path.write_bytes(path.read_bytes()[:100])
+def cut_off(*names):
+    def cut(few):
+        for path in (few / name for name in names):
+            path.write_bytes(path.read_bytes()[:100])
+
+    return cut
+
+
+def not_finite(value):
+    def write(few):
+        pixels = np.zeros((9, 9), np.float32)
+        pixels[3, 3] = value
+        Image.fromarray(pixels).save(few / "train" / "circle" / "1.tif")
+
+    return write
+
+
+def deny(few):
+    """As a file system does; root may read everything."""
+    scan = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("circle"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    os.scandir = scandir
 
 
 @pytest.mark.filterwarnings("error")  # a warning would be one more line
@@ -228,14 +309,21 @@ def cut_off(few):
         (lambda few: (few / "test").rename(few / "Val"), ["few has a folder Val, but not both"]),
         (lambda few: (few / "test" / "square").rename(few / "test" / "star"),
          ["few/test", "missing: square; new: star", "the same subfolders"]),
-        (cut_off, ["few/train/circle/3.png", "cannot be read", "remove"]),
+        (cut_off("train/circle/3.png"), ["few/train/circle/3.png cannot be read", "remove"]),
+        (cut_off("train/circle/3.png", "train/square/5.png", "train/square/7.png"),
+         ["3 of 60 images cannot be read, such as", "circle/3.png", "square/5.png", "square/7.png"]),
+        (not_finite(np.nan), ["1.tif cannot be read as an image (not all of its pixels are finite)"]),
+        (not_finite(np.inf), ["1.tif cannot be read as an image (not all of its pixels are finite)"]),
+        (deny, ["few/train/circle cannot be read (Permission denied); allow reading it"]),
+        (lambda few: (few / "train" / "circle" / "a.png").symlink_to("nowhere"), ["circle/a.png is not a file"]),
         (lambda few: (few / "train" / "circle" / "3.png").write_bytes(POSTSCRIPT), ["circle/3.png", "cannot identify"]),
         (lambda few: (few / "train" / "circle" / "a\nb.png").write_bytes(b"x"), ["a\\nb.png", "cannot be read"]),
         (lambda few: [(few / part / "circle").rename(few / part / "a\nb") for part in ("train", "test")],
          ["'a\\nb'", "rename"]),
     ],
 )  # fmt: skip
-def test_a_folder_that_cannot_be_trained_on_is_one_line(few, spoil, parts):
+def test_a_folder_that_cannot_be_trained_on_is_one_line(few, spoil, parts, monkeypatch):
+    monkeypatch.setattr(os, "scandir", os.scandir)  # restored at the end
     spoil(few)
     with pytest.raises(DataError) as caught:
         train_classifier.main(["--dataset", "few", *CPU])
