@@ -10,6 +10,7 @@ import argparse
 import io
 import json
 import math
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -113,11 +114,13 @@ def write_samples(network: Any, args: argparse.Namespace, folder: Path) -> None:
     """--samples: a grid of them, and their raw values, with noise and labels if they have any, as .npz."""
     import numpy as np
 
-    wanted = spread(args.samples, args.digit or range(len(network.options["classes"])))
+    names = network.options["classes"]
+    wanted = spread(args.samples, args.digit or range(len(names)))
     images, labels, z = sample_images(network, wanted, args.seed)
     shown = images[:: -(-len(images) // 2500)]
     arrays: dict[str, Any] = {"images": images[:, 0], "z": z, "labels": labels}
-    digits = "-".join(map(str, args.digit or []))
+    plain = all(re.fullmatch(r"[\w.]+", name) for name in names)
+    digits = "-".join(names[number] if plain else str(number) for number in args.digit or [])
     suffix = f"{digits and f'-digit{digits}'}-seed{args.seed}"  # one request does not overwrite another's files
     packed, name = io.BytesIO(), f"samples-{args.samples}{suffix}"
     np.savez_compressed(packed, **{key: array.numpy() for key, array in arrays.items() if array is not None})

@@ -32,15 +32,22 @@ def print_report(logits: Tensor, labels: Tensor, measures: dict[str, Any], names
 
     given: dict[str, Any] = {"labels": range(len(names)), "target_names": names, "digits": 4, "zero_division": 0}
     print(classification_report(labels, logits.argmax(1), **given))
+    if numbered := [f"{label} is {name}" for label, name in zip(labels_of(names), names) if label[1:].isdecimal()]:
+        print(f"in the plots: {', '.join(numbered)}")
     print(
         f"test accuracy {measures['test_accuracy']:.2%}: {measures['test_errors']} errors in {measures['test_images']} "
         f"images, cross-entropy {measures['test_loss']:.4f}"
     )
 
 
-def label_of(name: str, most: int) -> str:
-    """A class's name in a plot: at most so many characters, and no $ that starts a formula."""
-    return (name if len(name) <= most else name[: most - 1] + "…").replace("$", r"\$")
+def labels_of(names: Sequence[str], most: int = 20) -> list[str]:
+    """The classes' names as plots show them: at most so many characters; #number if the font lacks one of them."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    glyphs = get_font(findfont(FontProperties())).get_charmap()
+    short = [name if len(name) <= most else name[: most - 1] + "…" for name in names]
+    shown = [name if {*map(ord, name)} <= glyphs.keys() else f"#{number}" for number, name in enumerate(short)]
+    return [name.replace("$", r"\$") for name in shown]  # a plain $ would start a formula
 
 
 def new_figure(width: float, height: float) -> Any:
@@ -55,7 +62,7 @@ def plot_confusion(matrix: list[list[int]], names: Sequence[str] = DIGITS) -> An
 
     counts, side = torch.tensor(matrix), min(30, max(6, 0.45 * len(names)))
     worst = max(1, (counts - torch.diag(counts.diag())).max().item())
-    display = ConfusionMatrixDisplay(counts.numpy(), display_labels=[label_of(name, 20) for name in names])
+    display = ConfusionMatrixDisplay(counts.numpy(), display_labels=labels_of(names))
     figure, rotation = new_figure(side, side), 90 if max(map(len, names)) > 3 else 0
     look: dict[str, Any] = {"cmap": "Blues", "colorbar": False, "im_kw": {"vmin": 0, "vmax": 2 * worst}}
     display.plot(ax=figure.add_subplot(), xticks_rotation=rotation, include_values=len(names) <= 50, **look)
@@ -64,7 +71,7 @@ def plot_confusion(matrix: list[list[int]], names: Sequence[str] = DIGITS) -> An
 
 def plot_mistakes(images: Tensor, logits: Tensor, labels: Tensor, names: Sequence[str] = DIGITS) -> Any:
     """The 30 most confident mistakes. images: uint8 [N, 1, 28, 28]; logits: [N, classes]; labels: [N]; on the CPU."""
-    names = [label_of(name, 11) for name in names]
+    names = labels_of(names, 11)
     probabilities, predictions = logits.softmax(1).max(1)
     wrong = (predictions != labels).nonzero().flatten()
     worst = wrong[probabilities[wrong].argsort(descending=True)][:30].tolist()

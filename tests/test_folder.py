@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import SHAPES, draw_shapes, load
+from helpers import SHAPES, draw_shapes, load, save_sealed
 from PIL import Image, ImageDraw
 
 import evaluate
@@ -21,6 +21,7 @@ from datasets import class_names, hold_out, read_image, short_name
 from datasets import load as load_data
 from datasets.folder import list_images
 from engine.errors import DataError
+from models import build_network
 
 CPU = ["--device", "cpu", "--model", "mlp"]
 
@@ -64,7 +65,23 @@ def test_a_conditional_gan_shows_every_class(few):
     assert Image.open(folder / "interpolation-seed0.png").size == (10 * 56, 3 * 56)
     assert Image.open(folder / "same_noise-seed0.png").size == (3 * 56, 10 * 56)
     evaluate.main(["runs/cgan-few", "--samples", "5", "--digit", "square"])
-    assert np.load(folder / "samples-5-digit1-seed0.npz")["labels"].tolist() == [1] * 5
+    assert np.load(folder / "samples-5-digitsquare-seed0.npz")["labels"].tolist() == [1] * 5
+
+
+@pytest.mark.parametrize(
+    ("classes", "asked", "number", "named"),
+    [("1 2 3", "3", 2, "3"), ("1 2 3", "0", 0, "1"), ("2 10 x", "2", 1, "2"), ("a-b a b", "1", 1, "1")],
+)
+def test_a_class_is_asked_for_by_its_name_and_only_else_by_its_number(tmp_path, classes, asked, number, named):
+    """Names that file names cannot tell apart are numbers in them."""
+    names = sorted(classes.split())
+    options = {"kind": "cgan", "classes": names, "noise": "unit", "dataset": "x"}
+    state = {"generator": build_network(options).state_dict()}
+    save_sealed({"options": options, "code": {}, "state": state, "epoch": 1}, tmp_path / "run" / "a.pt")
+    (tmp_path / "run" / "config.json").write_text("{}")
+    evaluate.main([str(tmp_path / "run" / "a.pt"), "--samples", "2", "--digit", asked])
+    with np.load(tmp_path / "run" / "evaluation" / f"samples-2-digit{named}-seed0.npz") as samples:
+        assert samples["labels"].tolist() == [number] * 2
 
 
 @pytest.mark.parametrize(

@@ -217,13 +217,19 @@ def test_the_confusion_matrix_has_a_row_for_each_true_class():
     assert (axis.get_xlabel(), axis.get_ylabel()) == ("Predicted label", "True label")
 
 
-def test_names_of_classes_are_shown_whatever_they_hold():
-    names, logits, labels = ["$x", "a$\\frac$", "a class with quite a long name"], torch.eye(3), torch.tensor([1, 2, 0])
-    for figure in (
-        plot_confusion(torch.eye(3).tolist(), names),
-        plot_mistakes(torch.zeros(3, 1, 28, 28, dtype=torch.uint8), logits, labels, names),
-    ):
+@pytest.mark.filterwarnings("error")  # as matplotlib gives for glyphs that its font lacks
+def test_names_of_classes_are_shown_whatever_they_hold(capsys):
+    names = ["$x", "a$\\frac$", "a class with quite a long name", "犬", "naïve", "3", "a\U0001f408"]
+    logits, labels = torch.eye(7), torch.arange(7).roll(1)
+    figures = [
+        plot_confusion(torch.eye(7).tolist(), names),
+        plot_mistakes(torch.zeros(7, 1, 28, 28, dtype=torch.uint8), logits, labels, names),
+    ]
+    for figure in figures:
         figure.savefig(io.BytesIO())  # an error if $ started a formula
+    shown = [label.get_text() for label in figures[0].axes[0].get_yticklabels()]
+    assert shown == ["\\$x", "a\\$\\frac\\$", "a class with quite …", "#3", "naïve", "3", "#6"]
     metrics = classification_measures(logits, labels, names)
     assert list(metrics["per_class"]) == names
     print_report(logits, labels, metrics, names)
+    assert "in the plots: #3 is 犬, #6 is a\U0001f408\n" in capsys.readouterr().out
