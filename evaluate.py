@@ -28,12 +28,13 @@ from engine.device import pick_device
 from engine.errors import UserError, run_script
 from engine.folder import make_folder
 from engine.plots import save_figure, save_grid
+from measures import trained
 from measures.classifier import classification_measures, plot_confusion, plot_filters, plot_mistakes, print_report
 from measures.generator import beside_real_images, nearest_images, print_measures
 from measures.likelihood import likelihood_measures, print_likelihood
 from measures.reference import load_reference
 from measures.samples import NOISE_SEED, is_conditional, sample_images, spread, walks
-from measures.trained import class_numbers, classify, load_model, load_network, sample
+from measures.trained import class_numbers, load_model, load_network, sample
 from photos import read_photo
 
 __all__ = ["classify", "load_model", "main", "sample"]  # from evaluate import classify, load_model, sample
@@ -57,6 +58,17 @@ def get_args_parser() -> flags.ArgumentParser:
     return parser
 
 
+def read(model: Any, picture: Any) -> torch.Tensor:
+    """The digits in a file or PIL image, uint8 [N, 1, 28, 28]; or all of it, as a network trained on a folder sees it."""
+    return (read_photo if model.options["dataset"] in DATASETS else read_image)(picture)
+
+
+def classify(model: Any, images: Any) -> torch.Tensor:
+    """measures.trained.classify, which also takes a picture: its path, or a PIL image."""
+    is_picture = isinstance(images, str | Path) or hasattr(images, "convert")
+    return trained.classify(model, read(model, images) / 255 if is_picture else images)
+
+
 def save(plots: Plots, folder: Path, *others: str) -> None:
     """Write each plot to `folder`, and print the names of all files that were written there."""
     for name, plot in plots.items():
@@ -70,11 +82,10 @@ def save(plots: Plots, folder: Path, *others: str) -> None:
 def classify_photos(model: Any, paths: Sequence[str], folder: Path) -> bool:
     """Print the digits in each image file, and plot what the network saw. Returns whether all could be read."""
     seen, names = [], model.options["classes"]
-    read = read_photo if model.options["dataset"] in DATASETS else read_image  # as it read the images of its folder
     between = "" if max(map(len, names)) == 1 else " "
     for path in paths:
         try:
-            images = read(path)
+            images = read(model, path)
         except OSError as error:
             print(f"evaluate.py: error: {error}", file=sys.stderr)
             continue

@@ -9,12 +9,12 @@ from helpers import ROOT, run
 from PIL import Image
 
 import evaluate
-from datasets import load
+from datasets import load, read_image
 from engine.checkpoint import load_checkpoint
 from engine.errors import DataError, UserError
 from measures.reference import load_reference
 from measures.samples import sample_between
-from photos import to_pixels
+from photos import read_photo, to_pixels
 
 WEIGHTS = sorted((ROOT / "weights").glob("*.pt"))
 
@@ -59,11 +59,41 @@ def test_arrays_of_the_usual_shapes_and_ranges_are_the_same_images(images, shape
         (np.full((28, 28), 300.0), "pixels from 300 to 300"),
         (np.array([-1.0, 255.0] * 392), "pixels from -1 to 255"),
         (np.full((28, 28), np.nan), "pixels from nan"),
+        (np.array([0, np.nan] * 392), "pixels from nan"),
+        (np.array([0, np.inf] * 392), "pixels from 0 to inf"),
+        (np.array([0, 16] * 392, np.uint8), "pixels from 0 to 16; scale"),  # 0 to 255 or 0 to 16?
+        (np.array([-0.02, 1.03] * 392), "pixels from -0.02 to 1.03"),  # interpolated
+        (np.array([0, 1.03] * 392), "pixels from 0 to 1.03"),
+        (np.array([-0.02, 1] * 392), "pixels from -0.02 to 1"),
+        (np.array([-0.42, 2.82] * 392), "pixels from -0.42 to 2.82"),  # normalised by mean and deviation
+        (np.array([0, 65535] * 392, np.uint16), r"pixels from 0 to 6.55e\+04"),
+        (np.zeros((6, 3, 28, 28)), r"images of shape \[6, 3, 28, 28\]"),  # in colour
     ],
 )
 def test_arrays_of_other_shapes_and_ranges_are_one_line(given, reason):
     with pytest.raises(DataError, match=reason):
         to_pixels(given)
+
+
+@pytest.mark.parametrize("kind", [np.uint8, bool, np.int64, np.float32, np.float16])
+def test_black_and_white_are_0_and_1_in_any_type(images, kind):
+    binary = (images.numpy() > 127).astype(kind)
+    assert to_pixels(binary).equal(torch.from_numpy(binary).float()[:, None])
+    assert to_pixels(torch.from_numpy(binary)).equal(to_pixels(binary))
+
+
+def test_a_path_or_a_picture_is_read_as_the_network_learned_to(tmp_path, images):
+    """The digits in it; or all of it, if it learned from a folder of images."""
+    model = evaluate.load_model("weights/cnn.pt")
+    page = Image.new("L", (200, 100), 255)
+    for i in range(2):
+        page.paste(Image.fromarray(255 - images[i].numpy()).resize((84, 84)), (8 + 100 * i, 8))
+    page.save(tmp_path / "page.png")
+    for dataset, expected in (("mnist", read_photo(page)), ("shapes", read_image(page))):
+        model.options["dataset"] = dataset
+        for given in (page, tmp_path / "page.png", str(tmp_path / "page.png")):
+            assert evaluate.classify(model, given).equal(evaluate.classify(model, expected / 255))
+    assert len(read_photo(page)) == 2
 
 
 def test_a_walk_leads_from_the_noise_of_one_seed_to_that_of_the_other():
