@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 import utils
-from datasets import DATASETS, SHOW_DIGITS, Batches, binarise, class_names, load, read_image
+from datasets import DATASETS, SHOW_DIGITS, Batches, binarise, class_names, digest, load, read_image
 from datasets.binarise import TEST_SEED
 from engine import flags
 from engine.checkpoint import write_atomically
@@ -59,7 +59,7 @@ def get_args_parser() -> flags.ArgumentParser:
 
 
 def read(model: Any, picture: Any) -> torch.Tensor:
-    """The digits in a file or PIL image, uint8 [N, 1, 28, 28]; or all of it, as a network trained on a folder sees it."""
+    """The digits in a file or PIL image, uint8 [N, 1, 28, 28]; for a network trained on a folder, the whole image."""
     return (read_photo if model.options["dataset"] in DATASETS else read_image)(picture)
 
 
@@ -145,6 +145,8 @@ def evaluate_generator(network: Any, args: argparse.Namespace, device: torch.dev
     dataset, plots = network.options["dataset"], walk_plots(network, args, f"-seed{args.seed}")
     classes = len(class_names(dataset, args.data_dir, network.options["classes"]))
     train_set, test_set = (load(dataset, args.data_dir, train=part) for part in (True, False))
+    if network.options.get("dataset_digest") not in (None, digest(*train_set)):
+        print(f"warning: {dataset} has other training images than {args.run} was trained on", file=sys.stderr)
     metrics: dict[str, Any] = {"parameters": sum(parameter.numel() for parameter in network.parameters())}
     if hasattr(network, "log_likelihood"):
         images = (binarise(test_set[0], TEST_SEED) / 255).to(device)

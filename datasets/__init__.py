@@ -1,6 +1,7 @@
 """MNIST and its same-shaped relatives, by name, and folders of images."""
 
 import argparse
+import hashlib
 import re
 from pathlib import Path
 
@@ -62,14 +63,29 @@ def short_name(name: str) -> str:
 
 
 def split(args: argparse.Namespace) -> tuple[Images, Images]:
-    """The training images and the validation split of --dataset, each with labels; sets `args.classes` to the names.
+    """The training images and the validation split of --dataset, each with labels.
 
-    Of several processes, rank 0 downloads and the others read. Raises DataError.
+    Sets `args.classes` to the names and `args.dataset_digest`. Of several processes, rank 0 downloads and the others
+    read. Raises DataError, also if a resumed run was trained on other images.
     """
-    before = args.classes if args.resume else None
-    args.classes = broadcast(lambda: class_names(args.dataset, args.data_dir, before))
-    images, labels = rank_0_first(lambda: load(args.dataset, args.data_dir))
+    before = {**vars(args)} if args.resume else {}
+    args.classes = broadcast(lambda: class_names(args.dataset, args.data_dir, before.get("classes")))
+
+    def read() -> Images:
+        images, labels = load(args.dataset, args.data_dir)
+        args.dataset_digest = digest(images, labels)
+        if before.get("dataset_digest") not in (None, args.dataset_digest):
+            remedy = f"restore them, or start a new run with --start-from {args.resume}"
+            raise DataError(f"{args.dataset} has other training images than {args.resume} was trained on; {remedy}")
+        return images, labels
+
+    images, labels = rank_0_first(read)
     return hold_out(images, labels, args.val_size)
+
+
+def digest(images: Tensor, labels: Tensor) -> str:
+    """The SHA-256 of a part of a dataset, by which a run knows its training images again."""
+    return hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()
 
 
 def hold_out(images: Tensor, labels: Tensor, val_size: int) -> tuple[Images, Images]:

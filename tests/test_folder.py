@@ -384,6 +384,35 @@ def test_changed_classes_are_one_line(begun):
         assert len(str(caught.value).splitlines()) == 1
 
 
+def add(few):
+    draw_shapes(few.parent / "more", {"train": 5})
+    for path in (few.parent / "more").rglob("*.png"):
+        path.rename(few / "train" / path.parent.name / f"new{path.name}")
+
+
+def relabel(few):
+    (few / "train" / "circle" / "3.png").rename(few / "train" / "square" / "new.png")
+
+
+def repaint(few):
+    Image.new("L", (28, 28)).save(few / "train" / "circle" / "3.png")
+
+
+@pytest.mark.parametrize("change", [add, relabel, repaint])
+def test_other_training_images_are_noticed_by_resuming_and_by_evaluating(begun, change, monkeypatch, capsys):
+    train_gan.main(["--dataset", "few", "--device", "cpu", "--dry-run"])
+    change(begun)
+    with pytest.raises(DataError, match=r"^few has other training images than runs/mlp-few was .*--start-from runs/"):
+        resume()
+    monkeypatch.setattr(evaluate, "SAMPLES", 100)
+    evaluate.main(["runs/gan-few"])
+    assert "warning: few has other training images than runs/gan-few was trained on" in capsys.readouterr().err
+    checkpoint = load("runs/mlp-few/checkpoint.pt")
+    del checkpoint["options"]["dataset_digest"]  # as older runs
+    save_sealed(checkpoint, begun.parent / "runs" / "mlp-few" / "checkpoint.pt")
+    resume()
+
+
 @pytest.mark.slow
 def test_a_folder_that_was_moved_is_found_in_the_data_dir(begun):
     (begun.parent / "moved").mkdir()
