@@ -10,6 +10,7 @@ import argparse
 import io
 import json
 import math
+import os
 import re
 import sys
 import time
@@ -46,11 +47,17 @@ Plots = dict[str, Any]  # file name -> matplotlib's figure, or (images of a grid
 def get_args_parser() -> flags.ArgumentParser:
     parser = flags.ArgumentParser("evaluate.py", str(__doc__))
     add, number = parser.add_argument, flags.number
-    add("run", metavar="RUN", help="run folder, or one checkpoint file")
-    add("--data-dir", help="folder of the datasets, by default the one that the run was trained from")
+    add("run", metavar="RUN", type=os.path.expanduser, help="run folder, or one checkpoint file")
+    add("--data-dir", type=os.path.expanduser, help="folder of the datasets, by default the run's own")
     add("--batch-size", type=number(int, 1), default=1000, help="batch size")
     add("--device", type=flags.device_name, default="auto", help="auto, cpu, cuda, cuda:1, ... or mps")
-    add("--image", metavar="FILE", nargs="+", help="classify these image files instead of the test set")
+    add(
+        "--image",
+        metavar="FILE",
+        nargs="+",
+        type=os.path.expanduser,
+        help="classify these image files instead of the test set",
+    )
     add("--samples", metavar="N", type=number(int, 1, 100_000), help="only generate N samples, as an image and as .npz")
     add("--digit", metavar="CLASS", nargs="+", help="sample only these (conditional generators): names, or numbers")
     add("--columns", type=number(int, 1), help="columns of the image of samples, by default about as many as rows")

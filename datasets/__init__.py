@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import os
 import re
 from pathlib import Path
 
@@ -59,7 +60,8 @@ def require_folder(name: str, data_dir: str) -> Path:
 
 def short_name(name: str) -> str:
     """The dataset in the name of a run folder: of a folder, its own name without what file names cannot have."""
-    return name if name in DATASETS else re.sub(r"[^\w.-]+", "-", Path(name).resolve().name).strip("-.") or "folder"
+    path = Path(os.path.expanduser(name)).resolve()
+    return name if name in DATASETS else re.sub(r"[^\w.-]+", "-", path.name).strip("-.") or "folder"
 
 
 def split(args: argparse.Namespace) -> tuple[Images, Images]:

@@ -91,7 +91,8 @@ def read_image(path: str | Path) -> Tensor:
 
 def find_folder(name: str, data_dir: str) -> Path | None:
     """The folder `name`; if it is not there, the one of that name in `data_dir`, to which it may have been moved."""
-    return next((path for path in (Path(name), Path(data_dir) / Path(name).name) if path.is_dir()), None)
+    path, elsewhere = (Path(os.path.expanduser(each)) for each in (name, data_dir))
+    return next((place for place in (path, elsewhere / path.name) if place.is_dir()), None)
 
 
 def folder_classes(folder: Path) -> list[str]:

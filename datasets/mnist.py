@@ -47,7 +47,7 @@ def load_mnist(name: str, data_dir: str, train: bool) -> tuple[Tensor, Tensor]:
 
     Returns uint8 images [N, 1, 28, 28] and int64 labels [N]. Raises DataError.
     """
-    root, stems = Path(data_dir), part_stems(FOLDERS[name], "train" if train else "t10k")
+    root, stems = Path(os.path.expanduser(data_dir)), part_stems(FOLDERS[name], "train" if train else "t10k")
     if not all(find_idx(root, stem) for stem in stems):
         download(FOLDERS[name], root)
     images, labels = (read_idx(root, stem) for stem in stems)
@@ -59,14 +59,21 @@ def part_stems(folder: str, part: str) -> list[str]:
 
 
 def find_idx(root: Path, stem: str) -> Path | None:
-    """The file `root`/`stem`, raw (if that can be verified) or gzipped, or None."""
-    names = [stem, f"{stem}.gz"] if stem in SHA256 else [f"{stem}.gz"]
-    return next((root / name for name in names if os.path.isfile(root / name)), None)
+    """The file `root`/`stem`, raw (if that can be verified) or gzipped, or one folder or two above; None if missing."""
+    folder, raw, name = stem.split("/")
+    endings = ["", ".gz"] if stem in SHA256 else [".gz"]
+    names = [each + ending for ending in endings for each in (name, name.replace("-idx", ".idx"))]
+    places = (root / folder / raw, root / folder, root / raw, root)
+    return next((place / each for place in places for each in names if os.path.isfile(place / each)), None)
 
 
 def read_idx(root: Path, stem: str) -> Tensor:
     """The whole IDX file `root`/`stem`, uint8 [bytes]. Raises DataError unless it is the published one."""
-    path, remedy = find_idx(root, stem) or root / stem, "delete it to download it again"
+    path = find_idx(root, stem) or root / stem
+    in_place = (
+        path.parent == (root / stem).parent
+    )  # elsewhere it may be of another dataset, whose files have these names
+    remedy = "delete it to download it again" if in_place else "move it elsewhere, or use another --data-dir"
     try:
         with open(path, "rb") as file:
             data = file.read(LARGEST + 2**16)  # gzip makes nothing much larger
@@ -94,6 +101,8 @@ def download(folder: str, root: Path) -> None:
         if find_idx(root, stem):
             continue
         path, url = root / (stem if stem in SHA256 else f"{stem}.gz"), f"{MIRRORS[folder]}{Path(stem).name}.gz"
+        if (root / stem).exists():
+            print(f"{root / stem} is not read, because only the published {path.name} can be verified", flush=True)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             print(f"downloading {url}", flush=True)

@@ -118,12 +118,46 @@ def test_mnist_is_what_torchvision_reads_raw_and_gzipped(data_dir, tmp_path, gz)
 
 
 @pytest.mark.usefixtures("tiny")
-def test_an_unpacked_file_is_preferred_if_it_can_be_verified(tmp_path):
+def test_an_unpacked_file_is_preferred_if_it_can_be_verified(tmp_path, capsys):
     folder = write_tiny(tmp_path, "mnist", gz=False)
     (folder / f"{TRAIN_IMAGES}.gz").write_bytes(b"damaged")
     assert len(load("mnist", tmp_path)[0]) == 5
     write_tiny(tmp_path, "kmnist", gz=False)
     assert f"{TRAIN_IMAGES}.gz is missing" in error_of("kmnist", tmp_path)
+    assert f"{TRAIN_IMAGES} is not read, because only the published {TRAIN_IMAGES}.gz can" in capsys.readouterr().out
+
+
+LAYOUTS = {  # where people have the files, and how they are called there
+    "dots": lambda name: f"MNIST/raw/{name.replace('-idx', '.idx')}",
+    "dots, side by side": lambda name: name.replace("-idx", ".idx"),
+    "gzipped, side by side": lambda name: f"{name}.gz",
+    "in MNIST, mixed": lambda name: f"MNIST/{name.replace('-idx', '.idx')}{'.gz' * ('labels' in name)}",
+    "in raw, mixed": lambda name: f"raw/{name}{'.gz' * ('train' in name)}",
+    "in several folders": lambda name: f"MNIST/raw/{name}" if "labels" in name else f"{name}.gz",
+}
+
+
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("home", [False, True])
+def test_files_are_found_as_people_have_them(tmp_path, layout, home, monkeypatch):
+    for name in FILES:
+        path = tmp_path / layout(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes((TINY_GZ if path.suffix == ".gz" else TINY)[name])
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path.parent))
+    root = f"~/{tmp_path.name}" if home else tmp_path
+    assert [len(load("mnist", root, train)[0]) for train in (True, False)] == [5, 3]
+
+
+@pytest.mark.usefixtures("tiny")
+def test_the_files_of_another_dataset_are_named_and_not_to_be_deleted(tmp_path):
+    for name in FILES:
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(TINY[name] + b"of another"))
+    message = error_of("kmnist", tmp_path)
+    assert f"{tmp_path / TRAIN_IMAGES}.gz is not the published file" in message
+    assert "move it elsewhere, or use another --data-dir" in message
 
 
 def test_the_last_images_are_held_out():

@@ -103,6 +103,17 @@ def test_the_names_of_the_built_in_classes():
     assert {len(class_names(name, "")) for name in ("digits", "mnist", "fashion-mnist", "kmnist")} == {10}
 
 
+def test_the_home_folder_may_be_written_as_a_tilde(few, monkeypatch):
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(few.parent))
+    monkeypatch.chdir("/")
+    assert class_names("~/few", "") == class_names("few", "~") == SHAPES
+    assert len(load_data("~/few", "", True)[0]) == 60
+    assert short_name("~/few") == "few"
+    args = evaluate.get_args_parser().parse_args(["~/a", "--data-dir=~/b", "--image=~/c"])
+    assert [args.run, args.data_dir, *args.image] == [str(few.parent / name) for name in "abc"]
+
+
 def test_a_folder_is_named_by_its_own_name_in_runs(tmp_path, monkeypatch):
     (tmp_path / "my shapes: 2").mkdir()
     monkeypatch.chdir(tmp_path / "my shapes: 2")
