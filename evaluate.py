@@ -2,6 +2,7 @@
 
 python evaluate.py runs/cnn-mnist                              # numbers and plots in runs/cnn-mnist/evaluation
 python evaluate.py weights/cnn.pt --image mine.jpg other.png   # classify your own digits
+python evaluate.py weights/cnn.pt --dataset mine               # score it on mine/3/a.jpg, mine/7/b.jpg, ...
 python evaluate.py runs/gan-mnist                              # a generator: FID, Parzen log-likelihood, coverage, ...
 python evaluate.py weights/cgan.pt --samples 100 --digit 7     # sample from it
 """
@@ -15,22 +16,23 @@ import re
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import utils
-from datasets import DATASETS, SHOW_DIGITS, Batches, binarise, class_names, digest, load, read_image
+from datasets import DATASETS, SHOW_DIGITS, Batches, binarise, class_names, digest, load, load_test, short_name
 from datasets.binarise import TEST_SEED
+from datasets.folder import pictures, read_image
 from engine import flags
 from engine.checkpoint import write_atomically
 from engine.device import pick_device
-from engine.errors import UserError, run_script
-from engine.folder import make_folder
+from engine.errors import DataError, UserError, run_script
+from engine.folder import lock, make_folder
 from engine.plots import save_figure, save_grid
-from measures import trained
-from measures.classifier import classification_measures, plot_confusion, plot_filters, plot_mistakes, print_report
+from measures import classifier, trained
 from measures.generator import beside_real_images, nearest_images, print_measures
 from measures.likelihood import likelihood_measures, print_likelihood
 from measures.reference import load_reference
@@ -41,7 +43,7 @@ from photos import read_photo
 __all__ = ["classify", "load_model", "main", "sample"]  # from evaluate import classify, load_model, sample
 
 SAMPLES = 10_000  # by which a generator is measured
-Plots = dict[str, Any]  # file name -> matplotlib's figure, or (images of a grid, its columns)
+Plots = dict[str, Any]  # file name -> matplotlib's figure, or (images of a grid, its columns), or text
 
 
 def get_args_parser() -> flags.ArgumentParser:
@@ -49,6 +51,7 @@ def get_args_parser() -> flags.ArgumentParser:
     add, number = parser.add_argument, flags.number
     add("run", metavar="RUN", type=os.path.expanduser, help="run folder, or one checkpoint file")
     add("--data-dir", type=os.path.expanduser, help="folder of the datasets, by default the run's own")
+    add("--dataset", metavar="NAME", type=os.path.expanduser, help="classify this dataset or folder, not the run's own")
     add("--batch-size", type=number(int, 1), default=1000, help="batch size")
     add("--device", type=flags.device_name, default="auto", help="auto, cpu, cuda, cuda:1, ... or mps")
     add(
@@ -59,6 +62,7 @@ def get_args_parser() -> flags.ArgumentParser:
         help="classify these image files instead of the test set",
     )
     add("--samples", metavar="N", type=number(int, 1, 100_000), help="only generate N samples, as an image and as .npz")
+    add("--separate", action="store_true", help="also write each sample as an image file of its own")
     add("--digit", metavar="CLASS", nargs="+", help="sample only these (conditional generators): names, or numbers")
     add("--columns", type=number(int, 1), help="columns of the image of samples, by default about as many as rows")
     add("--seed", type=number(int, 0, 2**31 - 1), default=0, help="random seed of the noise")
@@ -70,6 +74,15 @@ def read(model: Any, picture: Any) -> torch.Tensor:
     return (read_photo if model.options["dataset"] in DATASETS else read_image)(picture)
 
 
+def read_one(model: Any, path: str) -> torch.Tensor:
+    """`read` for an image of a labelled folder: the whole image, if not one digit is found in it."""
+    try:
+        images = read(model, path)
+    except DataError:
+        images = torch.empty(0)
+    return images if len(images) == 1 else read_image(path)
+
+
 def classify(model: Any, images: Any) -> torch.Tensor:
     """measures.trained.classify, which also takes a picture: its path, or a PIL image."""
     is_picture = isinstance(images, str | Path) or hasattr(images, "convert")
@@ -79,7 +92,9 @@ def classify(model: Any, images: Any) -> torch.Tensor:
 def save(plots: Plots, folder: Path, *others: str) -> None:
     """Write each plot to `folder`, and print the names of all files that were written there."""
     for name, plot in plots.items():
-        if isinstance(plot, tuple):
+        if isinstance(plot, str):
+            write_atomically(folder / name, plot.encode(errors="backslashreplace"))
+        elif isinstance(plot, tuple):
             save_grid(plot[0], folder / name, columns=plot[1])
         else:
             save_figure(plot, folder / name)
@@ -90,11 +105,16 @@ def classify_photos(model: Any, paths: Sequence[str], folder: Path) -> bool:
     """Print the digits in each image file, and plot what the network saw. Returns whether all could be read."""
     seen, names = [], model.options["classes"]
     between = "" if max(map(len, names)) == 1 else " "
-    for path in paths:
+    paths, failed = [*paths], False
+    for i, path in enumerate(paths):
         try:
+            if os.path.isdir(path):
+                paths[i + 1 : i + 1] = pictures(path)
+                continue
             images = read(model, path)
         except OSError as error:
             print(f"evaluate.py: error: {error}", file=sys.stderr)
+            failed = True
             continue
         probabilities = classify(model, images)
         print(f"{path}: {between.join(names[number] for number in probabilities.argmax(1).tolist())}")
@@ -103,24 +123,28 @@ def classify_photos(model: Any, paths: Sequence[str], folder: Path) -> bool:
         seen.append(images)
     if seen:
         save({"seen.png": (torch.cat(seen) / 255, 10)}, folder)
-    return len(seen) == len(paths)
+    return not failed
 
 
 def evaluate_classifier(model: Any, args: argparse.Namespace, device: torch.device) -> tuple[dict[str, Any], Plots]:
     """Measures of the test set, and plots."""
     options = model.options
-    names = class_names(options["dataset"], args.data_dir, options["classes"])
-    images, labels = load(options["dataset"], args.data_dir, train=False)
+    dataset, names = args.dataset or options["dataset"], options["classes"]
+    read_file = partial(read_one, model) if args.dataset else None
+    images, labels, files = load_test(dataset, args.data_dir, names, read_file)
     batches = Batches(images, labels, args.batch_size, device, black=options["black"], shuffle=False)
     logits = utils.predict(model, batches)[0].cpu()
-    metrics = classification_measures(logits, labels, names)
-    print_report(logits, labels, metrics, names)
+    metrics = classifier.classification_measures(logits, labels, names)
+    classifier.print_report(logits, labels, metrics, names)
     plots = {
-        "confusion_matrix.png": plot_confusion(metrics["confusion_matrix"], names),
-        "mistakes.png": plot_mistakes(images, logits, labels, names),
-        "filters.png": plot_filters(model),
+        "confusion_matrix.png": classifier.plot_confusion(metrics["confusion_matrix"], names),
+        "mistakes.png": classifier.plot_mistakes(images, logits, labels, names),
+        "filters.png": classifier.plot_filters(model),
     }
-    return {"model": options["model"], **metrics}, {name: plot for name, plot in plots.items() if plot}
+    plots["predictions.csv"] = classifier.predictions_table(logits, labels, names, files)
+    return {"dataset": dataset, "model": options["model"], **metrics}, {
+        name: plot for name, plot in plots.items() if plot
+    }
 
 
 def walk_plots(network: Any, args: argparse.Namespace, suffix: str) -> Plots:
@@ -128,23 +152,37 @@ def walk_plots(network: Any, args: argparse.Namespace, suffix: str) -> Plots:
     return {f"{name}{suffix}.png": (images.flatten(0, 1), images.shape[1]) for name, images in grids}
 
 
+def in_file_name(digits: Sequence[int], names: Sequence[str]) -> str:
+    """-digit and the names of these classes; their numbers, if file names could not tell all names apart."""
+    plain = all(re.fullmatch(r"[\w.]+", name) for name in names)
+    words = "-".join(names[digit] if plain else str(digit) for digit in digits)
+    return words and f"-digit{words}"
+
+
 def write_samples(network: Any, args: argparse.Namespace, folder: Path) -> None:
     """--samples: a grid of them, and their raw values, with noise and labels if they have any, as .npz."""
     import numpy as np
+    from PIL import Image
 
     names = network.options["classes"]
     wanted = spread(args.samples, args.digit or range(len(names)))
     images, labels, z = sample_images(network, wanted, args.seed)
     shown = images[:: -(-len(images) // 2500)]
     arrays: dict[str, Any] = {"images": images[:, 0], "z": z, "labels": labels}
-    plain = all(re.fullmatch(r"[\w.]+", name) for name in names)
-    digits = "-".join(names[number] if plain else str(number) for number in args.digit or [])
-    suffix = f"{digits and f'-digit{digits}'}-seed{args.seed}"  # one request does not overwrite another's files
+    suffix = (
+        f"{in_file_name(args.digit or [], names)}-seed{args.seed}"  # one request does not overwrite another's files
+    )
     packed, name = io.BytesIO(), f"samples-{args.samples}{suffix}"
     np.savez_compressed(packed, **{key: array.numpy() for key, array in arrays.items() if array is not None})
     write_atomically(folder / f"{name}.npz", packed.getvalue())
+    if args.separate:
+        make_folder(folder / name)
+        for i, image in enumerate((images[:, 0] * 255).round().to(torch.uint8).numpy()):
+            Image.fromarray(image).save(folder / name / f"{i:05}.png")
     grid = shown, args.columns or math.ceil(len(shown) ** 0.5)
-    save({f"{name}.png": grid, **walk_plots(network, args, suffix)}, folder, f"{name}.npz")
+    save(
+        {f"{name}.png": grid, **walk_plots(network, args, suffix)}, folder, f"{name}.npz", *[f"{name}/"] * args.separate
+    )
 
 
 def evaluate_generator(network: Any, args: argparse.Namespace, device: torch.device) -> tuple[dict[str, Any], Plots]:
@@ -182,8 +220,19 @@ def refuse_impossible(network: Any, args: argparse.Namespace) -> None:
         raise UserError(f"{args.run} is a classifier; --samples needs a run of a generator")
     if args.digit and not is_conditional(network):
         raise UserError(f"{args.run} was trained without labels; --digit needs a run of a conditional generator")
-    if args.image and generates:
-        raise UserError(f"{args.run} is a generator; --image needs a run of a classifier")
+    if (args.image or args.dataset) and generates:
+        flag = "--image" if args.image else "--dataset"
+        raise UserError(f"{args.run} is a generator; {flag} needs a run of a classifier")
+
+
+def warn_if_unfinished(run: str, folder: Path, dry_run: bool, epoch: int) -> None:
+    if dry_run:
+        print(f"warning: {run} is a dry run of a few steps; its results mean nothing", file=sys.stderr)
+    if (folder / ".lock").is_file():
+        try:
+            lock(folder).release()
+        except UserError:
+            print(f"warning: {run} is still training; these are the results of epoch {epoch}", file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
@@ -196,7 +245,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     refuse_impossible(network, args)
     args.data_dir = args.data_dir or network.options.get("data_dir", "data")
     args.digit = args.digit and class_numbers(args.digit, network.options["classes"])
-    folder = evaluation_folder(Path(args.run))
+    folder = evaluation_folder(Path(args.run)) / (short_name(args.dataset) if args.dataset else "")
+    warn_if_unfinished(args.run, folder.parent, network.options.get("dry_run", False), checkpoint["epoch"])
     make_folder(folder)
     if args.image:
         if not classify_photos(network, args.image, folder):

@@ -46,6 +46,7 @@ def get_args_parser() -> flags.ArgumentParser:
     add = parser.group("what to train")
     add("--model", choices=list(LIKELIHOOD_MODELS), default="vae", help="network")
     add("--hidden", type=number(int, 1), help="hidden units (vae, rbm, rnn)")
+    add("--latent", type=number(int, 1), help="dimensions of z; with 2, evaluate.py draws a map of the plane (vae)")
     add("--importance-samples", type=number(int, 1), help="k of the IWAE bound (vae)")
     add("--gibbs-steps", type=number(int, 1), help="k of CD-k (rbm)")
     add("--persistent-chains", type=number(int, 0), help="chains of persistent CD; 0 is CD (rbm)")

@@ -4,8 +4,10 @@ import argparse
 import hashlib
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from datasets.augment import distort as distort
@@ -29,12 +31,31 @@ Images = tuple[Tensor, Tensor]  # uint8 [N, 1, 28, 28], and int64 labels [N]
 def load(name: str, data_dir: str, train: bool = True) -> Images:
     """Training or test part of a dataset. Raises DataError."""
     if name not in DATASETS:
-        return load_folder(require_folder(name, data_dir), train)
+        return load_folder(require_folder(name, data_dir), train)[:2]
     images, labels = load_digits(train) if name == "digits" else load_mnist(name, data_dir, train)
     if labels.min() < 0 or labels.max() > 9:
         found = f"labels from {labels.min()} to {labels.max()}"
         raise DataError(f"the dataset {name} has {found}; they must be from 0 to 9")
     return images, labels
+
+
+def load_test(name: str, data_dir: str, classes: list[str], read: Callable[[str], Tensor] | None = None) -> tuple:
+    """The test images, their labels as numbers of `classes`, and their paths (built-in datasets: numbers).
+
+    classes: those that the network knows. read: reads the files of a folder that it was not trained on. This one may
+    lack some classes. Raises DataError.
+    """
+    now = class_names(name, data_dir, None if read else classes)
+    if read and (new := {*now} - {*classes}):
+        raise DataError(
+            f"{name} has classes that the network does not know ({', '.join(sorted(new)[:5])}); remove them"
+        )
+    numbers = torch.tensor([classes.index(each) for each in now] if read else range(len(now)))
+    if name in DATASETS:
+        images, labels = load(name, data_dir, train=False)
+        return images, numbers[labels], range(len(images))
+    images, labels, paths = load_folder(require_folder(name, data_dir), False, read)
+    return images, numbers[labels], paths
 
 
 def class_names(name: str, data_dir: str, before: list[str] | None = None) -> list[str]:

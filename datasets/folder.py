@@ -28,30 +28,35 @@ HIDDEN = {"__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume infor
 PARTS = {"train", "training", "test", "testing", "val", "valid", "validation"}
 
 
-def load_folder(folder: Path, train: bool) -> tuple[Tensor, Tensor]:
+def load_folder(folder: Path, train: bool, read: Callable[[str], Tensor] | None = None) -> tuple[Tensor, Tensor, list]:
     """The images of train/ or of test/. Without these folders, four fifths of each class, or the other fifth.
 
     Returns uint8 images [N, C, SIDE, SIDE] and int64 labels [N], in an order that mixes the classes and is always the
-    same. Raises DataError.
+    same, and the paths. read: instead of `read_image`, for a folder that is all test images if it has no such parts.
+    Raises DataError.
     """
-    listed, left_out = list_images(folder, train)
+    listed, left_out = list_images(folder, train, whole=bool(read))
     paths, labels = zip(*listed)
-    images = read_all(paths)
+    images = read_all(paths, read or read_image)
     what = f"{len(images)} {'training' if train else 'test'} images of {max(labels) + 1} classes"
     print(f"{folder}: {what}, each scaled to {SIDE}x{SIDE} {'grey ' * (MODE == 'L')}pixels", flush=True)
+    report(folder, left_out)
+    if not train and not read and (both := copies(paths, [path for path, _ in list_images(folder, True)[0]])):
+        print(f"warning: {len(both)} of the test images are training images too, such as {' and '.join(both[0])}")
+    return images, torch.tensor(labels), [*paths]
+
+
+def report(folder: object, left_out: Sequence[str]) -> None:
     if left_out:
         print(f"{folder}: left out, in no class or not read as images: {endings(left_out)}", flush=True)
-    if not train and (both := copies(paths, [path for path, _ in list_images(folder, True)[0]])):
-        print(f"warning: {len(both)} of the test images are training images too, such as {' and '.join(both[0])}")
-    return images, torch.tensor(labels)
 
 
-def read_all(paths: Sequence[str], read: Callable[[str], Tensor] | None = None) -> Tensor:
-    """What `read`, by default read_image, makes of the files. Raises a DataError that names all it cannot read."""
+def read_all(paths: Sequence[str], read: Callable[[str], Tensor]) -> Tensor:
+    """What `read` makes of the files, each one image. Raises a DataError that names all it cannot read."""
 
     def attempt(path: str) -> Tensor | DataError:
         try:
-            return (read or read_image)(path)
+            return read(path)
         except DataError as error:
             return error
 
@@ -140,23 +145,22 @@ def refuse(error: OSError) -> None:
     raise DataError(f"{error.filename} cannot be read ({error.strerror}); allow reading it, or remove it") from error
 
 
-def list_images(folder: Path, train: bool) -> tuple[list[tuple[str, int]], list[str]]:
+def list_images(folder: Path, train: bool, whole: bool = False) -> tuple[list[tuple[str, int]], list[str]]:
     """The path and the label of each image of a part, and the other files that it holds. Raises DataError if too few.
 
     Sorted by a hash of the names: it mixes the classes, because --val-size takes the last images. A folder without
-    train/ and test/ is split by it too, so that an image stays in its part when others are added.
+    train/ and test/ is split by it too, unless `whole`, so that an image stays in its part when others are added.
     """
-    part = parts(folder)[0 if train else 1]
-    others, least = outside_classes(folder, part), 2 if part == folder else 1
-    chosen: list[tuple[bytes, str, int]] = []
-    for label, (place, files) in enumerate(class_files(folder, part)):
-        images = [*filter(is_image, files)]
-        others += sorted({*files} - {*images})
-        if len(images) < least:
+    part = parts(folder)[1 - train]
+    whole = whole or part != folder
+    others, chosen = outside_classes(folder, part), list[tuple[bytes, str, int]]()
+    for label, (name, files) in enumerate(class_files(part, folder_classes(folder)).items()):
+        images = sorted((name_hash(path, part), path, label) for path in filter(is_image, files))
+        others += itertools.filterfalse(is_image, files)
+        if len(images) < (least := 1 if whole else 2):
             holds = f"{len(images)} images ({', '.join(FORMATS)}) in {len(files)} files ({endings(files)})"
-            raise DataError(f"{place} holds {holds}, but needs at least {least}; add some, or remove the folder")
-        found = sorted((name_hash(path, part), path, label) for path in images)
-        chosen += found if part != folder else a_fifth(found, train)
+            raise DataError(f"{part / name} holds {holds}, but needs at least {least}; add some, or remove the folder")
+        chosen += images if whole else a_fifth(images, train)
     return [(path, label) for _, path, label in sorted(chosen)], others
 
 
@@ -180,32 +184,35 @@ def is_image(path: str) -> bool:
 
 
 def endings(files: Sequence[str]) -> str:
-    counts = Counter(Path(path).suffix.lower() or "without an ending" for path in files)
-    return ", ".join(f"{count} {ending}" for ending, count in counts.items())
+    kinds = ("links to folders" if os.path.isdir(path) else os.path.splitext(path)[1].lower() for path in files)
+    return ", ".join(f"{count} {kind or 'without an ending'}" for kind, count in Counter(kinds).items())
 
 
-def class_files(folder: Path, part: Path) -> Iterator[tuple[Path, list[str]]]:
-    """The folder of each class, and the files in and below it, except hidden ones. Each real file is listed once.
+def pictures(folder: str) -> list[str]:
+    """The images in and below a folder, sorted. Raises DataError if there are none."""
+    files = sorted(files_below(folder))
+    found = [*filter(is_image, files)]
+    report(folder, [*itertools.filterfalse(is_image, files)])
+    if not found:
+        raise DataError(f"{folder} holds no images ({', '.join(FORMATS)}); name a file or another folder")
+    return found
 
-    Links are followed, unless they lead to the folder of a class, or into or above it. Raises DataError.
-    """
-    names, seen = folder_classes(folder), set[str]()
-    homes = [Path(os.path.realpath(each / name)) for each in parts(folder) for name in names]
 
-    def is_new(path: str) -> bool:
-        real = Path(os.path.realpath(path)) if os.path.islink(path) else None
-        back = real and real.exists() and any(real.is_relative_to(h) or h.is_relative_to(real) for h in homes)
-        if new := not (back or is_hidden(os.path.basename(path)) or str(real or path) in seen):
-            seen.add(str(real or path))
-        return new
+def class_files(part: Path, names: Sequence[str]) -> dict[str, list[str]]:
+    """The files in and below the folder of each class, without links to others of these files."""
+    found = {path: name for name in names for path in sorted(files_below(part / name))}
+    real, home = {path: os.path.realpath(path) for path in found}, os.path.realpath(part)
+    in_order = sorted(found, key=lambda path: real[path] == os.path.join(home, os.path.relpath(path, part)))
+    once = {real[path]: path for path in in_order}  # if several paths lead to a file, the one that is no link: the last
+    return {name: [path for path in once.values() if found[path] == name] for name in names}
 
-    for name in names:
-        paths: list[str] = []
-        for root, folders, files in os.walk(part / name, onerror=refuse, followlinks=True):
-            base = os.path.realpath(root)
-            folders[:] = [each for each in sorted(folders) if is_new(os.path.join(base, each))]
-            paths += [os.path.join(root, each) for each in sorted(files) if is_new(os.path.join(base, each))]
-        yield part / name, paths
+
+def files_below(folder: str | Path) -> Iterator[str]:
+    """The files in and below a folder, except hidden ones. A link to a folder counts as a file: it may never end."""
+    for root, folders, files in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not is_hidden(name)]
+        links = [name for name in folders if os.path.islink(os.path.join(root, name))]
+        yield from (os.path.join(root, name) for name in [*files, *links] if not is_hidden(name))
 
 
 def name_hash(path: str, part: Path) -> bytes:

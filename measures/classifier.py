@@ -1,5 +1,7 @@
 """What a classifier gets right and wrong: values, and plots."""
 
+import csv
+import io
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,6 +40,17 @@ def print_report(logits: Tensor, labels: Tensor, measures: dict[str, Any], names
         f"test accuracy {measures['test_accuracy']:.2%}: {measures['test_errors']} errors in {measures['test_images']} "
         f"images, cross-entropy {measures['test_loss']:.4f}"
     )
+
+
+def predictions_table(logits: Tensor, labels: Tensor, names: Sequence[str], files: Sequence) -> str:
+    """A row of CSV for each of `files` [N]: the mistakes first, ordered as in `plot_mistakes`."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["image", "class", "predicted", "probability"])
+    probabilities, predictions = logits.double().softmax(1).max(1)
+    for i in (probabilities + (predictions != labels)).argsort(descending=True).tolist():
+        writer.writerow([files[i], names[int(labels[i])], names[int(predictions[i])], f"{probabilities[i]:.4f}"])
+    return text.getvalue()
 
 
 def labels_of(names: Sequence[str], most: int = 20) -> list[str]:

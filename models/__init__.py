@@ -50,7 +50,9 @@ GANS: dict[str, tuple[Callable[..., nn.Module], Callable[..., nn.Module]]] = {
 # Models that are trained by likelihood. They take `pixel_means`, the training images' [1, 28, 28] in [0, 1], or None.
 LIKELIHOOD_MODELS: Registry = {"vae": VAE, "rbm": RBM, "rnn": RNN, "hmm": HMM}
 # The flags that some of them take. Old runs had --units.
-LIKELIHOOD_OPTIONS = ("hidden", "importance_samples", "gibbs_steps", "persistent_chains", "depth", "states", "units")
+LIKELIHOOD_OPTIONS = (
+    "hidden", "latent", "importance_samples", "gibbs_steps", "persistent_chains", "depth", "states", "units",
+)  # fmt: skip
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,  # max(0, x)

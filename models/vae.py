@@ -95,6 +95,14 @@ class VAE(nn.Module):
         return self.decode(self.encode(images)[0])
 
     def images_of(self, images: Tensor, generator: Generator | None = None) -> dict[str, Tensor]:
-        """reconstructions: images, each above its reconstruction."""
+        """reconstructions: images, each above its reconstruction.
+
+        plane: if z has 2 dimensions, p(x|z) on a grid of quantiles of each (Kingma & Welling 2013, figure 4).
+        """
         parts = images[:50].split(10)
-        return {"reconstructions": torch.cat([torch.cat([part, self.reconstruct(part)]) for part in parts])}
+        grids = {"reconstructions": torch.cat([torch.cat([part, self.reconstruct(part)]) for part in parts])}
+        if self.latent == 2:
+            quantiles = torch.special.ndtri((torch.arange(10, device=images.device) + 0.5) / 10)
+            with torch.no_grad():
+                grids["plane"] = self.decode(torch.cartesian_prod(quantiles, quantiles))
+        return grids

@@ -15,11 +15,14 @@ from PIL import Image
 import evaluate
 import train_cgan
 import train_gan
+import train_likelihood
 from datasets import load as load_data
 from engine.checkpoint import load_checkpoint
 from engine.errors import UserError
+from engine.folder import lock
 from models import KINDS
 from models.mlp import MLP
+from models.vae import VAE
 from photos import read_photo
 
 
@@ -46,7 +49,7 @@ def test_the_first_command_learns_and_the_report_says_how_well(tmp_path, capsys)
     assert f"test accuracy {metrics['test_accuracy']:.2%}: {metrics['test_errors']} errors in 360 images" in output
     assert f"{metrics['per_class']['7']['f1-score']:.4f}" in output
     plots = {"confusion_matrix.png", "mistakes.png", "filters.png"}
-    assert {path.name for path in folder.iterdir()} == {"metrics.json"} | plots
+    assert {path.name for path in folder.iterdir()} == {"metrics.json", "predictions.csv"} | plots
     for name in plots:
         Image.open(folder / name).verify()
         assert name in output.splitlines()[-1]
@@ -177,8 +180,78 @@ def test_files_that_cannot_be_read_get_one_line_each(small_run, tmp_path):
         bad.append("fifo.png")
     output, errors = run("evaluate.py", "run", "--image", *bad, "good.png", cwd=tmp_path, code=1)
     assert output.startswith("good.png: ")
-    for name, line in zip(bad, errors.splitlines(), strict=True):
+    for name, line in zip(["is a dry run", *bad], errors.splitlines(), strict=True):
         assert name in line
+
+
+def write_page(path, image):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    as_drawn(image).save(path)
+
+
+def test_a_folder_of_images_is_all_images_in_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    images, labels = load_data("digits", None, train=False)
+    for name, i in (("b/2.png", 3), ("a.jpg", 5), ("b/.hidden.png", 3), ("c.png", 7)):
+        write_page(Path("pages") / name, images[i, 0])
+    Path("pages/notes.txt").write_text("notes")
+    write_page(Path("last.png"), images[9, 0])
+    call("weights/cnn.pt", "--image", "pages", "last.png")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "pages: left out, in no class or not read as images: 1 .txt"
+    named = [("pages/a.jpg", 5), ("pages/b/2.png", 3), ("pages/c.png", 7), ("last.png", 9)]
+    assert lines[1:-1:2] == [f"{name}: {labels[i]}" for name, i in named]
+
+
+# On other images ----------------------------------------------------------------------------------------------------
+
+
+def test_a_network_is_scored_on_another_labelled_folder_and_its_mistakes_are_named(tmp_path, monkeypatch, capsys):
+    """Photos and images of 28x28, of some of the classes; one is in the wrong folder, one is blank."""
+    monkeypatch.chdir(tmp_path)
+    images, labels = load_data("digits", None, train=False)
+    chosen = [i for i in range(40) if labels[i] in (3, 5, 7)]
+    for i in chosen:
+        write_page(Path(f"mine/{labels[i]}/{i}.png"), images[i, 0])
+    Image.fromarray(images[chosen[0], 0].numpy()).save(f"mine/{labels[chosen[0]]}/small.png")
+    write_page(Path("mine/3/wrong.png"), images[labels.tolist().index(7), 0])
+    metrics = call("weights/cnn.pt", "--dataset", "mine")
+    assert metrics["dataset"] == "mine"
+    assert metrics["test_images"] == len(chosen) + 2
+    assert metrics["test_errors"] == 1
+    folder = Path("runs/cnn-weights/evaluation/mine")
+    rows = (folder / "predictions.csv").read_text().splitlines()
+    assert rows[0] == "image,class,predicted,probability"
+    assert rows[1].startswith("mine/3/wrong.png,3,7,0.")
+    assert len(rows) == len(chosen) + 3
+    assert not (folder.parent / "metrics.json").exists()  # the results on the run's own dataset stay
+    Path("mine/x").mkdir()
+    with pytest.raises(OSError, match=r"mine has classes that the network does not know \(x\); remove them"):
+        call("weights/cnn.pt", "--dataset", "mine")
+    assert call("weights/cnn.pt", "--dataset", "digits")["test_images"] == 360
+
+
+def test_a_table_of_predictions_begins_with_the_most_confident_mistakes(small_run):
+    metrics = call(small_run)
+    lines = (small_run / "evaluation" / "predictions.csv").read_text().splitlines()[1:]
+    rows = [line.split(",") for line in lines]
+    wrong = [row for row in rows if row[1] != row[2]]
+    assert len(wrong) == metrics["test_errors"] > 0
+    assert rows[: len(wrong)] == wrong
+    assert [row[3] for row in wrong] == sorted((row[3] for row in wrong), reverse=True)
+    labels = load_data("digits", None, train=False)[1].tolist()
+    assert {int(row[0]): int(row[1]) for row in rows} == dict(enumerate(labels))
+
+
+def test_evaluating_says_that_a_run_is_still_training_or_was_a_dry_run(small_run, capsys):
+    call(small_run)
+    said = capsys.readouterr().err.splitlines()
+    assert said == [f"warning: {small_run} is a dry run of a few steps; its results mean nothing"]
+    held = lock(small_run)
+    call(small_run / "checkpoint.pt")
+    words = f"{small_run / 'checkpoint.pt'} is still training; these are the results of epoch 1"
+    assert f"warning: {words}" in capsys.readouterr().err.splitlines()
+    held.release()
 
 
 @pytest.fixture(scope="module")
@@ -235,6 +308,17 @@ def test_samples_come_from_the_seed_alone_and_as_raw_values(generators):
     assert grid.shape == (4 * 56, 5 * 56)
     assert (grid[:56:2, 56:112:2] == numpy.round(first["images"][1] * 255)).all()
     assert Image.open(folder / "interpolation-digit7-seed3.png").height == 10 * 56
+    assert not (folder / "samples-20-digit7-seed3").exists()
+
+
+def test_samples_are_also_written_one_by_one(generators, capsys):
+    folder = generators / "cgan" / "evaluation"
+    call(generators / "cgan", "--samples", "12", "--separate")
+    assert "samples-12-seed0/" in capsys.readouterr().out.splitlines()[-1]
+    images = numpy.load(folder / "samples-12-seed0.npz")["images"]
+    paths = sorted((folder / "samples-12-seed0").iterdir())
+    assert [path.name for path in paths] == [f"{i:05}.png" for i in range(12)]
+    assert (numpy.stack([Image.open(path) for path in paths]) == numpy.round(images * 255)).all()
 
 
 @pytest.mark.parametrize(
@@ -248,11 +332,27 @@ def test_samples_are_of_the_classes_asked_for_in_so_many_columns(generators, fla
     assert Image.open(generators / "cgan" / "evaluation" / f"{name}.png").width == columns * 56
 
 
+def test_the_plane_of_a_vae_with_two_latent_dimensions_is_mapped(tmp_path, monkeypatch):
+    flags = [*DIGITS, "--dry-run", "--latent", "2", "--output-dir", str(tmp_path / "run")]
+    train_likelihood.main(flags)
+    monkeypatch.setattr(evaluate, "SAMPLES", 100)
+    monkeypatch.setattr(VAE, "log_likelihood", lambda self, images: torch.zeros(len(images)))
+    call(tmp_path / "run")
+    seen = numpy.asarray(Image.open(tmp_path / "run" / "evaluation" / "plane.png"))[::2, ::2] / 255
+    network = evaluate.load_model(tmp_path / "run")
+    z = torch.tensor([[-1.64485, 1.64485]])  # the first and the last twentieth: top right
+    assert seen.shape == (280, 280)
+    assert numpy.allclose(seen[:28, -28:], network.decode(z)[0, 0].detach(), atol=0.01)
+    with pytest.raises(UserError, match="the model rbm has no option --latent; omit it"):
+        train_likelihood.main([*DIGITS, "--dry-run", "--latent", "2", "--model", "rbm"])
+
+
 def test_flags_that_do_not_fit_the_run_are_refused(generators, small_run):
     for folder, flags, words in [
         (small_run, ["--samples", "5", "--digit", "7"], "is a classifier; --samples needs a run of a generator"),
         (generators / "gan", ["--samples", "5", "--digit", "7"], "trained without labels; --digit needs"),
         (generators / "gan", ["--image", "x.png"], "is a generator; --image needs a run of a classifier"),
+        (generators / "gan", ["--dataset", "digits"], "is a generator; --dataset needs a run of a classifier"),
         (generators / "cgan", ["--samples", "5", "--digit", "10"], "--digit 10: there is no such class; choose from 0"),
     ]:
         with pytest.raises(UserError, match=words):

@@ -166,23 +166,26 @@ def test_what_systems_and_editors_leave_is_no_image_and_no_class(few, name, caps
 
 def link_up(few):
     """Links that would never end, or lead to images that are counted elsewhere."""
-    for i, target in enumerate([few, few / "train", few / "train" / "square", few / "test" / "square" / "0.png"]):
+    targets = [few, few / "train", few / "train" / "square", few / "train" / "square" / "0.png"]
+    for i, target in enumerate([*targets, few / "train" / "circle" / "1.png"]):
         (few / "train" / "circle" / f"link{i}{target.suffix}").symlink_to(target)
     (few / "train" / "square" / "link").symlink_to(few / "train" / "circle")
 
 
 def link_out(few):
-    """Twice to images outside, among which a link leads back to their folder."""
-    outside = shutil.copytree(few / "test" / "circle", few.parent / "outside")
-    (outside / "loop").symlink_to(outside)
-    for name, target in (("a", outside), ("b", outside), ("c.png", outside / "0.png")):
-        (few / "train" / "circle" / name).symlink_to(target)
+    """A class that is a link, in which two links lead to one file and one to its own folder."""
+    outside = (few / "train" / "circle").rename(few.parent / "outside")
+    other = shutil.copytree(few / "test", few.parent / "other")
+    for name, target in (("loop", outside), ("a.png", other / "square" / "0.png"), ("b.png", other / "square/0.png")):
+        (outside / name).symlink_to(target)
+    (few / "train" / "circle").symlink_to(outside)
 
 
-@pytest.mark.parametrize(("link", "circles"), [(link_up, 20), (link_out, 28)])
-def test_each_file_is_one_image_however_many_links_lead_to_it(few, link, circles):
+@pytest.mark.parametrize(("link", "circles", "left"), [(link_up, 20, 4), (link_out, 21, 1)])
+def test_each_file_is_one_image_however_many_links_lead_to_it(few, link, circles, left, capsys):
     link(few)
     assert count(few) == [circles, 20, 20]
+    assert f"few: left out, in no class or not read as images: {left} links to folders\n" in capsys.readouterr().out
 
 
 def test_every_format_is_read_or_its_ending_is_named_and_counted(few, capsys):
