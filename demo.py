@@ -7,6 +7,7 @@ python demo.py runs/mlp-mnist weights/cnn.pt      # your own, side by side
 
 import html
 import os
+import tempfile
 import threading
 from collections.abc import Sequence
 from functools import partial
@@ -36,13 +37,20 @@ def get_args_parser() -> flags.ArgumentParser:
 
 
 def read_drawing(classifiers: dict[str, Any], drawing: Any) -> list[Any]:
-    """The 28x28 that the networks see, and the probabilities that each gives, as HTML. drawing: the canvas, or None."""
+    """The digits as the networks see them, side by side, and the probabilities that each gives, or words, as HTML.
+
+    drawing: the canvas, or None.
+    """
+    picture = drawing and drawing["composite"]
     try:
-        seen = read_photo(drawing["composite"])
-    except (DataError, TypeError):  # nothing there yet, no digit, or several
-        return [None, *(f"<b>{name}</b>" for name in classifiers)]
-    answers = (bars(name, model, classify(model, seen)[0].tolist()) for name, model in classifiers.items())
-    return [enlarge(seen[0, 0] / 255), *answers]
+        seen, words = (read_photo(picture), "") if picture else (None, "draw a digit")
+    except DataError as error:  # no digit, or several that are not in one row
+        seen, words = None, str(error).partition(";")[0]
+    if seen is None:
+        return [None, *(f"<b>{html.escape(name)}</b><p>{html.escape(words)}</p>" for name in classifiers)]
+    answers = ((name, model, classify(model, seen).tolist()) for name, model in classifiers.items())
+    boxes = ("".join(bars(name, model, row) for row in rows) for name, model, rows in answers)
+    return [enlarge(torch.cat([*seen[:, 0]], dim=1) / 255), *boxes]
 
 
 def bars(title: str, model: Any, probabilities: list[float]) -> str:
@@ -61,6 +69,20 @@ def enlarge(image: torch.Tensor) -> Any:
     return (image * 255).round().to(torch.uint8).repeat_interleave(8, 0).repeat_interleave(8, 1).numpy()
 
 
+def say_in_page(gr: Any, component: Any) -> None:
+    """Have the page, and not a traceback, say that the component holds what it cannot read."""
+    read = component.preprocess
+
+    def preprocess(payload: Any) -> Any:
+        try:
+            return read(payload)
+        except Exception as error:
+            words = f"{component.label}: {getattr(error, 'message', error)}"
+            raise gr.Error(words, print_exception=False) from error
+
+    component.preprocess = preprocess
+
+
 def add_canvas(gr: Any, page: Any, classifiers: dict[str, Any]) -> None:
     gr.Markdown("## Draw a digit")
     with gr.Row():
@@ -70,7 +92,11 @@ def add_canvas(gr: Any, page: Any, classifiers: dict[str, Any]) -> None:
             canvas = gr.Sketchpad(brush=brush, type="pil", layers=False, label="draw", elem_id="canvas", **size)
         with gr.Column(scale=0, min_width=260):
             seen = gr.Image(label="what the networks see", elem_id="seen", width=260, height=260)
-        answers = [gr.HTML(f"<b>{name}</b>", elem_id=f"answer-{i}") for i, name in enumerate(classifiers)]
+        answers = []
+        for i, name in enumerate(classifiers):
+            with gr.Column(min_width=220):
+                answers.append(gr.HTML(f"<b>{name}</b>", elem_id=f"answer-{i}"))
+    say_in_page(gr, canvas)
     page.load(None, js=PICK_THE_BRUSH)
     canvas.change(partial(read_drawing, classifiers), canvas, [seen, *answers], show_progress="hidden")
 
@@ -82,13 +108,22 @@ def add_generator(gr: Any, page: Any, i: int, name: str, model: Any) -> None:
     with gr.Row():
         with gr.Column():
             number = gr.Radio(choices, label="digit", **shown)
-            seed = gr.Number(0, label="seed", precision=0, minimum=0, elem_id=f"seed-{i}")
-            other = gr.Number(1, label="seed at the end of the walk", precision=0, minimum=0)
+            whole = dict(precision=0, minimum=0, maximum=2**31 - 1)
+            seed = gr.Number(0, label="seed", elem_id=f"seed-{i}", **whole)
+            other = gr.Number(1, label="seed at the end of the walk", **whole)
             t = gr.Slider(0, 1, 0, step=0.01, label="walk from one z to the other")
         image = gr.Image(label="sample", elem_id=f"sample-{i}", width=260, height=260)
     controls = [seed, other, t, number]
+    for control in controls:
+        say_in_page(gr, control)
+
+    def draw(*values: Any) -> Any:
+        if None in values:
+            raise gr.Error("a box is empty, or no digit is chosen", print_exception=False)
+        return enlarge(sample_between(model, *values))
+
     for trigger in (page.load, *(control.change for control in controls)):
-        trigger(lambda *values: enlarge(sample_between(model, *values)), controls, image, show_progress="hidden")
+        trigger(draw, controls, image, show_progress="hidden")
 
 
 def build_page(gr: Any, models: dict[str, Any]) -> Any:
@@ -102,18 +137,41 @@ def build_page(gr: Any, models: dict[str, Any]) -> Any:
     return page
 
 
+def for_this_machine(app: Any) -> Any:
+    """ASGI middleware that refuses what the page of another website sends."""
+
+    async def answer(scope: Any, receive: Any, send: Any) -> None:
+        from starlette.responses import PlainTextResponse
+
+        headers = dict(scope.get("headers", ()))
+        host, origin = (headers.get(name, b"").decode("latin-1") for name in (b"host", b"origin"))
+        good = host.partition(":")[0] in ("", "127.0.0.1", "localhost") and origin in ("", f"http://{host}")
+        await (app if good else PlainTextResponse("only for this machine", 403))(scope, receive, send)
+
+    return answer
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     args = get_args_parser().parse_args(argv)
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    with tempfile.TemporaryDirectory(prefix="demo-", ignore_cleanup_errors=True) as folder:  # of this process alone
+        os.environ.update(GRADIO_ANALYTICS_ENABLED="False", GRADIO_TEMP_DIR=folder)
+        serve(args.run, args.port)
+
+
+def serve(runs: Sequence[str], port: int) -> None:
     try:
         import gradio as gr
+        from PIL import Image
+        from starlette.middleware import Middleware
     except ImportError as error:
         raise UserError("demo.py needs Gradio; install it: pip install -r requirements-demo.txt") from error
-    runs = args.run or sorted(f"weights/{path.name}" for path in (ROOT / "weights").glob("*.pt"))
+    Image.MAX_IMAGE_PIXELS = 1_000_000  # half of what Pillow refuses to open
+    runs = runs or sorted(f"weights/{path.name}" for path in (ROOT / "weights").glob("*.pt"))
     page = build_page(gr, {run: load_model(run) for run in runs})
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # no fonts from elsewhere
-    where: dict[str, Any] = dict(server_name="127.0.0.1", server_port=args.port or None, prevent_thread_lock=True)
-    _, url, _ = page.launch(**where, share=False, quiet=True, theme=theme)
+    where: dict[str, Any] = dict(server_name="127.0.0.1", server_port=port or None, prevent_thread_lock=True)
+    limits: dict[str, Any] = dict(max_file_size="5mb", app_kwargs={"middleware": [Middleware(for_this_machine)]})
+    _, url, _ = page.launch(**where, **limits, share=False, quiet=True, theme=theme)
     print(f"open {url} in a browser; Ctrl-C stops the page", flush=True)
     try:
         threading.Event().wait()

@@ -69,15 +69,15 @@ def get_args_parser() -> flags.ArgumentParser:
     return parser
 
 
-def read(model: Any, picture: Any) -> torch.Tensor:
+def read_picture(model: Any, picture: Any) -> torch.Tensor:
     """The digits in a file or PIL image, uint8 [N, 1, 28, 28]; for a network trained on a folder, the whole image."""
     return (read_photo if model.options["dataset"] in DATASETS else read_image)(picture)
 
 
 def read_one(model: Any, path: str) -> torch.Tensor:
-    """`read` for an image of a labelled folder: the whole image, if not one digit is found in it."""
+    """`read_picture` for an image of a labelled folder: the whole image, if not one digit is found in it."""
     try:
-        images = read(model, path)
+        images = read_picture(model, path)
     except DataError:
         images = torch.empty(0)
     return images if len(images) == 1 else read_image(path)
@@ -86,7 +86,7 @@ def read_one(model: Any, path: str) -> torch.Tensor:
 def classify(model: Any, images: Any) -> torch.Tensor:
     """measures.trained.classify, which also takes a picture: its path, or a PIL image."""
     is_picture = isinstance(images, str | Path) or hasattr(images, "convert")
-    return trained.classify(model, read(model, images) / 255 if is_picture else images)
+    return trained.classify(model, read_picture(model, images) / 255 if is_picture else images)
 
 
 def save(plots: Plots, folder: Path, *others: str) -> None:
@@ -111,7 +111,7 @@ def classify_photos(model: Any, paths: Sequence[str], folder: Path) -> bool:
             if os.path.isdir(path):
                 paths[i + 1 : i + 1] = pictures(path)
                 continue
-            images = read(model, path)
+            images = read_picture(model, path)
         except OSError as error:
             print(f"evaluate.py: error: {error}", file=sys.stderr)
             failed = True

@@ -1,16 +1,23 @@
 """demo.py in a real browser: a digit drawn with the mouse, a seven asked for. Needs Gradio, Playwright, Chromium."""
 
+import http.client
+import io
+import itertools
+import json
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import urllib.parse
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
 from helpers import ROOT
+from PIL import Image
 
 import demo
 import evaluate
@@ -29,7 +36,9 @@ def process(tmp_path_factory):
     weights = ["weights/cnn.pt", "weights/mlp.pt", "weights/cgan.pt"]
     command = [sys.executable, str(ROOT / "demo.py"), *weights, "--port", "0"]
     folder = tmp_path_factory.mktemp("elsewhere")
-    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=folder, env={**os.environ, "TMPDIR": str(folder)}, **pipes)
+    process.folder = folder
     process.address = re.search(r"http://127\.0\.0\.1:\d+", process.stdout.readline()).group()
     yield process
     process.kill()
@@ -112,6 +121,76 @@ def test_the_seven_that_is_asked_for_is_classified_as_a_seven(page):
     assert digits == [7] * 5
 
 
+def test_on_a_narrow_screen_the_parts_of_the_page_do_not_overlap(page):
+    page.set_viewport_size({"width": 400, "height": 950})
+    page.wait_for_timeout(1000)
+    boxes = [page.locator(name).bounding_box() for name in ("#canvas", "#seen", "#answer-0", "#answer-1")]
+    for upper, lower in itertools.pairwise(boxes):
+        assert upper["y"] + upper["height"] <= lower["y"]
+        assert lower["x"] + lower["width"] <= 400
+
+
+def ask(process, path, data=None, **headers):
+    """The status and the content of the answer of demo.py."""
+    connection = http.client.HTTPConnection(process.address.removeprefix("http://"), timeout=60)
+    connection.request("GET" if data is None else "POST", path, data, headers)
+    answer = connection.getresponse()
+    return answer.status, answer.read()
+
+
+def upload(process, content, **headers):
+    head = '--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\nContent-Type: image/png\r\n\r\n'
+    form = head.encode() + content + b"\r\n--x--\r\n"
+    headers["Content-Type"] = "multipart/form-data; boundary=x"
+    return ask(process, "/gradio_api/upload", form, **headers)
+
+
+def test_other_websites_and_other_users_have_no_access(process):
+    assert ask(process, "/")[0] == ask(process, "/", Origin=process.address)[0] == 200
+    for headers in ({"Origin": "http://evil.example"}, {"Origin": "null"}, {"Host": "evil.example"}):
+        assert ask(process, "/", **headers)[0] == upload(process, b"x", **headers)[0] == 403
+    assert upload(process, bytes(6_000_000))[0] == 413
+    status, answer = upload(process, b"small")
+    path = Path(json.loads(answer)[0])
+    assert (status, path.read_bytes()) == (200, b"small")
+    private = process.folder / path.relative_to(process.folder).parts[0]
+    assert private.stat().st_mode & 0o777 == 0o700
+
+
+def bomb():
+    content = io.BytesIO()
+    Image.new("1", (12_500, 12_500)).save(content, "png")
+    return content.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ([None, 1, 0, 7], "a box is empty, or no digit is chosen"),
+        ([2**64, 1, 0, 7], "seed: Value 18446744073709551616 is greater than maximum value 2147483647"),
+        ([0, -1, 0, 7], "seed at the end of the walk: Value -1 is less than minimum value 0"),
+        ([0, 1, 0, None], "no digit is chosen"),
+        ([0, 1, None, 7], "walk from one z to the other: "),
+        ([0, 1, 0, 12], "Value: 12 is not in the list of choices"),
+        (bomb(), "draw: Image size (156250000 pixels) exceeds"),
+        (b"text", "draw: cannot identify image file"),
+    ],
+)
+def test_what_cannot_be_drawn_is_a_message_in_the_page(process, values, words):
+    """And no traceback: the last test reads the errors."""
+    if isinstance(values, bytes):
+        path = json.loads(upload(process, values)[1])[0]
+        values = [{"background": None, "layers": [], "composite": {"path": path, "meta": {"_type": "gradio.FileData"}}}]
+    steps = json.loads(ask(process, "/config")[1])["dependencies"]
+    number = next(
+        step["id"] for step in steps if step["targets"][0][1] == "change" and len(step["inputs"]) == len(values)
+    )
+    call = json.dumps({"data": values, "fn_index": number, "session_hash": words}).encode()
+    assert ask(process, "/gradio_api/queue/join", call, **{"Content-Type": "application/json"})[0] == 200
+    events = ask(process, "/gradio_api/queue/data?" + urllib.parse.urlencode({"session_hash": words}))[1].decode()
+    assert words in next(line for line in events.splitlines() if "process_completed" in line)
+
+
 def test_the_page_asks_no_other_machine(page):
     elsewhere = [url for url in page.asked if not url.startswith(("http://127.0.0.1", "data:", "blob:"))]
     assert elsewhere == []
@@ -122,6 +201,31 @@ def test_ctrl_c_stops_it_in_one_line(process):
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 130
     assert errors.splitlines() == ["demo.py: interrupted"]
+    assert not list(process.folder.iterdir())  # no drawing stays
+
+
+def drawing(*rows):
+    """Vertical strokes on white, each at another height."""
+    page = Image.new("L", (400, 300), 255)
+    for i, row in enumerate(rows):
+        page.paste(0, (50 + 120 * i, row, 70 + 120 * i, row + 100))
+    return {"composite": page}
+
+
+def test_all_digits_of_a_drawing_are_answered_and_none_is_said():
+    models = {"a": evaluate.load_model("weights/mlp.pt"), "b": evaluate.load_model("weights/mlp.pt")}
+    seen, *answers = demo.read_drawing(models, drawing(50, 55))
+    assert seen.shape == (224, 448)
+    assert answers[0].count("<b>a</b>") == 2
+    assert answers[1].count("class=") == 20
+    seen, *answers = demo.read_drawing(models, drawing(50))
+    assert seen.shape == (224, 224)
+    assert answers[0].startswith("<b>a</b>")
+    for nothing, words in ((drawing(), "shows no digit"), (drawing(10, 180), "row"), (None, "draw a digit"),
+                           ({"composite": None}, "draw a digit")):  # fmt: skip
+        seen, *answers = demo.read_drawing(models, nothing)
+        assert seen is None
+        assert all(words in answer for answer in answers)
 
 
 def test_without_gradio_it_says_what_to_install(monkeypatch):
