@@ -16,6 +16,7 @@ import re
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,13 +55,8 @@ def get_args_parser() -> flags.ArgumentParser:
     add("--dataset", metavar="NAME", type=os.path.expanduser, help="classify this dataset or folder, not the run's own")
     add("--batch-size", type=number(int, 1), default=1000, help="batch size")
     add("--device", type=flags.device_name, default="auto", help="auto, cpu, cuda, cuda:1, ... or mps")
-    add(
-        "--image",
-        metavar="FILE",
-        nargs="+",
-        type=os.path.expanduser,
-        help="classify these image files instead of the test set",
-    )
+    image: dict[str, Any] = dict(metavar="FILE", nargs="+", type=os.path.expanduser)
+    add("--image", **image, help="classify these image files, or those of a folder, instead of the test set")
     add("--samples", metavar="N", type=number(int, 1, 100_000), help="only generate N samples, as an image and as .npz")
     add("--separate", action="store_true", help="also write each sample as an image file of its own")
     add("--digit", metavar="CLASS", nargs="+", help="sample only these (conditional generators): names, or numbers")
@@ -76,11 +72,10 @@ def read_picture(model: Any, picture: Any) -> torch.Tensor:
 
 def read_one(model: Any, path: str) -> torch.Tensor:
     """`read_picture` for an image of a labelled folder: the whole image, if not one digit is found in it."""
-    try:
-        images = read_picture(model, path)
-    except DataError:
-        images = torch.empty(0)
-    return images if len(images) == 1 else read_image(path)
+    with suppress(DataError):
+        if len(images := read_picture(model, path)) == 1:
+            return images
+    return read_image(path)
 
 
 def classify(model: Any, images: Any) -> torch.Tensor:
@@ -101,8 +96,8 @@ def save(plots: Plots, folder: Path, *others: str) -> None:
     print(f"wrote to {folder}: {', '.join([*plots, *others])}")
 
 
-def classify_photos(model: Any, paths: Sequence[str], folder: Path) -> bool:
-    """Print the digits in each image file, and plot what the network saw. Returns whether all could be read."""
+def classify_photos(model: Any, paths: Sequence[str], folder: Path) -> None:
+    """Print the digits in each image file, and plot what the network saw. Exit status 1 if one could not be read."""
     seen, names = [], model.options["classes"]
     between = "" if max(map(len, names)) == 1 else " "
     paths, failed = [*paths], False
@@ -123,15 +118,15 @@ def classify_photos(model: Any, paths: Sequence[str], folder: Path) -> bool:
         seen.append(images)
     if seen:
         save({"seen.png": (torch.cat(seen) / 255, 10)}, folder)
-    return not failed
+    if failed:
+        sys.exit(1)
 
 
 def evaluate_classifier(model: Any, args: argparse.Namespace, device: torch.device) -> tuple[dict[str, Any], Plots]:
     """Measures of the test set, and plots."""
     options = model.options
-    dataset, names = args.dataset or options["dataset"], options["classes"]
-    read_file = partial(read_one, model) if args.dataset else None
-    images, labels, files = load_test(dataset, args.data_dir, names, read_file)
+    read, names = partial(read_one, model) if args.dataset else None, options["classes"]
+    images, labels, files = load_test(args.dataset or options["dataset"], args.data_dir, names, read)
     batches = Batches(images, labels, args.batch_size, device, black=options["black"], shuffle=False)
     logits = utils.predict(model, batches)[0].cpu()
     metrics = classifier.classification_measures(logits, labels, names)
@@ -140,11 +135,9 @@ def evaluate_classifier(model: Any, args: argparse.Namespace, device: torch.devi
         "confusion_matrix.png": classifier.plot_confusion(metrics["confusion_matrix"], names),
         "mistakes.png": classifier.plot_mistakes(images, logits, labels, names),
         "filters.png": classifier.plot_filters(model),
+        "predictions.csv": classifier.predictions_table(logits, labels, names, files),
     }
-    plots["predictions.csv"] = classifier.predictions_table(logits, labels, names, files)
-    return {"dataset": dataset, "model": options["model"], **metrics}, {
-        name: plot for name, plot in plots.items() if plot
-    }
+    return {"model": options["model"], **metrics}, {name: plot for name, plot in plots.items() if plot}
 
 
 def walk_plots(network: Any, args: argparse.Namespace, suffix: str) -> Plots:
@@ -153,7 +146,7 @@ def walk_plots(network: Any, args: argparse.Namespace, suffix: str) -> Plots:
 
 
 def in_file_name(digits: Sequence[int], names: Sequence[str]) -> str:
-    """-digit and the names of these classes; their numbers, if file names could not tell all names apart."""
+    """-digit and the names of these classes; their numbers, if a file name could stand for two requests."""
     plain = all(re.fullmatch(r"[\w.]+", name) for name in names)
     words = "-".join(names[digit] if plain else str(digit) for digit in digits)
     return words and f"-digit{words}"
@@ -169,9 +162,7 @@ def write_samples(network: Any, args: argparse.Namespace, folder: Path) -> None:
     images, labels, z = sample_images(network, wanted, args.seed)
     shown = images[:: -(-len(images) // 2500)]
     arrays: dict[str, Any] = {"images": images[:, 0], "z": z, "labels": labels}
-    suffix = (
-        f"{in_file_name(args.digit or [], names)}-seed{args.seed}"  # one request does not overwrite another's files
-    )
+    suffix = f"{in_file_name(args.digit or [], names)}-seed{args.seed}"
     packed, name = io.BytesIO(), f"samples-{args.samples}{suffix}"
     np.savez_compressed(packed, **{key: array.numpy() for key, array in arrays.items() if array is not None})
     write_atomically(folder / f"{name}.npz", packed.getvalue())
@@ -180,9 +171,8 @@ def write_samples(network: Any, args: argparse.Namespace, folder: Path) -> None:
         for i, image in enumerate((images[:, 0] * 255).round().to(torch.uint8).numpy()):
             Image.fromarray(image).save(folder / name / f"{i:05}.png")
     grid = shown, args.columns or math.ceil(len(shown) ** 0.5)
-    save(
-        {f"{name}.png": grid, **walk_plots(network, args, suffix)}, folder, f"{name}.npz", *[f"{name}/"] * args.separate
-    )
+    others = [f"{name}.npz"] + [f"{name}/"] * args.separate
+    save({f"{name}.png": grid, **walk_plots(network, args, suffix)}, folder, *others)
 
 
 def evaluate_generator(network: Any, args: argparse.Namespace, device: torch.device) -> tuple[dict[str, Any], Plots]:
@@ -225,14 +215,16 @@ def refuse_impossible(network: Any, args: argparse.Namespace) -> None:
         raise UserError(f"{args.run} is a generator; {flag} needs a run of a classifier")
 
 
-def warn_if_unfinished(run: str, folder: Path, dry_run: bool, epoch: int) -> None:
-    if dry_run:
+def warn_if_unfinished(run: str, checkpoint: dict[str, Any]) -> None:
+    if checkpoint["options"].get("dry_run"):
         print(f"warning: {run} is a dry run of a few steps; its results mean nothing", file=sys.stderr)
-    if (folder / ".lock").is_file():
-        try:
+    folder = evaluation_folder(Path(run)).parent
+    try:
+        if (folder / ".lock").is_file():
             lock(folder).release()
-        except UserError:
-            print(f"warning: {run} is still training; these are the results of epoch {epoch}", file=sys.stderr)
+    except UserError:
+        words = f"is still training; these are the results of epoch {checkpoint['epoch']}"
+        print(f"warning: {run} {words}", file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
@@ -246,18 +238,17 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     args.data_dir = args.data_dir or network.options.get("data_dir", "data")
     args.digit = args.digit and class_numbers(args.digit, network.options["classes"])
     folder = evaluation_folder(Path(args.run)) / (short_name(args.dataset) if args.dataset else "")
-    warn_if_unfinished(args.run, folder.parent, network.options.get("dry_run", False), checkpoint["epoch"])
+    warn_if_unfinished(args.run, checkpoint)
     make_folder(folder)
     if args.image:
-        if not classify_photos(network, args.image, folder):
-            sys.exit(1)
+        classify_photos(network, args.image, folder)
         return None
     if args.samples is not None:
         write_samples(network, args, folder)
         return None
     measure = evaluate_generator if hasattr(network, "sample") else evaluate_classifier
     measured, plots = measure(network, args, device)
-    metrics = {"dataset": network.options["dataset"], "epochs": checkpoint["epoch"], **measured}
+    metrics = {"dataset": args.dataset or network.options["dataset"], "epochs": checkpoint["epoch"], **measured}
     write_atomically(folder / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
     save(plots, folder, "metrics.json")
     return metrics

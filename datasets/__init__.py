@@ -47,9 +47,8 @@ def load_test(name: str, data_dir: str, classes: list[str], read: Callable[[str]
     """
     now = class_names(name, data_dir, None if read else classes)
     if read and (new := {*now} - {*classes}):
-        raise DataError(
-            f"{name} has classes that the network does not know ({', '.join(sorted(new)[:5])}); remove them"
-        )
+        listed = ", ".join(sorted(new)[:5])
+        raise DataError(f"{name} has classes that the network does not know ({listed}); remove them")
     numbers = torch.tensor([classes.index(each) for each in now] if read else range(len(now)))
     if name in DATASETS:
         images, labels = load(name, data_dir, train=False)

@@ -70,9 +70,7 @@ def find_idx(root: Path, stem: str) -> Path | None:
 def read_idx(root: Path, stem: str) -> Tensor:
     """The whole IDX file `root`/`stem`, uint8 [bytes]. Raises DataError unless it is the published one."""
     path = find_idx(root, stem) or root / stem
-    in_place = (
-        path.parent == (root / stem).parent
-    )  # elsewhere it may be of another dataset, whose files have these names
+    in_place = path.parent == (root / stem).parent  # elsewhere it may be another dataset's: all have the same names
     remedy = "delete it to download it again" if in_place else "move it elsewhere, or use another --data-dir"
     try:
         with open(path, "rb") as file:

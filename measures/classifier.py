@@ -34,7 +34,7 @@ def print_report(logits: Tensor, labels: Tensor, measures: dict[str, Any], names
 
     given: dict[str, Any] = {"labels": range(len(names)), "target_names": names, "digits": 4, "zero_division": 0}
     print(classification_report(labels, logits.argmax(1), **given))
-    if numbered := [f"{label} is {name}" for label, name in zip(labels_of(names), names) if label[1:].isdecimal()]:
+    if numbered := [f"{label} is {name}" for label, name in zip(labels_of(names), names) if label[0] == "#" != name[0]]:
         print(f"in the plots: {', '.join(numbered)}")
     print(
         f"test accuracy {measures['test_accuracy']:.2%}: {measures['test_errors']} errors in {measures['test_images']} "
