@@ -155,7 +155,6 @@ def in_file_name(digits: Sequence[int], names: Sequence[str]) -> str:
 def write_samples(network: Any, args: argparse.Namespace, folder: Path) -> None:
     """--samples: a grid of them, and their raw values, with noise and labels if they have any, as .npz."""
     import numpy as np
-    from PIL import Image
 
     names = network.options["classes"]
     wanted = spread(args.samples, args.digit or range(len(names)))
@@ -167,9 +166,8 @@ def write_samples(network: Any, args: argparse.Namespace, folder: Path) -> None:
     np.savez_compressed(packed, **{key: array.numpy() for key, array in arrays.items() if array is not None})
     write_atomically(folder / f"{name}.npz", packed.getvalue())
     if args.separate:
-        make_folder(folder / name)
-        for i, image in enumerate((images[:, 0] * 255).round().to(torch.uint8).numpy()):
-            Image.fromarray(image).save(folder / name / f"{i:05}.png")
+        for i, image in enumerate(images):
+            save_grid(image[None], folder / name / f"{i:05}.png", columns=1, scale=1)
     grid = shown, args.columns or math.ceil(len(shown) ** 0.5)
     others = [f"{name}.npz"] + [f"{name}/"] * args.separate
     save({f"{name}.png": grid, **walk_plots(network, args, suffix)}, folder, *others)

@@ -47,15 +47,15 @@ def save_figure(figure: Any, path: Path) -> None:
     write_atomically(path, image.getvalue())
 
 
-def save_grid(images: torch.Tensor, path: Path, columns: int) -> None:
-    """Write images [N, 1, H, W], pixels from 0 (black) to 1 (white), as one PNG, row by row and twice as large."""
+def save_grid(images: torch.Tensor, path: Path, columns: int, scale: int = 2) -> None:
+    """Write images [N, 1, H, W], pixels from 0 (black) to 1 (white), as one PNG, row by row, `scale` times as large."""
     from PIL import Image
     from torchvision.utils import make_grid
 
     grid = make_grid(images.float().cpu(), nrow=columns, padding=0)[0]  # it repeats a grey channel three times
     image = Image.fromarray((grid * 255).round().to(torch.uint8).numpy())
     content = io.BytesIO()
-    image.resize((2 * image.width, 2 * image.height), Image.Resampling.NEAREST).save(content, format="png")
+    image.resize((scale * image.width, scale * image.height), Image.Resampling.NEAREST).save(content, format="png")
     path.parent.mkdir(exist_ok=True)
     write_atomically(path, content.getvalue())
 
