@@ -25,7 +25,7 @@ ALLOWED = {
     },
     "utils.py": {"engine", "torch", "tqdm"},
     **{f"{name}.py": {"utils", "torch", "numpy", *PACKAGES} for name in SCRIPTS},
-    "demo.py": {"evaluate", "torch", "gradio", *PACKAGES},
+    "demo.py": {"evaluate", "torch", "gradio", "starlette", "PIL", *PACKAGES},
 }  # fmt: skip
 
 
