@@ -40,8 +40,10 @@ def load_network(run: str | Path, device: torch.device | str) -> tuple[Any, dict
         network.load_state_dict(state[name])
     except (KeyError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
-        cause = "models/, which has changed since" if changed else f"what models/ builds; {REMEDY}"
-        raise UserError(f"{run} does not match {cause}: {reason}") from error
+        mismatch = "does not match models/, which has changed since"
+        if not changed:
+            mismatch = f"does not match what models/ builds; {REMEDY}"
+        raise UserError(f"{run} {mismatch}: {reason}") from error
     network.options = options
     return network.eval().to(device), checkpoint
 
