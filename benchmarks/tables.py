@@ -6,6 +6,7 @@ python benchmarks/tables.py
 import csv
 import json
 import statistics
+import sys
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 MEASURED = ROOT / "benchmarks" / "results"
+sys.path.insert(0, str(ROOT))
 
 # Slide -> where it is in the code: file, and the beginning of a line.
 SLIDES = [
@@ -254,6 +256,29 @@ def reliability_table() -> str:
     return table(["experiment", "times", "passed"], list(csv.reader((MEASURED / "reliability.csv").open())))
 
 
+# Experiments ----------------------------------------------------------------------------------------------------------
+
+FORMS = {"test_accuracy": (100, 1), "val_attacked": (100, 1), "fid": (1, 2), "val_log_likelihood": (1, 1)}
+
+
+def experiments_table() -> str:
+    """Each diff of experiments/, by script, with its measure without and with the edit."""
+    from experiments import run as experiments  # imports torch
+
+    measured, lines = json.loads(experiments.RESULTS.read_text()), []
+    abouts = {name: experiments.read(name) for name in experiments.names()}
+    for name, about in sorted(abouts.items(), key=lambda item: (item[1]["command"].split()[0], item[0])):
+        (scale, digits), row = FORMS[about["measure"]], measured[name]
+        values = [mean_sd([{"": value} for value in row[key]], "", digits, scale) for key in ("without", "edited")]
+        link, words = f"[{name}](../experiments/{name}.diff)", about["measure"].replace("_", " ")
+        lines.append(
+            [link, about["what"].rstrip("."), about["lines"], words, *values, about["step"].partition(" (")[0]]
+        )
+    row = next(iter(measured.values()))
+    text = table(["experiment", "what", "lines", "measure", "without", "with", "step"], lines)
+    return f"{text}\n\n{row['processor']}, {row['threads']} thread, torch {row['torch']}, Python {row['python']}."
+
+
 # Pages ----------------------------------------------------------------------------------------------------------------
 
 
@@ -277,6 +302,7 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
     },
     ROOT / "docs" / "speed.md": {"speed": partial(speed_table, "cpu")},
     ROOT / "docs" / "gpus.md": {"speed": partial(speed_table, "cuda")},
+    ROOT / "docs" / "extending.md": {"experiments": experiments_table},
     ROOT / "docs" / "reliability.md": {"reliability": reliability_table},
 }
 
