@@ -32,7 +32,7 @@ PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 TEXTS = {page: page.read_text() for page in PAGES}
 EDITS = ROOT / "docs" / "extending.md"  # its commands follow its edits; tests/test_edits.py runs both
 COMMANDS = [text for page, text in TEXTS.items() if page != EDITS]
-FOLDERS = ("assets", "benchmarks", "datasets", "docs", "engine", "measures", "models", "photos", "tests")
+FOLDERS = ("assets", "benchmarks", "datasets", "docs", "engine", "experiments", "measures", "models", "photos", "tests")
 CODE = [*ROOT.glob("*.py"), *(path for name in FOLDERS for path in (ROOT / name).glob("*.py"))]
 
 
