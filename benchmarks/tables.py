@@ -258,7 +258,13 @@ def reliability_table() -> str:
 
 # Experiments ----------------------------------------------------------------------------------------------------------
 
-FORMS = {"test_accuracy": (100, 1), "val_attacked": (100, 1), "fid": (1, 2), "val_log_likelihood": (1, 1)}
+# Measure -> its name, factor and digits.
+FORMS = {
+    "test_accuracy": ("accuracy, %", 100, 1),
+    "val_attacked": ("accuracy under attack, %", 100, 1),
+    "fid": ("FID", 1, 3),
+    "val_log_likelihood": ("log-likelihood, nats", 1, 1),
+}
 
 
 def experiments_table() -> str:
@@ -268,12 +274,11 @@ def experiments_table() -> str:
     measured, lines = json.loads(experiments.RESULTS.read_text()), []
     abouts = {name: experiments.read(name) for name in experiments.names()}
     for name, about in sorted(abouts.items(), key=lambda item: (item[1]["command"].split()[0], item[0])):
-        (scale, digits), row = FORMS[about["measure"]], measured[name]
-        values = [mean_sd([{"": value} for value in row[key]], "", digits, scale) for key in ("without", "edited")]
-        link, words = f"[{name}](../experiments/{name}.diff)", about["measure"].replace("_", " ")
-        lines.append(
-            [link, about["what"].rstrip("."), about["lines"], words, *values, about["step"].partition(" (")[0]]
-        )
+        (measure, scale, digits), row = FORMS[about["measure"]], measured.get(name, {})
+        seeds = [[{"": value} for value in row.get(key, [])] for key in ("without", "edited")]
+        values = [mean_sd(rows, "", digits, scale) if rows else "" for rows in seeds]
+        link = f"[{name}](../experiments/{name}.diff)"
+        lines.append([link, about["what"].rstrip("."), about["lines"], measure, *values, about["step"].split()[0]])
     row = next(iter(measured.values()))
     text = table(["experiment", "what", "lines", "measure", "without", "with", "step"], lines)
     return f"{text}\n\n{row['processor']}, {row['threads']} thread, torch {row['torch']}, Python {row['python']}."
