@@ -16,6 +16,7 @@ import torch
 
 from engine.distributed import rank
 from engine.errors import UserError
+from engine.provenance import ROOT
 
 DIGEST_SIZE = hashlib.sha256().digest_size
 POSITION = ("epoch", "batch", "history", "curve")  # where the training is: attributes of engine.run.Run
@@ -73,7 +74,11 @@ def load_checkpoint(path: str | Path, warn: bool = True) -> dict[str, Any]:
 
 
 def load_result(path: str | Path) -> dict[str, Any]:
-    """The checkpoint of a run's result: that of best.pt, if there is one, with the EMA in place of its network."""
+    """The checkpoint of a run's result: that of best.pt, if there is one, with the EMA in place of its network.
+
+    path: of a run or a file; a file of weights/ is found from any working directory. Raises UserError.
+    """
+    path = path if Path(path).exists() or not (ROOT / path).exists() else ROOT / path
     best = Path(path) / "best.pt"
     checkpoint = load_checkpoint(best if best.is_file() else path)
     state = checkpoint["state"]

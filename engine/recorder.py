@@ -127,13 +127,15 @@ def waits(function: Any, inputs: list[Any]) -> str:
 
 def written(function: Any, args: tuple, kwargs: dict[str, Any]) -> list[torch.Tensor]:
     """The tensors among the arguments of an operation that it changes in place."""
-    values = [
-        args[i] if i < len(args) else kwargs.get(argument.name)
-        for i, argument in enumerate(function._schema.arguments)
-        if (argument.alias_info and argument.alias_info.is_write)
-        or argument.name in ("running_mean", "running_var")  # batch norm changes them and does not declare it
-    ]
-    return tensors_of(values)
+    named = {argument.name: value for argument, value in zip(function._schema.arguments, args)} | kwargs
+    changed = [argument.name for argument in function._schema.arguments if is_written(argument)]
+    if named.get("training"):  # batch norm changes these and does not declare it
+        changed += ["running_mean", "running_var"]
+    return tensors_of([named.get(name) for name in changed])
+
+
+def is_written(argument: Any) -> bool:
+    return bool(argument.alias_info and argument.alias_info.is_write)
 
 
 def tensors_of(values: Any) -> list[torch.Tensor]:

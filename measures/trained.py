@@ -10,7 +10,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from engine.checkpoint import load_result
 from engine.errors import UserError
-from engine.provenance import ROOT, warn_if_code_changed
+from engine.provenance import warn_if_code_changed
 from measures.samples import is_conditional, sample_images, spread
 from models import KINDS, build_network
 from photos import to_pixels
@@ -24,8 +24,6 @@ def load_network(run: str | Path, device: torch.device | str) -> tuple[Any, dict
 
     run: a run folder, a checkpoint, or a file of weights/, also from another working directory. Raises UserError.
     """
-    if not Path(run).exists() and (ROOT / run).exists():
-        run = ROOT / run
     checkpoint = load_result(run)
     changed = warn_if_code_changed(checkpoint, run)
     options, state = checkpoint["options"], checkpoint["state"]

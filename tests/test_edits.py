@@ -1,6 +1,5 @@
 """Edits as a user makes them: the examples of docs/extending.md work, and what cannot work is said in one line."""
 
-import csv
 import json
 import re
 import shlex
@@ -103,9 +102,6 @@ def test_every_example_of_the_page_works(copy, title):
         words += ["--dry-run", "--device", "cpu"] if script.startswith("train_") else []
         _, errors = run_in(copy, script, *words)
         assert not errors
-    if title == "Change the step":  # a new metric is in the table
-        (row,) = csv.DictReader((copy / "runs" / "mlp-digits" / "metrics.csv").open())
-        assert float(row["norm"]) > 0
 
 
 # Networks and optimizers --------------------------------------------------------------------------------------------
@@ -226,7 +222,7 @@ def test_an_average_that_evaluate_would_not_find_is_refused(tmp_path, monkeypatc
 
 def test_a_likelihood_model_without_its_methods_is_refused_at_the_start(monkeypatch):
     monkeypatch.setitem(models.LIKELIHOOD_MODELS, "vae", lambda **_: torch.nn.Linear(1, 1))
-    with pytest.raises(UserError, match=r"the model vae lacks loss, log_likelihood, likelihood, sample; models/"):
+    with pytest.raises(UserError, match=r"the model vae lacks loss, sample; models/__init__"):
         train_likelihood.main(DIGITS)
 
 
