@@ -36,7 +36,7 @@ MEASURES = ("test_accuracy", "log_likelihood", "parzen_log_likelihood", "fid", "
 def get_args_parser() -> flags.ArgumentParser:
     parser = flags.ArgumentParser("compare.py", __doc__)
     parser.add_argument("runs", metavar="RUN", nargs="+", help='run folders, or patterns such as "runs/mlp-*"')
-    parser.add_argument("--output", metavar="FILE", default="compare.png", help="the plot")
+    parser.add_argument("--output", metavar="FILE", type=flags.path, default="compare.png", help="the plot")
     return parser
 
 

@@ -32,6 +32,7 @@ from compare import MEASURES, mean_sd
 from engine import flags
 from engine.checkpoint import has_checkpoint, load_checkpoint
 from engine.errors import UserError, run_script
+from engine.errors import command as command_line
 from engine.folder import read_config
 from engine.provenance import warn_if_code_changed
 from tables import accuracy
@@ -208,7 +209,10 @@ def run_row(name: str, args: Namespace) -> None:
 
 def run_command(command: str, args: Namespace) -> None:
     """Run the seeds of a command that is not a row."""
-    words = shlex.split(command.removeprefix("python "))
+    try:
+        words = shlex.split(command.removeprefix("python "))
+    except ValueError as error:
+        raise UserError(f"--command {command!r} cannot be read: {error}") from error
     if not words or not words[0].startswith("train_") or not (ROOT / words[0]).is_file():
         raise UserError(f'--command {command!r} must begin with a training script, like "train_gan.py --recipe best"')
     if ours := OURS & {word.split("=")[0] for word in words}:
@@ -234,7 +238,7 @@ def print_seeds(name: str, folders: list[Path], metrics: list[Row], row: Row) ->
             text = mean_sd(measure, [seed[measure] for seed in metrics])
             print(f"  {measure} {text}{', recorded ' * bool(before)}{before}")
     print(f"  seconds of training {mean_sd('seconds', [sum(read_seconds(folder)) for folder in folders])}")
-    print("  plot: python benchmarks/compare.py", *(f'"{folder}"' for folder in folders))
+    print(f"  plot: {command_line('benchmarks/compare.py', *folders)}")
 
 
 def read_seconds(folder: Path) -> list[float]:
@@ -327,8 +331,8 @@ def get_args_parser() -> flags.ArgumentParser:
     add("--record", action="store_true", help="write the rows, or with --quick the bands, to benchmarks/results/")
     add("--seeds", type=positive, default=5, help="number of seeds, from 0")
     add("--jobs", type=positive, default=1, help="seeds side by side")
-    add("--data-dir", default="data", help="folder of the datasets")
-    add("--output-dir", default="runs/reproduce", help="folder of the runs")
+    add("--data-dir", type=flags.path, default="data", help="folder of the datasets")
+    add("--output-dir", type=flags.path, default="runs/reproduce", help="folder of the runs")
     return parser
 
 

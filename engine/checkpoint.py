@@ -7,6 +7,7 @@ torch.load reads it as it is. It holds tensors and plain values; loading execute
 import hashlib
 import io
 import os
+import secrets
 import struct
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from engine.distributed import rank
 from engine.errors import UserError
 
+TEMPORARY = f"*.{'[0-9a-f]' * 8}.tmp"  # pattern of the names of files that are being written
 DIGEST_SIZE = hashlib.sha256().digest_size
 POSITION = ("epoch", "batch", "history", "curve")  # where the training is: attributes of engine.run.Run
 NETWORK = {"options", "code", "state", "epoch"}  # what a network is built from; all that the files of weights/ hold
@@ -37,7 +39,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     """On rank 0, write `content` to `path` whole. A valid checkpoint.pt becomes previous.pt first. Raises UserError."""
     if rank() > 0:
         return
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")  # another process may write the same file
     try:
         with open(temporary, "wb") as file:
             file.write(content)

@@ -37,7 +37,8 @@ class Run:
     args: all options of the run, which its checkpoints store; those of DEFAULTS may be missing.
     state: name -> what a resumed run needs: networks, optimizers, schedules, an EMA, tensors, generators, plain values.
         The loop adds state["step"], the number of steps made so far, an int64 tensor [] on the device.
-    name: the folder is runs/`name`, or the next free runs/`name`-2, ..., unless --output-dir or --resume names one.
+    name: the folder is runs/`name` (runs/dry-run-`name` with --dry-run), or the next free runs/`name`-2, ..., unless
+        --output-dir or --resume names one.
     """
 
     def __init__(self, args: argparse.Namespace, state: dict[str, Any], name: str = "run"):
@@ -62,6 +63,7 @@ class Run:
         self.fraction = 1.0  # fraction of the batch that this rank computes
         for optimizer in self.optimizers():
             optimizer.register_step_pre_hook(lambda optimizer, *_: sum_gradients(optimizer, self.fraction))
+        name = f"dry-run-{name}" if self.args.dry_run else name  # a later command is not to find it
         self.folder = Path(self.args.resume or broadcast(lambda: str(new_folder(self.args.output_dir, name))))
         self.lock = lock(self.folder)
         print(f"run folder: {self.folder}", flush=True)
