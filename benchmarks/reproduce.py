@@ -9,7 +9,6 @@ If it was interrupted, the same command resumes it. With --jobs 2, two seeds tra
 cores; OMP_NUM_THREADS sets another number of threads for each. Only --record writes to benchmarks/results/ and assets/.
 """
 
-import csv
 import hashlib
 import json
 import os
@@ -28,7 +27,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from compare import MEASURES, mean_sd
+from compare import MEASURES, mean_sd, read_csv, read_metrics
 from engine import flags
 from engine.checkpoint import has_checkpoint, load_checkpoint
 from engine.errors import UserError, run_script
@@ -169,7 +168,7 @@ def run_seed(command: str, seed: int, folder: Path, args: Namespace, processes: 
     else:
         call(script, *options, "--seed", seed, "--output-dir", folder, "--auto-resume")
         call("evaluate.py", folder)
-    return json.loads(metrics.read_text())
+    return read_metrics(metrics)
 
 
 def run_all(tasks: list[tuple[str, int, Path]], args: Namespace) -> list[Row]:
@@ -243,8 +242,7 @@ def print_seeds(name: str, folders: list[Path], metrics: list[Row], row: Row) ->
 
 def read_seconds(folder: Path) -> list[float]:
     """The seconds of training that each epoch took."""
-    with open(folder / "seconds.csv") as file:
-        return [float(row["seconds"]) for row in csv.DictReader(file)]
+    return [row["seconds"] for row in read_csv(folder / "seconds.csv", "seconds")]
 
 
 def read_results() -> Row:

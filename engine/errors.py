@@ -61,11 +61,39 @@ def command(script: str, *words: object) -> str:
     return shell("python" if is_on_path else sys.executable, path, *words)
 
 
+def ending_signals() -> list[int]:
+    """SIGINT, SIGTERM, the one of a terminal that closes, and those of batch systems at the end of a job's time.
+
+    What was ignored at the start, as nohup does, stays ignored; not under torchrun, which handles it and passes it on.
+    """
+    found = [getattr(signal, name, None) for name in ("SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")]
+    stays = () if dist.is_torchelastic_launched() else (signal.SIG_IGN,)
+    return [signal.SIGINT, signal.SIGTERM, *(each for each in found if each and signal.getsignal(each) not in stays)]
+
+
+def interrupt(number, _) -> None:
+    """A signal handler that does what Ctrl-C does, for any signal, so that cleanup runs."""
+    raise KeyboardInterrupt(number)
+
+
+@contextmanager
+def handled(handler: Callable) -> Iterator[None]:
+    """Within this, `handler` gets those signals. Python delivers them to the main thread alone."""
+    numbers = ending_signals() if threading.current_thread() is threading.main_thread() else ()
+    before = [(number, signal.signal(number, handler)) for number in numbers]
+    try:
+        yield
+    finally:
+        for each in before:
+            signal.signal(*each)
+
+
+@handled(interrupt)  # until the end: a signal while Python shuts down would print a traceback
 def run_script(main: Callable[[], object]) -> None:
     """Call `main()`. Expected errors print one line and exit with status 1; bugs keep their traceback."""
     keep_writing()
     print_on_rank_0_only()
-    name, before = Path(sys.argv[0]).name, {number: signal.signal(number, interrupt) for number in ending_signals()}
+    name = Path(sys.argv[0]).name
     try:
         main()
     except Stopped as stopped:
@@ -85,8 +113,6 @@ def run_script(main: Callable[[], object]) -> None:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-        for number, handler in before.items():  # a signal while Python shuts down would print a traceback
-            signal.signal(number, handler)
 
 
 class Output(io.FileIO):
@@ -126,29 +152,10 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(each in str(error) for each in words)
 
 
-def ending_signals() -> list[int]:
-    """SIGINT, SIGTERM, the one of a terminal that closes, and those of batch systems at the end of a job's time.
-
-    What was ignored at the start, as nohup does, stays ignored; not under torchrun, which handles it and passes it on.
-    """
-    found = [getattr(signal, name, None) for name in ("SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")]
-    stays = () if dist.is_torchelastic_launched() else (signal.SIG_IGN,)
-    return [signal.SIGINT, signal.SIGTERM, *(each for each in found if each and signal.getsignal(each) not in stays)]
-
-
-def interrupt(number, _) -> None:
-    """A signal handler that does what Ctrl-C does, for any signal, so that cleanup runs."""
-    raise KeyboardInterrupt(number)
-
-
 @contextmanager
 def caught_signals() -> Iterator[list[int]]:
-    """A list that signals append to instead of ending the process. A second SIGINT ends it at once.
-
-    Python delivers signals to the main thread alone: in any other, the list stays empty.
-    """
+    """A list that signals append to instead of ending the process. A second SIGINT ends it at once."""
     caught: list[int] = []
-    numbers = ending_signals() if threading.current_thread() is threading.main_thread() else ()
 
     def catch(number, frame):
         if caught and number == signal.SIGINT and not dist.is_torchelastic_launched():  # torchrun repeats signals
@@ -157,9 +164,5 @@ def caught_signals() -> Iterator[list[int]]:
         if AT_ONCE and len(caught) == 1:
             interrupt(number, frame)
 
-    before = {number: signal.signal(number, catch) for number in numbers}
-    try:
+    with handled(catch):
         yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -155,7 +155,7 @@ def parse_args(
     kind = parser.get_default("kind")
     known = [word for word in (sys.argv[1:] if argv is None else argv) if word not in ("-h", "--help")]
     if resume := run_to_resume(parser.parse_known_args(known)[0]):
-        parser.set_defaults(**load_checkpoint(resume, warn=False)["options"], resume=resume)
+        parser.set_defaults(**options_of(resume, parser), resume=resume)
     else:
         choose_recipe(parser, recipes, variants or {}, known)
     args = parser.parse_args(argv)
@@ -165,6 +165,25 @@ def parse_args(
     changed.pop("recipe", None)
     print(f"recipe {args.recipe}", *(f"{name}={value}" for name, value in changed.items()))
     return args
+
+
+def options_of(run: str, parser: ArgumentParser) -> dict[str, Any]:
+    """The options in a run's checkpoint. Raises UserError if one is not a value that its flag can give."""
+    options = load_checkpoint(run, warn=False)["options"]
+    for action in parser._actions:
+        if action.dest in options and not is_value(action, options[action.dest]):
+            raise UserError(f"{run} has another {action.dest} than a run of {parser.prog}; train again")
+    return options
+
+
+def is_value(action: argparse.Action, value: Any) -> bool:
+    if action.nargs == 0 or value is None:
+        return isinstance(value, bool) if action.nargs == 0 else action.default is None
+    read: Any = action.type or str
+    try:
+        return all(read(str(each)) == each for each in (value if action.nargs else [value]))
+    except (argparse.ArgumentTypeError, TypeError):
+        return False
 
 
 def run_to_resume(args: argparse.Namespace) -> str | None:
