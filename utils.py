@@ -97,7 +97,7 @@ def train(
         broadcast(check)
         save_plots(run)
         if "kind" in run.args:  # by which evaluate.py rebuilds the network
-            done = "dry run done, its metrics mean nothing; to train, omit --dry-run"
+            done = "dry run of a few steps, whose results mean nothing; to train, omit --dry-run"
             print(done if run.args.dry_run else f"now evaluate it: {command('evaluate.py', run.folder)}")
     finally:
         run.lock.release()
@@ -205,7 +205,9 @@ def save(run: Run, signals: list[int], due: bool) -> None:
         run.save()
     if signal:
         save_plots(run)
-        again = "the same command" if run.args.auto_resume else command(run.script, "--resume", run.folder)
+        own = f"resume={str(run.folder)!r} in its options"  # of a script without flags
+        again = command(run.script, "--resume", run.folder) if run.script else own
+        again = "the same command" if run.args.auto_resume else again
         raise Stopped(signal, f"stopped and saved; resume with: {again}" if rank() == 0 else "")
 
 

@@ -248,7 +248,7 @@ def test_a_dry_run_takes_a_few_steps_and_writes_everything(tmp_path, capsys):
     folder = tmp_path / "runs" / "dry-run-mlp-digits"
     assert load(folder / "checkpoint.pt")["state"]["schedule"]["last_epoch"] == 8
     output = capsys.readouterr().out
-    assert "its metrics mean nothing; to train, omit --dry-run" in output
+    assert "whose results mean nothing; to train, omit --dry-run" in output
     assert "evaluate" not in output
     for name in ("best.pt", "metrics.csv", "curves.png", "config.json"):
         assert (folder / name).stat().st_size > 0
