@@ -205,9 +205,7 @@ def save(run: Run, signals: list[int], due: bool) -> None:
         run.save()
     if signal:
         save_plots(run)
-        own = f"resume={str(run.folder)!r} in its options"  # of a script without flags
-        again = command(run.script, "--resume", run.folder) if run.script else own
-        again = "the same command" if run.args.auto_resume else again
+        again = "the same command" if run.args.auto_resume else command(run.script, "--resume", run.folder)
         raise Stopped(signal, f"stopped and saved; resume with: {again}" if rank() == 0 else "")
 
 

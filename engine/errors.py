@@ -57,7 +57,7 @@ def command(script: str, *words: object) -> str:
     called, root = Path(sys.argv[0]), Path(__file__).resolve().parent.parent
     folder = next((each for each in (called.parent, Path()) if each.resolve() == root), root)
     is_on_path = Path(shutil.which("python") or "").parent == Path(sys.executable).parent
-    path = called if called.name == script else folder / script
+    path = called if script in ("", called.name) else folder / script  # "": a script of the user's own
     return shell("python" if is_on_path else sys.executable, path, *words)
 
 
@@ -154,11 +154,12 @@ def is_out_of_memory(error: Exception) -> bool:
 
 @contextmanager
 def caught_signals() -> Iterator[list[int]]:
-    """A list that signals append to instead of ending the process. A second SIGINT ends it at once."""
+    """A list that signals append to instead of ending the process. A second SIGINT or SIGTERM ends it at once."""
     caught: list[int] = []
+    asked = {signal.SIGINT, signal.SIGTERM}  # by the user; a terminal that closes sends its signal twice
 
     def catch(number, frame):
-        if caught and number == signal.SIGINT and not dist.is_torchelastic_launched():  # torchrun repeats signals
+        if number in asked and asked & {*caught} and not dist.is_torchelastic_launched():  # torchrun repeats signals
             interrupt(number, frame)
         caught.append(number)
         if AT_ONCE and len(caught) == 1:

@@ -165,7 +165,7 @@ def test_remedies_can_be_pasted_too(tmp_path):
 # Signals and output ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGXCPU])
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU])
 def test_a_signal_that_comes_twice_saves_the_last_step(tmp_path, number):
     act_at((0, 3), lambda: [signal.raise_signal(number) for _ in range(2)])
     with pytest.raises(Stopped) as caught:
