@@ -393,12 +393,12 @@ def test_a_new_run_starts_from_the_weights_of_another(tmp_path, ema):
 
 
 def test_a_new_run_starts_from_the_shipped_weights():
-    with pytest.raises(UserError, match="its model is another network"):
+    with pytest.raises(UserError, match="it has no weights that fit the model"):
         train(*MLP, "--start-from", ROOT / "weights" / "cnn.pt")
     words = ["--batch-norm", "--start-from", ROOT / "weights" / "cnn.pt", "--lr", 0, "--dry-run"]
     train(*DIGITS, *words, "--output-dir", "run")
     assert load(Path("run") / "checkpoint.pt")["history"][0]["accuracy"] > 0.8
-    with pytest.raises(UserError, match="it has no weights of the discriminator"):
+    with pytest.raises(UserError, match="it has no weights that fit the discriminator"):
         train_cgan.main([*DIGITS, "--start-from", str(ROOT / "weights" / "cgan.pt")])
     with pytest.raises(UserError, match="nowhere does not exist"):
         train(*DIGITS, "--start-from", "nowhere")
