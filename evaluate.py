@@ -7,6 +7,7 @@ python evaluate.py runs/gan-mnist                              # a generator: FI
 python evaluate.py weights/cgan.pt --samples 100 --digit 7     # sample from it
 """
 
+import engine  # noqa: F401, I001 (before torch: Ctrl-C during its import is one line)
 import argparse
 import io
 import json
@@ -50,12 +51,12 @@ Plots = dict[str, Any]  # file name -> matplotlib's figure, or (images of a grid
 def get_args_parser() -> flags.ArgumentParser:
     parser = flags.ArgumentParser("evaluate.py", str(__doc__))
     add, number = parser.add_argument, flags.number
-    add("run", metavar="RUN", type=os.path.expanduser, help="run folder, or one checkpoint file")
-    add("--data-dir", type=os.path.expanduser, help="folder of the datasets, by default the run's own")
-    add("--dataset", metavar="NAME", type=os.path.expanduser, help="classify this dataset or folder, not the run's own")
+    add("run", metavar="RUN", type=flags.path, help="run folder, or one checkpoint file")
+    add("--data-dir", type=flags.path, help="folder of the datasets, by default the run's own")
+    add("--dataset", metavar="NAME", type=flags.path, help="classify this dataset or folder, not the run's own")
     add("--batch-size", type=number(int, 1), default=1000, help="batch size")
     add("--device", type=flags.device_name, default="auto", help="auto, cpu, cuda, cuda:1, ... or mps")
-    image: dict[str, Any] = dict(metavar="FILE", nargs="+", type=os.path.expanduser)
+    image: dict[str, Any] = dict(metavar="FILE", nargs="+", type=flags.path)
     add("--image", **image, help="classify these image files, or those of a folder, instead of the test set")
     add("--samples", metavar="N", type=number(int, 1, 100_000), help="only generate N samples, as an image and as .npz")
     add("--separate", action="store_true", help="also write each sample as an image file of its own")

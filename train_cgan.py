@@ -6,6 +6,7 @@ python train_cgan.py --recipe paper                   # the paper's settings
 python train_cgan.py --resume runs/cgan-mnist         # continue where it stopped
 """
 
+import engine  # noqa: F401, I001 (before torch: Ctrl-C during its import is one line)
 from argparse import Namespace
 from collections.abc import Sequence
 from functools import partial

@@ -6,6 +6,7 @@ python train_classifier.py --recipe paper                      # Maxout, Goodfel
 python train_classifier.py --resume runs/mlp-mnist             # continue where it stopped
 """
 
+import engine  # noqa: F401, I001 (before torch: Ctrl-C during its import is one line)
 from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Sequence
 from functools import partial

@@ -6,6 +6,7 @@ python train_gan.py --recipe paper                    # the paper's larger netwo
 python train_gan.py --resume runs/gan-mnist           # continue where it stopped
 """
 
+import engine  # noqa: F401, I001 (before torch: Ctrl-C during its import is one line)
 from argparse import Namespace
 from collections.abc import Sequence
 from functools import partial

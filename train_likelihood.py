@@ -7,6 +7,7 @@ python train_likelihood.py --model hmm --states 512        # hidden Markov model
 python train_likelihood.py --resume runs/vae-mnist         # continue where it stopped
 """
 
+import engine  # noqa: F401, I001 (before torch: Ctrl-C during its import is one line)
 from argparse import Namespace
 from collections.abc import Sequence
 from functools import partial

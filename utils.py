@@ -35,7 +35,7 @@ from tqdm import tqdm
 from engine import optim
 from engine.captured import capture
 from engine.distributed import broadcast, rank, sync_flags, world_size
-from engine.errors import Stopped, caught_signals
+from engine.errors import Stopped, caught_signals, command
 from engine.meter import Meter, validated
 from engine.plots import plot_curves, save_gif, save_grid
 from engine.run import Metrics, Run
@@ -67,8 +67,8 @@ def train(
     should_stop: gets the last row, on every rank; training ends once it returns True.
     check: called before the first step and after the last, on rank 0; measures.trained.check_rebuilt is one.
 
-    Saves checkpoint.pt before the first step, every --save-interval seconds, after each epoch, and on SIGINT or
-    SIGTERM, after which it raises Stopped. Raises UserError if a metric or a weight is not finite. Returns the run
+    Saves checkpoint.pt before the first step, every --save-interval seconds, after each epoch, and on a signal,
+    after which it raises Stopped. Raises UserError if a metric or a weight is not finite. Returns the run
     folder and the metrics of the last epoch.
     """
     steps = min(len(batches), DRY_RUN_STEPS) if run.args.dry_run else len(batches)
@@ -97,7 +97,8 @@ def train(
         broadcast(check)
         save_plots(run)
         if "kind" in run.args:  # by which evaluate.py rebuilds the network
-            print(f"now evaluate it: python evaluate.py {run.folder}")
+            done = "dry run of a few steps, whose results mean nothing; to train, omit --dry-run"
+            print(done if run.args.dry_run else f"now evaluate it: {command('evaluate.py', run.folder)}")
     finally:
         run.lock.release()
     return {"folder": str(run.folder), **run.history[-1]}
@@ -204,8 +205,8 @@ def save(run: Run, signals: list[int], due: bool) -> None:
         run.save()
     if signal:
         save_plots(run)
-        command = "the same command" if run.args.auto_resume else f"python {run.script} --resume {run.folder}"
-        raise Stopped(signal, f"stopped and saved; resume with: {command}" if rank() == 0 else "")
+        again = "the same command" if run.args.auto_resume else command(run.script, "--resume", run.folder)
+        raise Stopped(signal, f"stopped and saved; resume with: {again}" if rank() == 0 else "")
 
 
 def listed(metrics: Metrics) -> str:
@@ -236,3 +237,7 @@ def predict(model: nn.Module, batches: Any) -> tuple[torch.Tensor, torch.Tensor]
         parts = [(model(images), labels) for images, labels in map(batches.take, batches.rows(0))]
     outputs, labels = zip(*parts)
     return torch.cat(outputs), torch.cat(labels)
+
+
+if __name__ == "__main__":
+    sys.exit("utils.py is the training loop; run a script instead: python train_classifier.py --help")

@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from glob import glob
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -25,7 +26,7 @@ from matplotlib.figure import Figure
 
 from engine import flags, plots
 from engine.checkpoint import has_checkpoint, load_checkpoint
-from engine.errors import UserError, run_script
+from engine.errors import UserError, command, run_script, shell
 from engine.folder import read_config
 
 # Options that make no other setting.
@@ -36,7 +37,7 @@ MEASURES = ("test_accuracy", "log_likelihood", "parzen_log_likelihood", "fid", "
 def get_args_parser() -> flags.ArgumentParser:
     parser = flags.ArgumentParser("compare.py", __doc__)
     parser.add_argument("runs", metavar="RUN", nargs="+", help='run folders, or patterns such as "runs/mlp-*"')
-    parser.add_argument("--output", metavar="FILE", default="compare.png", help="the plot")
+    parser.add_argument("--output", metavar="FILE", type=flags.path, default="compare.png", help="the plot")
     return parser
 
 
@@ -46,10 +47,11 @@ def read_run(folder: Path) -> SimpleNamespace:
     config = read_config(folder)
     if "options" not in config:
         raise UserError(f"{folder} is not a run folder: it has no config.json that can be read")
-    history, curve, seconds = (read_csv(folder / name) for name in ("metrics.csv", "curve.csv", "seconds.csv"))
+    history, curve = (read_csv(folder / name, "epoch") for name in ("metrics.csv", "curve.csv"))
+    seconds = read_csv(folder / "seconds.csv", "seconds")
     if not history or not seconds:
         raise UserError(f"{folder} has no finished epoch yet; leave it out, or wait for the first one")
-    run = SimpleNamespace(folder=folder, seed=config["options"]["seed"], history=history, curve=curve)
+    run = SimpleNamespace(folder=folder, seed=config["options"].get("seed"), history=history, curve=curve)
     run.options = {name: value for name, value in config["options"].items() if name not in SAME}
     run.options["device"] = config["device"].split(":")[0]  # instead of auto
     code = load_checkpoint(folder, warn=False)["code"] if has_checkpoint(folder) else {}
@@ -60,20 +62,40 @@ def read_run(folder: Path) -> SimpleNamespace:
     return run
 
 
-def read_csv(path: Path) -> list[dict[str, float]]:
-    """A dict of numbers per row, without the empty cells; [] if there is no such file."""
+def read_csv(path: Path, *columns: str) -> list[dict[str, float]]:
+    """A dict of numbers per row, without the empty cells; [] if there is no such file.
+
+    Raises UserError unless each row has these columns.
+    """
     if not path.is_file():
         return []
-    with open(path, newline="") as file:
-        return [{name: float(cell) for name, cell in row.items() if cell} for row in csv.DictReader(file)]
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            whole = (line for line in file if line.endswith("\n"))  # a run may be writing the last one
+            rows = [{name: float(cell) for name, cell in row.items() if cell} for row in csv.DictReader(whole)]
+        return [{**{name: row[name] for name in columns}, **row} for row in rows]
+    except (ValueError, TypeError, KeyError, csv.Error) as error:
+        remedy = f"resume the run, which writes it again: {shell('--resume', path.parent)}"
+        raise UserError(f"{path} is not as the run wrote it, perhaps saved by a spreadsheet; {remedy}") from error
 
 
 def read_measures(folder: Path, epoch: float) -> dict[str, float]:
-    """What evaluate.py measured; {} if it has not, or if the run's result has changed since."""
+    """What evaluate.py measured; {} if it has not, or if the run's result has changed since. Raises UserError."""
     path, best = folder / "evaluation" / "metrics.json", folder / "best.pt"
-    measures = json.loads(path.read_text()) if path.is_file() else {}
-    result = load_checkpoint(best)["epoch"] if measures and best.is_file() else epoch
+    measures = read_metrics(path) if path.is_file() else {"epochs": None}
+    result = load_checkpoint(best)["epoch"] if path.is_file() and best.is_file() else epoch
     return {name: measures[name] for name in MEASURES if name in measures and measures["epochs"] == result}
+
+
+def read_metrics(path: Path) -> dict[str, Any]:
+    """What evaluate.py wrote to `path`. Raises UserError."""
+    try:
+        metrics = json.loads(path.read_text("utf-8"))
+        [float(metrics[name]) for name in ("epochs", *(set(MEASURES) & set(metrics)))]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        remedy = command("evaluate.py", path.parent.parent)
+        raise UserError(f"{path} is not as evaluate.py wrote it; write it again: {remedy}") from error
+    return metrics
 
 
 def label(runs: list[SimpleNamespace]) -> str:

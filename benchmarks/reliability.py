@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
-from signal import SIGINT, SIGKILL, SIGTERM
+from signal import SIGHUP, SIGINT, SIGKILL, SIGTERM, SIGUSR1
 from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"  # a process with threads could not be forked
@@ -52,7 +52,7 @@ SCRIPTS = {
 }
 SIGNALS: dict[str, list[tuple[int, ...]]] = {
     "kills": [(SIGKILL,)],
-    "signals": [(SIGINT,), (SIGTERM,), (SIGINT, SIGINT)],
+    "signals": [(SIGINT,), (SIGTERM,), (SIGHUP,), (SIGUSR1,), (SIGINT, SIGINT)],
 }
 UPDATED = "after add"  # the point at which a step has updated the weights
 Trials = Iterator[tuple[str, bool]]  # what was done, and whether it passed

@@ -9,7 +9,6 @@ If it was interrupted, the same command resumes it. With --jobs 2, two seeds tra
 cores; OMP_NUM_THREADS sets another number of threads for each. Only --record writes to benchmarks/results/ and assets/.
 """
 
-import csv
 import hashlib
 import json
 import os
@@ -28,10 +27,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from compare import MEASURES, mean_sd
+from compare import MEASURES, mean_sd, read_csv, read_metrics
 from engine import flags
 from engine.checkpoint import has_checkpoint, load_checkpoint
 from engine.errors import UserError, run_script
+from engine.errors import command as command_line
 from engine.folder import read_config
 from engine.provenance import warn_if_code_changed
 from tables import accuracy
@@ -168,7 +168,7 @@ def run_seed(command: str, seed: int, folder: Path, args: Namespace, processes: 
     else:
         call(script, *options, "--seed", seed, "--output-dir", folder, "--auto-resume")
         call("evaluate.py", folder)
-    return json.loads(metrics.read_text())
+    return read_metrics(metrics)
 
 
 def run_all(tasks: list[tuple[str, int, Path]], args: Namespace) -> list[Row]:
@@ -208,7 +208,10 @@ def run_row(name: str, args: Namespace) -> None:
 
 def run_command(command: str, args: Namespace) -> None:
     """Run the seeds of a command that is not a row."""
-    words = shlex.split(command.removeprefix("python "))
+    try:
+        words = shlex.split(command.removeprefix("python "))
+    except ValueError as error:
+        raise UserError(f"--command {command!r} cannot be read: {error}") from error
     if not words or not words[0].startswith("train_") or not (ROOT / words[0]).is_file():
         raise UserError(f'--command {command!r} must begin with a training script, like "train_gan.py --recipe best"')
     if ours := OURS & {word.split("=")[0] for word in words}:
@@ -234,13 +237,12 @@ def print_seeds(name: str, folders: list[Path], metrics: list[Row], row: Row) ->
             text = mean_sd(measure, [seed[measure] for seed in metrics])
             print(f"  {measure} {text}{', recorded ' * bool(before)}{before}")
     print(f"  seconds of training {mean_sd('seconds', [sum(read_seconds(folder)) for folder in folders])}")
-    print("  plot: python benchmarks/compare.py", *(f'"{folder}"' for folder in folders))
+    print(f"  plot: {command_line('benchmarks/compare.py', *folders)}")
 
 
 def read_seconds(folder: Path) -> list[float]:
     """The seconds of training that each epoch took."""
-    with open(folder / "seconds.csv") as file:
-        return [float(row["seconds"]) for row in csv.DictReader(file)]
+    return [row["seconds"] for row in read_csv(folder / "seconds.csv", "seconds")]
 
 
 def read_results() -> Row:
@@ -327,8 +329,8 @@ def get_args_parser() -> flags.ArgumentParser:
     add("--record", action="store_true", help="write the rows, or with --quick the bands, to benchmarks/results/")
     add("--seeds", type=positive, default=5, help="number of seeds, from 0")
     add("--jobs", type=positive, default=1, help="seeds side by side")
-    add("--data-dir", default="data", help="folder of the datasets")
-    add("--output-dir", default="runs/reproduce", help="folder of the runs")
+    add("--data-dir", type=flags.path, default="data", help="folder of the datasets")
+    add("--output-dir", type=flags.path, default="runs/reproduce", help="folder of the runs")
     return parser
 
 

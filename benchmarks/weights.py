@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 import evaluate
 from engine import flags
 from engine.checkpoint import seal, write_atomically
-from engine.errors import UserError, run_script
+from engine.errors import UserError, command, run_script
 from engine.folder import read_config
 from models import KINDS
 
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     measured = args.run / "evaluation" / "metrics.json"
     if not measured.is_file():
-        raise UserError(f"{args.run} has not been evaluated: python evaluate.py {args.run}")
+        raise UserError(f"{args.run} has not been evaluated: {command('evaluate.py', args.run)}")
     network, checkpoint = evaluate.load_network(args.run, "cpu")
     name, _ = KINDS[checkpoint["options"]["kind"]]
     weights = {key: tensor.half() if args.half and tensor.is_floating_point() else tensor

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from engine.device import random_state, set_random_state
 from engine.distributed import world_size
-from engine.errors import UserError
+from engine.errors import AT_ONCE, UserError
 from engine.recorder import COMPARED, Before, NotCapturable, Recorder, difference, is_capturable, prepare, require_same
 from engine.state import plain_values, unsaved
 from engine.watched import WARNING, watched
@@ -166,14 +166,17 @@ class CapturedStep:
         momenta = {parameter.data_ptr(): momentum for group, momentum in pairs for parameter in group["params"]}
         states = [state for optimizer in self.optimizers for state in optimizer.state.values()]
         counts = {state["step"].data_ptr(): state["step"].item() for state in states if "step" in state}
+        AT_ONCE.append(True)
         try:
             function = compile_step(self.step, self.inputs, momenta, counts)
             function(*self.inputs)
-        except Exception as error:  # no compiler, no Triton, an operation that Inductor lacks, another torch
+        except (Exception, KeyboardInterrupt) as error:  # no compiler, no Triton, another torch, Ctrl-C
             print(f"not compiled: {reason_of(error)}", flush=True)
             self.compiled, self.eager = False, not self.graph
             self.settings = self.recorded_settings()  # now with the momentum
             return self.step
+        finally:
+            AT_ONCE.clear()
         print(f"compiled in {time.monotonic() - started:.0f} s", flush=True)
         return function
 
@@ -220,8 +223,10 @@ class CapturedStep:
         return settings
 
 
-def reason_of(error: Exception) -> str:
+def reason_of(error: BaseException) -> str:
     """The C++ compiler's own message, if there is one; otherwise the first line."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
     lines = str(error).splitlines() or [type(error).__name__]
     return next((line for line in lines if " error: " in line), lines[0])
 

@@ -7,8 +7,11 @@ torch.load reads it as it is. It holds tensors and plain values; loading execute
 import hashlib
 import io
 import os
+import secrets
 import struct
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +21,12 @@ from engine.distributed import rank
 from engine.errors import UserError
 from engine.provenance import ROOT
 
+TEMPORARY = f"*.{'[0-9a-f]' * 8}.tmp"  # pattern of the names of files that are being written
 DIGEST_SIZE = hashlib.sha256().digest_size
-POSITION = ("epoch", "batch", "history", "curve")  # where the training is: attributes of engine.run.Run
+POSITION = ("epoch", "batch")  # where the training is: attributes of engine.run.Run
+TABLES = ("history", "curve")  # likewise
 NETWORK = {"options", "code", "state", "epoch"}  # what a network is built from; all that the files of weights/ hold
-KEYS = {*NETWORK, "types", "ranks", "seconds", *POSITION}  # what resuming needs
+KEYS = {*NETWORK, "types", "ranks", "seconds", *POSITION, *TABLES}  # what resuming needs
 
 
 def seal(archive: bytes) -> bytes:
@@ -38,20 +43,33 @@ def write_atomically(path: Path, content: bytes) -> None:
     """On rank 0, write `content` to `path` whole. A valid checkpoint.pt becomes previous.pt first. Raises UserError."""
     if rank() > 0:
         return
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")  # another process may write the same file
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())  # on the disk before the name points to it
-        if path.name == "checkpoint.pt" and path.exists() and is_sealed(path.read_bytes()):
-            os.replace(path, path.with_name("previous.pt"))
-        os.replace(temporary, path)
+        with writing(path):
+            with open(temporary, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())  # on the disk before the name points to it
+            if path.name == "checkpoint.pt" and path.exists() and is_sealed(path.read_bytes()):
+                os.replace(path, path.with_name("previous.pt"))
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def append(path: Path, content: bytes) -> None:
+    """Append `content` to the file. Raises UserError."""
+    with writing(path), open(path, "ab") as file:
+        file.write(content)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         remedy = "free space there or allow writing; everything saved before is unchanged"
         raise UserError(f"{path} could not be written ({error.strerror}); {remedy}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def has_checkpoint(folder: str | Path) -> bool:
@@ -95,12 +113,24 @@ def read_checkpoint(path: Path, keys: set[str] = KEYS) -> dict[str, Any]:
         raise UserError(f"{path} is damaged or not a checkpoint of this repository (its SHA-256 does not match)")
     try:
         checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        require(checkpoint, keys)
         upgrade(checkpoint)
-        if missing := keys - checkpoint.keys():
-            raise KeyError(missing)
     except Exception as error:  # of many kinds
         raise UserError(f"{path} is not a checkpoint of this version of the repository; train again") from error
     return checkpoint
+
+
+def require(checkpoint: dict[str, Any], keys: set[str]) -> None:
+    """Fail unless it has these keys, what is read before a network is built has its type, and `script` is no path."""
+    options, code, state = (checkpoint[key] for key in ("options", "code", "state"))
+    script, *others = (options.get(key, "") for key in ("script", "kind", "dataset", "data_dir"))
+    classes: Any = options.get("classes", [])
+    "".join([script, *others, *classes, *options.keys(), *code.keys(), *code.values(), *state.keys()])
+    if "ema" in state:
+        state["ema"]["model"].keys()
+    good = isinstance(classes, list) and checkpoint["epoch"] >= 0 and options.get("black", 0) <= 0
+    if not good or Path(script).name != script or keys - checkpoint.keys():
+        raise ValueError
 
 
 def upgrade(checkpoint: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """The training step as one compiled function, which Inductor, the compiler of PyTorch, generates."""
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -11,6 +12,7 @@ from torch.fx import Graph, GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # else it warns of a CUDA_HOME without CUDA
 OPTIONS = {
     "fallback_random": True,  # the random numbers of the eager step
     "realize_reads_threshold": 3,  # with 4, its default, Inductor fails on the HMM (KeyError; torch 2.14)

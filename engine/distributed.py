@@ -4,6 +4,7 @@ All ranks keep the same weights: gradients are summed before each update. A sing
 """
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -39,6 +40,13 @@ def join(device: torch.device) -> torch.device:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=number, world_size=size)
     return device
+
+
+def warn_of_other_tasks() -> None:
+    for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "WORLD_SIZE"):
+        if not dist.is_torchelastic_launched() and os.environ.get(name, "1") != "1":
+            remedy = "for one run in several processes, start one task, with torchrun (docs/gpus.md)"
+            print(f"warning: {name}={os.environ[name]}: each task trains a run of its own; {remedy}", file=sys.stderr)
 
 
 @contextmanager

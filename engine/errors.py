@@ -1,15 +1,22 @@
-"""Errors on one line, and signals: how a script ends."""
+"""Errors on one line, commands to paste, output that nobody reads, and signals: how a script ends."""
 
+import io
 import os
+import shlex
+import shutil
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+
+AT_ONCE: list[bool] = []  # not empty during work that takes a minute: the first signal also interrupts it
 
 
 class OneLine(Exception):
@@ -28,13 +35,65 @@ class DataError(OSError):
 
 
 class Stopped(OneLine):
-    """SIGINT or SIGTERM ended the training after a whole step, and the run was saved. Arguments: signal, message."""
+    """A signal ended the training after a whole step, and the run was saved. Arguments: signal, message."""
 
 
+def shell(*words: object) -> str:
+    """`words` on one line, as they can be pasted into a shell. A Path that begins with - gets ./ before it."""
+    texts = [f"./{word}" if isinstance(word, Path) and str(word).startswith("-") else str(word) for word in words]
+    return subprocess.list2cmdline(texts) if os.name == "nt" else " ".join(map(quoted, texts))
+
+
+def quoted(text: str) -> str:
+    """shlex.quote, with a line break or another character that cannot be printed as printf's number of it."""
+    if text.isprintable():
+        return shlex.quote(text)
+    plain = [c if c.isprintable() and c != "\\" else "".join(f"\\0{i:03o}" for i in os.fsencode(c)) for c in text]
+    return f'"$(printf %b {shlex.quote("".join(plain))})"'
+
+
+def command(script: str, *words: object) -> str:
+    """The command that runs a script of this repository from where the user stands, as the running one was called."""
+    called, root = Path(sys.argv[0]), Path(__file__).resolve().parent.parent
+    folder = next((each for each in (called.parent, Path()) if each.resolve() == root), root)
+    is_on_path = Path(shutil.which("python") or "").parent == Path(sys.executable).parent
+    path = called if script in ("", called.name) else folder / script  # "": a script of the user's own
+    return shell("python" if is_on_path else sys.executable, path, *words)
+
+
+def ending_signals() -> list[int]:
+    """SIGINT, SIGTERM, the one of a terminal that closes, and those of batch systems at the end of a job's time.
+
+    What was ignored at the start, as nohup does, stays ignored; not under torchrun, which handles it and passes it on.
+    """
+    found = [getattr(signal, name, None) for name in ("SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")]
+    stays = () if dist.is_torchelastic_launched() else (signal.SIG_IGN,)
+    return [signal.SIGINT, signal.SIGTERM, *(each for each in found if each and signal.getsignal(each) not in stays)]
+
+
+def interrupt(number, _) -> None:
+    """A signal handler that does what Ctrl-C does, for any signal, so that cleanup runs."""
+    raise KeyboardInterrupt(number)
+
+
+@contextmanager
+def handled(handler: Callable) -> Iterator[None]:
+    """Within this, `handler` gets those signals. Python delivers them to the main thread alone."""
+    numbers = ending_signals() if threading.current_thread() is threading.main_thread() else ()
+    before = [(number, signal.signal(number, handler)) for number in numbers]
+    try:
+        yield
+    finally:
+        for each in before:
+            signal.signal(*each)
+
+
+@handled(interrupt)  # until the end: a signal while Python shuts down would print a traceback
 def run_script(main: Callable[[], object]) -> None:
     """Call `main()`. Expected errors print one line and exit with status 1; bugs keep their traceback."""
+    keep_writing()
     print_on_rank_0_only()
-    name, before = Path(sys.argv[0]).name, signal.signal(signal.SIGTERM, interrupt)
+    name = Path(sys.argv[0]).name
     try:
         main()
     except Stopped as stopped:
@@ -46,7 +105,7 @@ def run_script(main: Callable[[], object]) -> None:
         print(f"{name}: interrupted", file=sys.stderr)
         sys.exit(128 + (error.args[0] if error.args else signal.SIGINT))
     except (UserError, OSError) as error:
-        sys.exit(f"{name}: error: {error}")
+        sys.exit(f"{name}: error: {' '.join(str(error).splitlines())}")
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -54,7 +113,32 @@ def run_script(main: Callable[[], object]) -> None:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-        signal.signal(signal.SIGTERM, before)  # a signal while Python shuts down would print a traceback
+
+
+class Output(io.FileIO):
+    """Standard output or error. What cannot be written, after `| head` or without a terminal, does not end a run."""
+
+    def write(self, content) -> int:
+        try:
+            return super().write(content) or len(content)
+        except OSError:
+            return len(content)
+
+
+def keep_writing() -> None:
+    """Make standard output and error Outputs. They escape characters that their encoding lacks."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # closed at the start: a file opened later would get this number
+            os.open(os.devnull, os.O_RDWR)
+    settings = ("encoding", "line_buffering", "write_through")
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        stream = getattr(sys, name)
+        if os.name != "nt" and isinstance(stream, io.TextIOWrapper | None):  # not a console of Windows, or a notebook
+            own: dict[str, Any] = {each: getattr(stream, each) for each in settings if stream}
+            raw = io.BufferedWriter(Output(number, "w", closefd=False))
+            setattr(sys, name, io.TextIOWrapper(raw, errors="backslashreplace", **own))
 
 
 def print_on_rank_0_only() -> None:
@@ -68,28 +152,18 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(each in str(error) for each in words)
 
 
-def interrupt(number, _) -> None:
-    """A signal handler that does what Ctrl-C does, for any signal, so that cleanup runs."""
-    raise KeyboardInterrupt(number)
-
-
 @contextmanager
 def caught_signals() -> Iterator[list[int]]:
-    """A list that SIGINT and SIGTERM append to instead of ending the process. A second signal ends it at once.
-
-    Python delivers signals to the main thread alone: in any other, the list stays empty.
-    """
+    """A list that signals append to instead of ending the process. A second SIGINT or SIGTERM ends it at once."""
     caught: list[int] = []
-    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    asked = {signal.SIGINT, signal.SIGTERM}  # by the user; a terminal that closes sends its signal twice
 
     def catch(number, frame):
-        if caught and not dist.is_torchelastic_launched():  # torchrun repeats the terminal's signal
+        if number in asked and asked & {*caught} and not dist.is_torchelastic_launched():  # torchrun repeats signals
             interrupt(number, frame)
         caught.append(number)
+        if AT_ONCE and len(caught) == 1:
+            interrupt(number, frame)
 
-    before = {number: signal.signal(number, catch) for number in numbers}
-    try:
+    with handled(catch):
         yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

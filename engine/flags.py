@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import math
+import os
 import re
 import sys
 from argparse import BooleanOptionalAction
@@ -14,7 +15,8 @@ import torch
 
 from engine.checkpoint import has_checkpoint, load_checkpoint
 from engine.device import pick_device, seed_all
-from engine.errors import UserError
+from engine.distributed import warn_of_other_tasks
+from engine.errors import UserError, command, shell
 from engine.run import DEFAULTS, WHERE
 
 Recipes = dict[str, dict[str, Any]]
@@ -34,6 +36,7 @@ class ArgumentParser(argparse.ArgumentParser):
         description, _, examples = doc.partition("\n")
         how: dict[str, Any] = dict(formatter_class=HelpFormatter, allow_abbrev=False)
         super().__init__(prog=prog, description=description, epilog=examples.strip("\n"), **how)
+        self._negative_number_matcher = re.compile(r"-(\.?\d|inf|nan)", re.IGNORECASE)  # argparse's knows no -5e-1
         self.datasets: Sequence[str] = ()  # names that are not folders
         self.groups: dict[str, Any] = {}
 
@@ -47,7 +50,8 @@ class ArgumentParser(argparse.ArgumentParser):
         if message.startswith("unrecognized arguments"):
             wrong, flags = (re.findall(r"--[\w-]+", text) for text in (message, self.format_usage()))
             nearest = [flag for word in wrong for flag in difflib.get_close_matches(word, flags, 1)]
-            message += f"; did you mean {nearest[0]}?" if nearest else ""
+            remedy = f"; did you mean {nearest[0]}?" if nearest else ""
+            message += "; use torchrun, not torch.distributed.launch" if "--local-rank" in wrong else remedy
         self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
 
 
@@ -73,6 +77,19 @@ def number(kind: type, smallest: float, largest: float = math.inf) -> Callable[[
     return parse
 
 
+def path(text: str) -> str:
+    """An argparse type: the path of a file or a folder; ~ is the home folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return os.path.expanduser(text)
+
+
+def run_folder(text: str) -> str:
+    """An argparse type: the path of a run folder, or of a file in it, such as its checkpoint.pt."""
+    found = Path(path(text))
+    return str(found.parent if found.is_file() else found)
+
+
 def device_name(text: str) -> str:
     """An argparse type: the name of a device."""
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", text):
@@ -88,10 +105,10 @@ def training_parser(kind: str, script: str, doc: str, recipes: Recipes, datasets
     parser.datasets = datasets
     add = parser.group("what to train")
     add("--recipe", choices=list(recipes), default="lecture", help="named set of defaults")
-    add("--start-from", metavar="RUN", help="initial weights from RUN, or (classifiers, VAE) from a file of weights/")
+    add("--start-from", metavar="RUN", type=path, help="initial weights: RUN's, or (classifiers, VAE) of weights/")
     add = parser.group("on what")
-    add("--dataset", metavar="NAME", default="mnist", help=f"{', '.join(datasets)}, or a folder of images")
-    add("--data-dir", default="data", help="folder of the datasets; missing files are downloaded")
+    add("--dataset", metavar="NAME", type=path, default="mnist", help=f"{', '.join(datasets)}, or a folder of images")
+    add("--data-dir", type=path, default="data", help="folder of the datasets; missing files are downloaded")
     add("--val-size", type=number(int, 0), default=5000, help="last training images held out for validation")
     add = parser.group("how to train")
     add("--epochs", type=number(int, 1), help="passes over the training images")
@@ -111,8 +128,8 @@ def training_parser(kind: str, script: str, doc: str, recipes: Recipes, datasets
     add("--compile", action=BooleanOptionalAction, help=compiler)
     add("--amp", action="store_true", help="mixed precision (bfloat16)")
     add = parser.group("where to save")
-    add("--output-dir", metavar="RUN", help="new run folder, by default the next free runs/<model>-<dataset>")
-    add("--resume", metavar="RUN", help="resume this run with its own options")
+    add("--output-dir", metavar="RUN", type=path, help="new run folder (none: the next free runs/<model>-<dataset>)")
+    add("--resume", metavar="RUN", type=run_folder, help="resume this run with its own options")
     add("--auto-resume", action="store_true", help="resume the run in --output-dir, or start it if there is none")
     add("--log-interval", type=number(int, 1), help="steps between two reports")
     add("--save-interval", type=number(float, 0), help="seconds between checkpoints")
@@ -125,6 +142,7 @@ def start(
 ) -> tuple[argparse.Namespace, torch.device]:
     """What every training script starts with: its flags, and the device; it seeds random numbers. Raises UserError."""
     args = parse_args(parser, recipes, variants, argv)
+    warn_of_other_tasks()
     device = pick_device(args.device, args.amp)
     seed_all(args.seed)
     return args, device
@@ -137,7 +155,7 @@ def parse_args(
     kind = parser.get_default("kind")
     known = [word for word in (sys.argv[1:] if argv is None else argv) if word not in ("-h", "--help")]
     if resume := run_to_resume(parser.parse_known_args(known)[0]):
-        parser.set_defaults(**load_checkpoint(resume, warn=False)["options"], resume=resume)
+        parser.set_defaults(**options_of(resume, parser), resume=resume)
     else:
         choose_recipe(parser, recipes, variants or {}, known)
     args = parser.parse_args(argv)
@@ -147,6 +165,25 @@ def parse_args(
     changed.pop("recipe", None)
     print(f"recipe {args.recipe}", *(f"{name}={value}" for name, value in changed.items()))
     return args
+
+
+def options_of(run: str, parser: ArgumentParser) -> dict[str, Any]:
+    """The options in a run's checkpoint. Raises UserError if one is not a value that its flag can give."""
+    options = load_checkpoint(run, warn=False)["options"]
+    for action in parser._actions:
+        if action.dest in options and not is_value(action, options[action.dest]):
+            raise UserError(f"{run} has another {action.dest} than a run of {parser.prog}; train again")
+    return options
+
+
+def is_value(action: argparse.Action, value: Any) -> bool:
+    if action.nargs == 0 or value is None:
+        return isinstance(value, bool) if action.nargs == 0 else action.default is None
+    read: Any = action.type or str
+    try:
+        return all(read(str(each)) == each for each in (value if action.nargs else [value]))
+    except (argparse.ArgumentTypeError, TypeError):
+        return False
 
 
 def run_to_resume(args: argparse.Namespace) -> str | None:
@@ -173,11 +210,12 @@ def choose_recipe(parser: ArgumentParser, recipes: Recipes, variants: Variants, 
 def refuse_changes(parser: ArgumentParser, kind: str, args: argparse.Namespace, changed: dict[str, Any]) -> None:
     """Raise UserError if the resumed run is of another kind, or a flag would make it another run."""
     if args.kind != kind:
-        raise UserError(f"{args.resume} is a run of the kind {args.kind}; use {args.script}")
+        remedy = f"resume it with: {command(args.script, '--resume', Path(args.resume))}"
+        raise UserError(f"{args.resume} is a run of the kind {args.kind}; {remedy}")
     if args.schedule == "cosine" and "epochs" in changed:
-        remedy = f"omit the flag, or start a new run with --start-from {args.resume}"
+        remedy = f"to train longer, start a new run with {shell('--start-from', Path(args.resume))}"
         raise UserError(f"--epochs {args.epochs}: this run's learning rate ends with its last epoch; {remedy}")
     for name in changed.keys() - FREE_ON_RESUME:
         value, flag = changed[name], name.replace("_", "-")
-        flag = f"--no-{flag}" if value is False else f"--{flag}" if value is True else f"--{flag} {value}"
+        flag = f"--no-{flag}" if value is False else f"--{flag}" if value is True else shell(f"--{flag}", value)
         raise UserError(f"{flag}: {args.resume} was trained with {name}={parser.get_default(name)}; omit {flag}")

@@ -64,7 +64,7 @@ def save_gif(folder: Path, most: int = 40) -> None:
     """Write samples.gif from up to `most` of the images in samples/, evenly spaced, the last one included."""
     from PIL import Image
 
-    paths = sorted((folder / "samples").glob("epoch-*.png"))
+    paths = sorted((folder / "samples").glob("epoch-*.png"), key=lambda path: (len(path.name), path.name))
     if not paths:
         return
     every = -(-len(paths) // most)

@@ -1,11 +1,13 @@
 """A run: its options, its position in the training, and what its checkpoints hold."""
 
 import argparse
-import csv
 import io
 import json
 import math
 import time
+from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import torch
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
-from engine.checkpoint import POSITION, load_checkpoint, load_result, seal, write_atomically
+from engine.checkpoint import POSITION, TABLES, load_checkpoint, load_result, seal, write_atomically
 from engine.device import random_state, set_random_state
 from engine.distributed import all_gather, broadcast, rank, sum_gradients, world_size
 from engine.errors import UserError
@@ -21,6 +23,7 @@ from engine.folder import lock, new_folder, read_config
 from engine.optim import EMA
 from engine.provenance import code_fingerprint, environment, warn_if_code_changed
 from engine.state import check_optimizers, restored, saved
+from engine.table import Table
 
 Metrics = dict[str, float]  # a row of metrics, by name
 WHERE = dict(resume=None, output_dir=None, auto_resume=False)  # options that are not saved
@@ -37,7 +40,8 @@ class Run:
     args: all options of the run, which its checkpoints store; those of DEFAULTS may be missing.
     state: name -> what a resumed run needs: networks, optimizers, schedules, an EMA, tensors, generators, plain values.
         The loop adds state["step"], the number of steps made so far, an int64 tensor [] on the device.
-    name: the folder is runs/`name`, or the next free runs/`name`-2, ..., unless --output-dir or --resume names one.
+    name: the folder is runs/`name` (runs/dry-run-`name` with --dry-run), or the next free runs/`name`-2, ..., unless
+        --output-dir or --resume names one.
     """
 
     def __init__(self, args: argparse.Namespace, state: dict[str, Any], name: str = "run"):
@@ -52,9 +56,11 @@ class Run:
         if self.args.batch_size < world_size():
             raise UserError(f"--batch-size {self.args.batch_size} is less than the {world_size()} processes; raise it")
         self.epoch, self.batch = 0, 0  # done: whole epochs, and batches of the current one
-        self.history: list[Metrics] = []  # a row per epoch
-        self.curve: list[Metrics] = []  # a row per report
-        self.seconds = [0.0]  # of training, per epoch
+        self.history = Table()  # a row per epoch
+        self.curve = Table()  # a row per report
+        self.times = Table()  # a row per finished epoch: its seconds
+        self.seconds = array("d", [0.0])  # of training, per epoch
+        self.best: dict[str, tuple[int, Metrics]] = {}  # score -> epochs compared, and the best row of them
         self.counted = self.saved = time.monotonic()  # when these seconds were last updated; of the last save
         state["step"] = torch.zeros((), dtype=torch.int64, device=self.device())
         self.begun = False  # whether this process continues a run whose first step was made by the same code
@@ -62,6 +68,7 @@ class Run:
         self.fraction = 1.0  # fraction of the batch that this rank computes
         for optimizer in self.optimizers():
             optimizer.register_step_pre_hook(lambda optimizer, *_: sum_gradients(optimizer, self.fraction))
+        name = f"dry-run-{name}" if self.args.dry_run else name  # a later command is not to find it
         self.folder = Path(self.args.resume or broadcast(lambda: str(new_folder(self.args.output_dir, name))))
         self.lock = lock(self.folder)
         print(f"run folder: {self.folder}", flush=True)
@@ -94,7 +101,8 @@ class Run:
             self.require_finite({key: largest(value) for key, value in state.items()})
             checkpoint = {
                 "options": self.options, "types": self.types(), "code": code_fingerprint(self.script), "state": state,
-                "ranks": ranks, "seconds": self.seconds, **{key: getattr(self, key) for key in POSITION},
+                "ranks": ranks, "seconds": torch.frombuffer(self.seconds, dtype=torch.float64).clone(),
+                **{key: getattr(self, key) for key in POSITION}, **{key: getattr(self, key).pack() for key in TABLES},
             }  # fmt: skip
             content = io.BytesIO()
             torch.save(checkpoint, content)
@@ -117,18 +125,20 @@ class Run:
         if self.args.resume:
             checkpoint = load_checkpoint(self.folder)
             changed = warn_if_code_changed(checkpoint, self.folder)
-            self.load_state(checkpoint)
-            for key in POSITION:
-                setattr(self, key, checkpoint[key])
+            with matching(f"{self.folder} does not match the code, which has changed since"):
+                self.load_state(checkpoint)
+                self.load_position(checkpoint)
+                ranks = checkpoint["ranks"]
             self.begun = self.epoch + self.batch > 0 and not changed
-            ranks, self.seconds = checkpoint["ranks"], checkpoint["seconds"]
-            self.meter.load([part["meter"] for part in ranks])
         elif self.args.start_from:
             self.start_from(self.args.start_from)
         if self.args.resume or world_size() > 1:  # each rank draws its own random numbers
             random = ranks[rank()]["random"] if len(ranks) == world_size() else {}
-            set_random_state(random, self.args.seed + 1_000_003 * (1 + rank()) + self.epoch + self.batch)
+            with matching(f"{self.folder} has no random state"):
+                set_random_state(random, self.args.seed + 1_000_003 * (1 + rank()) + self.epoch + self.batch)
         self.write_config()
+        if self.epoch:
+            self.write_metrics()  # a run that was killed may have added a row too many, or half of one
         self.counted = self.saved = time.monotonic()
 
     def start_from(self, path: str) -> None:
@@ -138,7 +148,8 @@ class Run:
         """
         state = load_result(path)["state"]
         for name, network in self.networks().items():
-            taken = load_fitting(network, state.get(name, {}))
+            with matching(f"--start-from {path}: its {name} is another network"):
+                taken = load_fitting(network, state.get(name, {}))
             if not taken:
                 remedy = "name a run folder of this script and model"
                 raise UserError(f"--start-from {path}: it has no weights that fit the {name}; {remedy}")
@@ -154,19 +165,34 @@ class Run:
             if now != then and not isinstance(self.state.get(name), torch.nn.Module):
                 remedy = "undo the edit, or start a new run"
                 raise UserError(f"{name}: {self.folder} was trained with {then}, the code now has {now}; {remedy}")
-        try:
-            for name in self.types():
-                self.state[name] = restored(self.state[name], checkpoint["state"][name])
-        except (KeyError, RuntimeError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"{self.folder} does not match the code, which has changed since: {reason}") from error
+        for name in self.types():
+            self.state[name] = restored(self.state[name], checkpoint["state"][name])
+
+    def load_position(self, checkpoint: dict[str, Any]) -> None:
+        """Fails in many ways if it has none."""
+        for key in POSITION:
+            setattr(self, key, int(checkpoint[key]))
+        for key in TABLES:
+            setattr(self, key, Table(checkpoint[key]))
+        self.seconds = array("d", torch.as_tensor(checkpoint["seconds"]).tolist())
+        for epoch, row in enumerate(self.history, 1):
+            row["epoch"] = epoch  # a whole number again
+        if not len(self.history) == self.epoch == len(self.seconds) - 1 or not all(
+            "epoch" in row for row in self.curve
+        ):
+            raise ValueError("its tables have other epochs")
+        self.meter.load([part["meter"] for part in checkpoint["ranks"]])
 
     def best_epoch(self, score: str) -> int:
         """The first epoch with the highest `score`, a metric. Raises UserError if no epoch has it."""
-        rows = [row for row in self.history if score in row]
-        if not rows:
+        compared, best = self.best.get(score, (0, {}))
+        for row in self.history[compared:]:
+            if score in row and (not best or row[score] > best[score]):
+                best = row
+        if not best:
             raise UserError(f"no epoch has the metric {score}, which chooses the best one; validate() must return it")
-        return int(max(rows, key=lambda row: row[score])["epoch"])
+        self.best[score] = len(self.history), best
+        return int(best["epoch"])
 
     def count_seconds(self) -> None:
         """Add the time since the last call to the current epoch's seconds, which a resumed run continues."""
@@ -176,15 +202,11 @@ class Run:
 
     def write_metrics(self) -> None:
         """metrics.csv and seconds.csv, a row per epoch, and curve.csv, a row per report."""
-        seconds = [{"epoch": i + 1, "seconds": f"{self.seconds[i]:.2f}"} for i in range(self.epoch)]
-        tables: dict[str, list] = {"metrics.csv": self.history, "curve.csv": self.curve, "seconds.csv": seconds}
-        for name, rows in tables.items():
-            text = io.StringIO()
-            columns = dict.fromkeys(column for row in rows for column in row)  # a metric may begin or end later
-            writer = csv.DictWriter(text, fieldnames=columns, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-            write_atomically(self.folder / name, text.getvalue().encode())
+        for i in range(len(self.times), self.epoch):
+            self.times.append({"epoch": i + 1, "seconds": round(self.seconds[i], 2)})
+        tables = {"metrics.csv": self.history, "curve.csv": self.curve, "seconds.csv": self.times}
+        for name, table in tables.items() if rank() == 0 else ():
+            table.write(self.folder / name)
 
     def write_config(self) -> None:
         """config.json: the options, and what is needed to trace a result to its code and machine."""
@@ -202,6 +224,17 @@ def load_fitting(network: torch.nn.Module, state: dict[str, torch.Tensor]) -> se
     fitting = {name: value for name, value in state.items() if name in own and own[name].shape == value.shape}
     network.load_state_dict(fitting, strict=False)
     return set(fitting)
+
+
+@contextmanager
+def matching(what: str) -> Iterator[None]:
+    """Loading what does not match fails in many ways. Raises UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{what}: {' '.join(str(error).split()) or type(error).__name__}") from error
 
 
 def largest(state: Any) -> float:

@@ -36,7 +36,8 @@ def load_network(run: str | Path, device: torch.device | str) -> tuple[Any, dict
             torch.manual_seed(UNUSUAL_SEED)
             network: Any = build_network(options)
         network.load_state_dict(state[name])
-    except (KeyError, RuntimeError, ValueError) as error:
+        [options[key] for key in ("dataset", "classes", *["black"] * (kind == "classifier"))]
+    except Exception as error:  # of many kinds
         reason = " ".join(str(error).split())
         mismatch = "does not match models/, which has changed since"
         if not changed:

@@ -74,10 +74,10 @@ def failure_signs(row: dict[str, float], digits: Tensor | None = None, asked: Te
     show, [N].
     """
     if 0 <= row.get("loss_d", 1) < 0.02:  # below 0, it is a Wasserstein loss or the like
-        yield f"D's loss is near zero ({row['loss_d']:.4f}): it detects every fake, so G learns nothing; try --r1 0.5"
+        yield f"D's loss is near zero ({row['loss_d']:.4f}): it detects every fake, so G learns nothing; raise --r1"
     if digits is None:
         return
-    remedy = "if this lasts, try a larger --r1; --recipe best sets one"
+    remedy = "if this lasts, raise --r1"
     fraction, digit = digits.bincount(minlength=10).div(len(digits)).max(0)
     if fraction > 0.5:
         yield f"{fraction:.0%} of the samples are classified as the digit {digit}; {remedy}"

@@ -16,7 +16,8 @@ from PIL import Image, ImageDraw
 
 import train_classifier
 from datasets import Batches
-from engine.checkpoint import seal
+from engine.checkpoint import TABLES, seal
+from engine.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 DIGITS = ["--dataset", "digits", "--device", "cpu"]
@@ -102,7 +103,9 @@ def killed_at(at):
 
 
 def load(path):
-    return torch.load(path, weights_only=True)
+    """A checkpoint, with its tables as rows."""
+    checkpoint = torch.load(path, weights_only=True)
+    return {**checkpoint, **{name: list(Table(checkpoint[name])) for name in TABLES if name in checkpoint}}
 
 
 def tensors(state, name=""):

@@ -148,6 +148,36 @@ def test_a_metric_that_not_every_seed_has_leaves_its_cell_empty(runs, capsys):
         compare.main(["tanh-0", "tanh-1"])
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("metrics.csv", "epoch;loss\n1;2,0\n"),
+        ("metrics.csv", "epoch,loss\n1,2.0\n".encode("utf-16")),
+        ("metrics.csv", "loss\n2.0\n"),
+        ("curve.csv", "epoch,loss\n1,2,3\n"),
+        ("seconds.csv", "epoch\n1\n"),
+        *(("evaluation/metrics.json", text) for text in ("", "null", "[]", '{"epochs": 2, "fid": "x"}', "[" * 100_000)),
+        *(("config.json", text) for text in ("null", "5", "[]", '{"options": [], "device": "cpu"}', '{"options": {}}')),
+    ],
+)
+def test_a_file_that_no_run_wrote_is_one_line_that_names_it(runs, name, content):
+    (runs / "tanh-0" / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=f"tanh-0.*{name}") as caught:
+        compare.main(["tanh-0"])
+    assert "\n" not in str(caught.value)
+    if name.endswith(".csv"):
+        assert "--resume tanh-0" in str(caught.value)
+        train("--resume", "tanh-0")
+        compare.main(["tanh-0"])
+
+
+def test_a_byte_order_mark_and_half_a_row_are_read_over(runs):
+    path = runs / "tanh-0" / "metrics.csv"
+    before = compare.read_run(Path("tanh-0")).history
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n") + b"3,0.")
+    assert compare.read_run(Path("tanh-0")).history == before
+
+
 def test_what_is_no_run_or_has_no_epoch_is_one_line(runs):
     (runs / "empty").mkdir()
     (runs / "begun").mkdir()

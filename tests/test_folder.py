@@ -53,11 +53,12 @@ def test_a_network_learns_three_shapes_and_the_report_names_them(tmp_path, monke
 
 def test_the_best_recipe_holds_none_of_a_folder_out(few):
     train_classifier.main(["--dataset", "few", "--recipe", "best", *CPU, "--dry-run"])
-    assert load("runs/mlp-few/checkpoint.pt")["options"]["val_size"] == 0
+    assert load("runs/dry-run-mlp-few/checkpoint.pt")["options"]["val_size"] == 0
 
 
 def test_a_conditional_gan_shows_every_class(few):
-    train_cgan.main(["--dataset", str(few), "--device", "cpu", "--dry-run", "--wrong-label", "0.3"])
+    words = ["--dry-run", "--wrong-label", "0.3", "--output-dir", "runs/cgan-few"]
+    train_cgan.main(["--dataset", str(few), "--device", "cpu", *words])
     assert Image.open("runs/cgan-few/samples/epoch-0001.png").size == (10 * 56, 3 * 56)  # a row for each class
     evaluate.main(["runs/cgan-few", "--samples", "12"])
     folder = few.parent / "runs" / "cgan-few" / "evaluation"
@@ -88,7 +89,7 @@ def test_a_class_is_asked_for_by_its_name_and_only_else_by_its_number(tmp_path, 
     ("script", "name"), [(train_gan, "gan-few"), (train_likelihood, "vae-few")], ids=["gan", "likelihood"]
 )
 def test_the_other_scripts_take_a_folder_too(few, script, name):
-    script.main(["--dataset", str(few), "--device", "cpu", "--dry-run"])
+    script.main(["--dataset", str(few), "--device", "cpu", "--dry-run", "--output-dir", f"runs/{name}"])
     assert load(few.parent / "runs" / name / "checkpoint.pt")["options"]["classes"] == SHAPES
     evaluate.main([f"runs/{name}", "--samples", "4"])
 
@@ -436,4 +437,4 @@ def test_a_folder_that_was_moved_is_found_in_the_data_dir(begun):
             call()
         assert len(str(caught.value).splitlines()) == 1
         call("--data-dir", "moved")
-    assert load("runs/mlp-few/checkpoint.pt")["epoch"] == 2
+    assert load("runs/dry-run-mlp-few/checkpoint.pt")["epoch"] == 2

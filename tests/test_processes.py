@@ -177,7 +177,7 @@ def test_a_signal_to_one_process_stops_all_and_another_number_of_processes_resum
     run(1, script, *MLP, "--output-dir", "whole", cwd=tmp_path, first=first)
     words = [*MLP, "--output-dir", "run"]
     stopped = run(before, script, *words, cwd=tmp_path, code=128 + signal.SIGTERM, first=[*first, one_is_stopped])
-    remedy = "resume with: python train_classifier.py --resume run"
+    remedy = "train_classifier.py --resume run"
     assert [errors.count(remedy) for _, errors in stopped] == [1, 0][:before]
     checkpoint = load(tmp_path / "run" / "checkpoint.pt")
     assert (checkpoint["epoch"], checkpoint["batch"]) == (1, 11)

@@ -96,7 +96,8 @@ def test_every_command_runs(folder, monkeypatch):
     for script, flags in commands:
         module, words = importlib.import_module(Path(script).stem), shlex.split(flags)
         if script.startswith("train_"):
-            module.main([*words, "--dry-run"])
+            folder = module.main([*words, "--dry-run"])["folder"]
+            Path(folder).rename(folder.replace("dry-run-", ""))
         elif script == "evaluate.py":
             module.main(words)
         else:

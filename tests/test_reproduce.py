@@ -120,6 +120,7 @@ def test_every_command_has_a_folder_of_its_own():
     ("command", "message"),
     [
         ("", "must begin with a training script"),
+        ("train_gan.py --dataset 'my digits", "cannot be read: No closing quotation"),
         ("evaluate.py runs/a", "must begin with a training script"),
         ("train_gan.py --seed 3", "must not hold --seed"),
         ("train_gan.py --output-dir=a", "must not hold --output-dir"),

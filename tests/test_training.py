@@ -165,7 +165,7 @@ def test_the_page_lists_the_flags_that_may_change_on_resume():
         ("--seed 1", "--seed 1: .*seed=0"),
         ("--optimizer sgd", "--optimizer sgd: .*optimizer=adamw"),
         ("--no-augment", "--no-augment: .*augment=True"),
-        ("--epochs 9", "--epochs 9: this run's learning rate ends with its last epoch"),
+        ("--epochs 9", "--epochs 9: this run's learning rate ends with its last epoch; .* --start-from"),
         ("--output-dir other", "--resume names the run folder; omit --output-dir"),
         ("--output-dir other --auto-resume", "--resume names the run folder; omit --output-dir"),
     ],
@@ -245,9 +245,11 @@ def test_a_dry_run_of_a_generator_writes_everything(tmp_path, script, recipe):
 
 def test_a_dry_run_takes_a_few_steps_and_writes_everything(tmp_path, capsys):
     train(*EVERYTHING, "--dry-run")
-    folder = tmp_path / "runs" / "mlp-digits"
+    folder = tmp_path / "runs" / "dry-run-mlp-digits"
     assert load(folder / "checkpoint.pt")["state"]["schedule"]["last_epoch"] == 8
-    assert "python evaluate.py runs/mlp-digits" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "whose results mean nothing; to train, omit --dry-run" in output
+    assert "evaluate" not in output
     for name in ("best.pt", "metrics.csv", "curves.png", "config.json"):
         assert (folder / name).stat().st_size > 0
 
@@ -287,7 +289,7 @@ def test_a_folder_of_a_run_that_ended_before_its_first_step_can_be_used_again(tm
         with pytest.raises(KeyboardInterrupt):
             train(*words)
     assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock", "config.json"}
-    (tmp_path / "run" / "checkpoint.pt.tmp").write_bytes(b"killed while writing")
+    (tmp_path / "run" / "checkpoint.pt.0123abcd.tmp").write_bytes(b"killed while writing")
     train(*words)
     assert load(tmp_path / "run" / "checkpoint.pt")["epoch"] == 1
 
@@ -391,12 +393,12 @@ def test_a_new_run_starts_from_the_weights_of_another(tmp_path, ema):
 
 
 def test_a_new_run_starts_from_the_shipped_weights():
-    with pytest.raises(UserError, match="its model is another network"):
+    with pytest.raises(UserError, match="it has no weights that fit the model"):
         train(*MLP, "--start-from", ROOT / "weights" / "cnn.pt")
     words = ["--batch-norm", "--start-from", ROOT / "weights" / "cnn.pt", "--lr", 0, "--dry-run"]
     train(*DIGITS, *words, "--output-dir", "run")
     assert load(Path("run") / "checkpoint.pt")["history"][0]["accuracy"] > 0.8
-    with pytest.raises(UserError, match="it has no weights of the discriminator"):
+    with pytest.raises(UserError, match="it has no weights that fit the discriminator"):
         train_cgan.main([*DIGITS, "--start-from", str(ROOT / "weights" / "cgan.pt")])
     with pytest.raises(UserError, match="nowhere does not exist"):
         train(*DIGITS, "--start-from", "nowhere")

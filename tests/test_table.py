@@ -1,0 +1,144 @@
+"""Tables of metrics: each row is gone through once, and what a run has saved survives a kill and a spreadsheet."""
+
+import csv
+
+import pytest
+import torch
+from helpers import DIGITS, assert_same_run, killed_at, load, save_sealed, train
+
+import evaluate
+from engine.errors import UserError
+from engine.table import Table
+
+MLP = [*DIGITS, "--model", "mlp", "--epochs", "3", "--val-size", "37", "--save-interval", "1000"]
+
+
+@pytest.fixture(autouse=True)
+def in_tmp_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    train(*MLP, "--output-dir", folder)
+    return folder
+
+
+# The table ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_row_more_costs_the_same_however_many_there_are(tmp_path, monkeypatch):
+    written, read, writerows = [], [], csv.DictWriter.writerows
+
+    class Row(dict):
+        def get(self, *args):
+            read.append(args[0])
+            return super().get(*args)
+
+    def counted(self, rows):
+        written.append(len(rows))
+        writerows(self, rows)
+
+    monkeypatch.setattr(csv.DictWriter, "writerows", counted)
+    table = Table()
+    for epoch in range(1000):
+        table.append(Row(epoch=epoch, loss=0.5))
+        table.write(tmp_path / "a.csv")
+        table.pack()
+    assert written == [1] * 1000
+    assert len(read) == 2 * 2 * 1000  # for the tensors and for the file
+    assert len((tmp_path / "a.csv").read_text().splitlines()) == 1001
+
+
+def test_a_number_may_begin_later_or_be_left_out(tmp_path):
+    table = Table([{"epoch": 1, "loss": 0.1}])
+    table.write(tmp_path / "a.csv")
+    table.append({"epoch": 2, "accuracy": 0.3})
+    table.write(tmp_path / "a.csv")
+    assert (tmp_path / "a.csv").read_text() == "epoch,loss,accuracy\n1,0.1,\n2,,0.3\n"
+    assert Table(table.pack()) == table
+    assert Table(Table().pack()) == []
+
+
+def test_a_file_that_was_changed_or_is_gone_is_written_whole(tmp_path):
+    table, path = Table([{"epoch": 1, "loss": 0.1}]), tmp_path / "a.csv"
+    for change in (lambda: path.write_text("epoch;loss\n1;0,1\n2;0"), path.unlink, lambda: None):
+        table.write(path)
+        change()
+        table.append({"epoch": len(table) + 1, "loss": 0.2})
+        table.write(path)
+        assert path.read_text().splitlines() == ["epoch,loss", "1,0.1", *(f"{i},0.2" for i in range(2, len(table) + 1))]
+
+
+# Of a run -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("left", [b"2,0.5", b"2,0.5,0.5,0.5,0.5\n3,1,1,1,1\n", b""])
+def test_what_a_kill_leaves_in_a_table_is_mended_on_resume(whole, tmp_path, left):
+    with killed_at((1, 3)):
+        train(*MLP, "--output-dir", "run")
+    path = tmp_path / "run" / "metrics.csv"
+    path.write_bytes(path.read_bytes() + left if left else b"")
+    train("--resume", "run")
+    assert_same_run(whole, tmp_path / "run")
+    assert (whole / "curve.csv").read_bytes() == (tmp_path / "run" / "curve.csv").read_bytes()
+
+
+def test_a_finished_run_that_is_resumed_writes_its_tables_again(whole, tmp_path):
+    train("--resume", whole)
+    before = (whole / "metrics.csv").read_bytes()
+    (whole / "metrics.csv").write_text("epoch;loss")
+    train("--resume", whole)
+    assert (whole / "metrics.csv").read_bytes() == before
+
+
+def test_a_checkpoint_with_lists_of_rows_resumes_too(whole, tmp_path):
+    """As they were before there were tables."""
+    with killed_at((1, 3)):
+        train(*MLP, "--output-dir", "run")
+    checkpoint = load("run/checkpoint.pt")
+    save_sealed({**checkpoint, "seconds": checkpoint["seconds"].tolist()}, tmp_path / "run" / "checkpoint.pt")
+    train("--resume", "run")
+    assert_same_run(whole, tmp_path / "run")
+
+
+FOREIGN = [
+    (("options",), None),
+    (("options", "lr"), "x"),
+    (("options", "epochs"), None),
+    (("options", "batch_norm"), [1]),
+    (("options", "classes"), "0123456789"),
+    (("options", "kind"), ["classifier"]),
+    (("options", "script"), "../../etc/passwd"),
+    (("options", "black"), {}),
+    (("code",), {"models/mlp.py": 5}),
+    (("state", "model"), []),
+    (("state", "optimizer"), {"state": 5}),
+    (("state",), {5: 5}),
+    (("ranks",), [{"random": 5}]),
+    (("ranks", 0, "meter"), None),
+    (("epoch",), -1),
+    (("epoch",), 2),
+    (("batch",), "x"),
+    (("history",), {"loss": torch.zeros(4)}),
+    (("history",), 5),
+    (("curve",), [{"loss": 1.0}]),
+    (("seconds",), torch.zeros(2)),
+]
+
+
+@pytest.mark.parametrize(("place", "value"), FOREIGN)
+def test_a_checkpoint_with_a_valid_seal_and_foreign_content_is_one_line(whole, tmp_path, place, value):
+    checkpoint = torch.load(whole / "checkpoint.pt", weights_only=True)
+    held = checkpoint
+    for key in place[:-1]:
+        held = held[key]
+    held[place[-1]] = value
+    save_sealed(checkpoint, tmp_path / "run" / "checkpoint.pt")
+    with pytest.raises(UserError, match=r"^run") as caught:
+        train("--resume", "run")
+    assert "\n" not in str(caught.value)
+    if place[0] in ("options", "code", "state") and place[-1] not in ("lr", "epochs", "optimizer"):
+        with pytest.raises(UserError, match=r"^run"):
+            evaluate.load_model("run")
