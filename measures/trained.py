@@ -26,6 +26,11 @@ def load_network(run: str | Path, device: torch.device | str) -> tuple[Any, dict
     """
     checkpoint = load_result(run)
     changed = warn_if_code_changed(checkpoint, run)
+    return rebuild(checkpoint, run, changed).to(device), checkpoint
+
+
+def rebuild(checkpoint: dict[str, Any], run: str | Path, changed: bool) -> Any:
+    """The network of a result, in eval mode. run: names it in a UserError. changed: whether its code has."""
     options, state = checkpoint["options"], checkpoint["state"]
     if (kind := options.get("kind")) not in KINDS:
         known = f"models/__init__.py knows {', '.join(KINDS)}"
@@ -44,7 +49,7 @@ def load_network(run: str | Path, device: torch.device | str) -> tuple[Any, dict
             mismatch = f"does not match what models/ builds; {REMEDY}"
         raise UserError(f"{run} {mismatch}: {reason}") from error
     network.options = options
-    return network.eval().to(device), checkpoint
+    return network.eval()
 
 
 def check_rebuilt(run: Any, network: Any, images: torch.Tensor) -> None:
@@ -57,7 +62,8 @@ def check_rebuilt(run: Any, network: Any, images: torch.Tensor) -> None:
     if network is not result:
         remedy = 'make it that one; an average of weights belongs into `state` as "ema" (engine.optim.EMA)'
         raise UserError(f'evaluate.py measures state["{name}"] or its EMA, and the network here is another; {remedy}')
-    rebuilt, _ = load_network(run.folder / "checkpoint.pt", images.device)
+    path = run.folder / "checkpoint.pt"
+    rebuilt = rebuild(load_result(path), path, changed=False).to(images.device)
     if not torch.allclose(outputs(rebuilt, images), outputs(network, images), rtol=1e-2, atol=1e-3):
         raise UserError(f"evaluate.py would measure another network: state_dict() lacks a part of this one; {REMEDY}")
 
