@@ -66,7 +66,7 @@ def build(args: Namespace, device: torch.device, batches: Any) -> tuple[dict[str
         model: Any = build_likelihood_model(vars(args), batches.pixel_means().cpu()).to(device)
     except ValueError as error:
         raise UserError(error) from error
-    scored = ["log_likelihood", "likelihood"] if args.val_size or hasattr(model, "log_likelihood") else []
+    scored = ["log_likelihood"] if args.val_size else []
     if missing := [name for name in ("loss", "sample", *scored) if not hasattr(model, name)]:
         raise UserError(f"the model {args.model} lacks {', '.join(missing)}; models/__init__.py says what each is")
     optimizer = optim.build_optimizer(args, model.parameters())

@@ -121,7 +121,7 @@ def read_checkpoint(path: Path, keys: set[str] = KEYS) -> dict[str, Any]:
 
 
 def require(checkpoint: dict[str, Any], keys: set[str]) -> None:
-    """Fail unless it has these keys, what is read before a network is built has its type, and `script` is no path."""
+    """Fail unless it has these keys, what is read before a network is built has its type, and `script` lies in here."""
     options, code, state = (checkpoint[key] for key in ("options", "code", "state"))
     script, *others = (options.get(key, "") for key in ("script", "kind", "dataset", "data_dir"))
     classes: Any = options.get("classes", [])
@@ -129,7 +129,7 @@ def require(checkpoint: dict[str, Any], keys: set[str]) -> None:
     if "ema" in state:
         state["ema"]["model"].keys()
     good = isinstance(classes, list) and checkpoint["epoch"] >= 0 and options.get("black", 0) <= 0
-    if not good or Path(script).name != script or keys - checkpoint.keys():
+    if not good or Path(script).is_absolute() or ".." in Path(script).parts or keys - checkpoint.keys():
         raise ValueError
 
 

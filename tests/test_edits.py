@@ -100,8 +100,9 @@ def test_every_example_of_the_page_works(copy, title):
         python, script, *words = shlex.split(command)
         assert python == "python"
         words += ["--dry-run", "--device", "cpu"] if script.startswith("train_") else []
+        words = [word.replace("runs/", "runs/dry-run-") for word in words]
         _, errors = run_in(copy, script, *words)
-        assert not errors
+        assert [line for line in errors.splitlines() if "is a dry run" not in line] == []
 
 
 # Networks and optimizers --------------------------------------------------------------------------------------------

@@ -87,7 +87,7 @@ def test_an_experiment_trains_resumes_is_captured_and_evaluated(tmp_path, name):
     experiments.apply(name, tmp_path / "code")
     script, *words = shlex.split(about["command"])
     before = partial(play, str(tmp_path / "code"), script, words)
-    output, errors = run(tmp_path / "code" / "utils.py", cwd=tmp_path / "code", before=before)
+    output, errors = run(tmp_path / "code" / "models" / "mlp.py", cwd=tmp_path / "code", before=before)
     assert not errors
     whole, resumed, captured = (tmp_path / "code" / run for run in ("whole", "resumed", "captured"))
     assert_same_run(whole, resumed)

@@ -151,7 +151,7 @@ class Independent(torch.nn.Module):
         return -F.binary_cross_entropy_with_logits(logits, images, reduction="none").sum((1, 2, 3))
 
     def loss(self, images):
-        self.seen.append(images)
+        self.seen.extend([images] * self.training)
         return -self.log_likelihood(images).mean()
 
     def sample(self, n, generator):
