@@ -17,9 +17,10 @@ import torch
 from engine import flags
 from engine.errors import DataError, UserError, run_script
 from engine.provenance import ROOT
+from evaluate import read_number
 from measures.samples import is_conditional, sample_between
-from measures.trained import classify, load_model
-from photos import read_photo
+from measures.trained import load_model
+from photos import read
 
 CANVAS = 336  # pixels; twelve for each of the network's 28
 PICK_THE_BRUSH = (
@@ -36,13 +37,20 @@ def get_args_parser() -> flags.ArgumentParser:
 
 
 def read_drawing(classifiers: dict[str, Any], drawing: Any) -> list[Any]:
-    """The 28x28 that the networks see, and the probabilities that each gives, as HTML. drawing: the canvas, or None."""
+    """The images that the networks see, side by side, and the number that each reads with its probabilities, as HTML.
+
+    drawing: the canvas, or None. If it cannot be read, the reason stands in place of the numbers.
+    """
     try:
-        seen = read_photo(drawing["composite"])
-    except (DataError, TypeError):  # nothing there yet, no digit, or several
-        return [None, *(f"<b>{name}</b>" for name in classifiers)]
-    answers = (bars(name, model, classify(model, seen)[0].tolist()) for name, model in classifiers.items())
-    return [enlarge(seen[0, 0] / 255), *answers]
+        reading = read(drawing["composite"])
+    except (DataError, TypeError) as error:  # TypeError: there is no drawing yet
+        reason = html.escape(str(error)) if isinstance(error, DataError) else ""
+        return [None, *(f"<b>{html.escape(name)}</b> {reason}" for name in classifiers)]
+    shown = []
+    for name, model in classifiers.items():
+        rows, number = read_number(model, reading)
+        shown.append("".join(bars(f"{name}: {number}", model, row) for row in rows.tolist()))
+    return [enlarge(torch.cat([*reading.images[:, 0]], 1) / 255), *shown]
 
 
 def bars(title: str, model: Any, probabilities: list[float]) -> str:
@@ -57,7 +65,7 @@ def bars(title: str, model: Any, probabilities: list[float]) -> str:
 
 
 def enlarge(image: torch.Tensor) -> Any:
-    """uint8 [224, 224], of an image [28, 28] with pixels from 0 to 1."""
+    """An image [H, W] with pixels from 0 to 1 as uint8, eight times as large."""
     return (image * 255).round().to(torch.uint8).repeat_interleave(8, 0).repeat_interleave(8, 1).numpy()
 
 

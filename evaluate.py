@@ -33,7 +33,7 @@ from measures.likelihood import likelihood_measures, print_likelihood
 from measures.reference import load_reference
 from measures.samples import NOISE_SEED, is_conditional, sample_images, spread, walks
 from measures.trained import class_numbers, classify, load_model, load_network, sample
-from photos import read_photo
+from photos import Reading, read
 
 __all__ = ["classify", "load_model", "main", "sample"]  # from evaluate import classify, load_model, sample
 
@@ -66,22 +66,37 @@ def save(plots: Plots, folder: Path, *others: str) -> None:
     print(f"wrote to {folder}: {', '.join([*plots, *others])}")
 
 
+def read_number(model: Any, reading: Reading) -> tuple[torch.Tensor, str]:
+    """The probabilities that the network gives for each digit of a photo, and the number, with "(unsure)" if it is.
+
+    The number is what the network and the reader find most likely together. Of other classes the reader knows nothing.
+    """
+    names = model.options["classes"]
+    probabilities = classify(model, reading.images)
+    if names != list("0123456789"):
+        reading = Reading(reading.images, torch.ones_like(probabilities), sure=True)
+    numbers, sure = reading.agree(probabilities)
+    between = "" if max(map(len, names)) == 1 else " "
+    return probabilities, between.join(names[number] for number in numbers) + ("" if sure else " (unsure)")
+
+
 def classify_photos(model: Any, paths: Sequence[str], folder: Path) -> bool:
     """Print the digits in each image file, and plot what the network saw. Returns whether all could be read."""
     seen, names = [], model.options["classes"]
-    read = read_photo if model.options["dataset"] in DATASETS else read_image  # as it read the images of its folder
-    between = "" if max(map(len, names)) == 1 else " "
     for path in paths:
         try:
-            images = read(path)
+            if model.options["dataset"] in DATASETS:
+                reading = read(path)
+            else:  # as it read the images of its folder
+                reading = Reading(read_image(path), torch.ones(1, len(names)), sure=True)
         except OSError as error:
             print(f"evaluate.py: error: {error}", file=sys.stderr)
             continue
-        probabilities = classify(model, images)
-        print(f"{path}: {between.join(names[number] for number in probabilities.argmax(1).tolist())}")
+        probabilities, number = read_number(model, reading)
+        print(f"{path}: {number}")
         for row in probabilities.tolist():
             print("  " + "  ".join(f"{name}: {value:.2%}" for name, value in zip(names, row)))
-        seen.append(images)
+        seen.append(reading.images)
     if seen:
         save({"seen.png": (torch.cat(seen) / 255, 10)}, folder)
     return len(seen) == len(paths)
