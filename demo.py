@@ -19,9 +19,10 @@ import torch
 from engine import flags
 from engine.errors import DataError, UserError, run_script
 from engine.provenance import ROOT
+from evaluate import read_number
 from measures.samples import is_conditional, sample_between
-from measures.trained import classify, load_model
-from photos import read_photo
+from measures.trained import load_model
+from photos import read
 
 CANVAS = 336  # pixels; twelve for each of the network's 28
 PICK_THE_BRUSH = (
@@ -38,20 +39,22 @@ def get_args_parser() -> flags.ArgumentParser:
 
 
 def read_drawing(classifiers: dict[str, Any], drawing: Any) -> list[Any]:
-    """The digits as the networks see them, side by side, and the probabilities that each gives, or words, as HTML.
+    """The digits as the networks see them, side by side, and the number that each reads, as HTML.
 
-    drawing: the canvas, or None.
+    drawing: the canvas, or None. If it cannot be read, the reason stands in place of the numbers.
     """
     picture = drawing and drawing["composite"]
     try:
-        seen, words = (read_photo(picture), "") if picture else (None, "draw a digit")
-    except DataError as error:  # no digit, or several that are not in one row
-        seen, words = None, str(error).partition(";")[0]
-    if seen is None:
+        reading, words = (read(picture), "") if picture else (None, "draw a digit")
+    except DataError as error:
+        reading, words = None, str(error).partition(";")[0]
+    if reading is None:
         return [None, *(f"<b>{html.escape(name)}</b><p>{html.escape(words)}</p>" for name in classifiers)]
-    answers = ((name, model, classify(model, seen).tolist()) for name, model in classifiers.items())
-    boxes = ("".join(bars(name, model, row) for row in rows) for name, model, rows in answers)
-    return [enlarge(torch.cat([*seen[:, 0]], dim=1) / 255), *boxes]
+    shown = []
+    for name, model in classifiers.items():
+        rows, number = read_number(model, reading)
+        shown.append("".join(bars(f"{name}: {number}", model, row) for row in rows.tolist()))
+    return [enlarge(torch.cat([*reading.images[:, 0]], dim=1) / 255), *shown]
 
 
 def bars(title: str, model: Any, probabilities: list[float]) -> str:
@@ -66,7 +69,7 @@ def bars(title: str, model: Any, probabilities: list[float]) -> str:
 
 
 def enlarge(image: torch.Tensor) -> Any:
-    """uint8 [224, 224], of an image [28, 28] with pixels from 0 to 1."""
+    """An image [H, W] with pixels from 0 to 1 as uint8, eight times as large."""
     return (image * 255).round().to(torch.uint8).repeat_interleave(8, 0).repeat_interleave(8, 1).numpy()
 
 

@@ -40,7 +40,7 @@ from measures.likelihood import likelihood_measures, print_likelihood
 from measures.reference import load_reference
 from measures.samples import NOISE_SEED, is_conditional, sample_images, spread, walks
 from measures.trained import class_numbers, load_model, load_network, sample
-from photos import read_photo
+from photos import Reading, read
 
 __all__ = ["classify", "load_model", "main", "sample"]  # from evaluate import classify, load_model, sample
 
@@ -66,15 +66,17 @@ def get_args_parser() -> flags.ArgumentParser:
     return parser
 
 
-def read_picture(model: Any, picture: Any) -> torch.Tensor:
-    """The digits in a file or PIL image, uint8 [N, 1, 28, 28]; for a network trained on a folder, the whole image."""
-    return (read_photo if model.options["dataset"] in DATASETS else read_image)(picture)
+def read_picture(model: Any, picture: Any) -> Reading:
+    """The digits in a file or PIL image; for a network trained on a folder, the whole image."""
+    if model.options["dataset"] in DATASETS:
+        return read(picture)
+    return Reading(read_image(picture), torch.ones(1, len(model.options["classes"])))
 
 
 def read_one(model: Any, path: str) -> torch.Tensor:
     """`read_picture` for an image of a labelled folder: the whole image, if not one digit is found in it."""
     with suppress(DataError):
-        if len(images := read_picture(model, path)) == 1:
+        if len(images := read_picture(model, path).images) == 1:
             return images
     return read_image(path)
 
@@ -82,7 +84,7 @@ def read_one(model: Any, path: str) -> torch.Tensor:
 def classify(model: Any, images: Any) -> torch.Tensor:
     """measures.trained.classify, which also takes a picture: its path, or a PIL image."""
     is_picture = isinstance(images, str | Path) or hasattr(images, "convert")
-    return trained.classify(model, read_picture(model, images) / 255 if is_picture else images)
+    return trained.classify(model, read_picture(model, images).images / 255 if is_picture else images)
 
 
 def save(plots: Plots, folder: Path, *others: str) -> None:
@@ -97,26 +99,39 @@ def save(plots: Plots, folder: Path, *others: str) -> None:
     print(f"wrote to {folder}: {', '.join([*plots, *others])}")
 
 
+def read_number(model: Any, reading: Reading) -> tuple[torch.Tensor, str]:
+    """The probabilities that the network gives for each digit of a photo, and the number, with "(unsure)" if it is.
+
+    The number is what the network and the reader find most likely together. Of other classes the reader knows nothing.
+    """
+    names = model.options["classes"]
+    probabilities = classify(model, reading.images)
+    if names != list("0123456789"):
+        reading = Reading(reading.images, torch.ones_like(probabilities), sure=True)
+    numbers, sure = reading.agree(probabilities)
+    between = "" if max(map(len, names)) == 1 else " "
+    return probabilities, between.join(names[number] for number in numbers) + ("" if sure else " (unsure)")
+
+
 def classify_photos(model: Any, paths: Sequence[str], folder: Path) -> None:
     """Print the digits in each image file, and plot what the network saw. Exit status 1 if one could not be read."""
     seen, names = [], model.options["classes"]
-    between = "" if max(map(len, names)) == 1 else " "
     paths, failed = [*paths], False
     for i, path in enumerate(paths):
         try:
             if os.path.isdir(path):
                 paths[i + 1 : i + 1] = pictures(path)
                 continue
-            images = read_picture(model, path)
+            reading = read_picture(model, path)
         except OSError as error:
             print(f"evaluate.py: error: {error}", file=sys.stderr)
             failed = True
             continue
-        probabilities = classify(model, images)
-        print(f"{path}: {between.join(names[number] for number in probabilities.argmax(1).tolist())}")
+        probabilities, number = read_number(model, reading)
+        print(f"{path}: {number}")
         for row in probabilities.tolist():
             print("  " + "  ".join(f"{name}: {value:.2%}" for name, value in zip(names, row)))
-        seen.append(images)
+        seen.append(reading.images)
     if seen:
         save({"seen.png": (torch.cat(seen) / 255, 10)}, folder)
     if failed:

@@ -1,18 +1,22 @@
-"""How many photographed digits are read correctly: MNIST's test digits on paper, with all that can spoil a photo.
+"""How many photos of handwriting are read correctly: rendered pages, with all that can spoil a photo, and real photos.
 
 python benchmarks/photo.py --data-dir data
 python benchmarks/photo.py --data-dir data --condition "ruled paper" --save pages    # one condition, with its pages
+python benchmarks/photo.py --real FOLDER    # real photos, listed in FOLDER/labels.csv: file,label,kind
 
-Each of 300 digits is put on a page, 150 of 600 pixels large, once for each condition. The page is saved as a file, read
-by `read_photo`, and classified by the reference classifier. A page that `read_photo` rejects counts as an error.
-docs/results.md shows what it prints.
+Rendered: each of 300 of MNIST's test digits is put on a page of 600x600 pixels, once for each condition, and saved as a
+file. Every picture is read as `evaluate.py weights/cnn.pt --image` reads it, and by ten lines with Otsu's threshold for
+comparison. Refused: an error message instead of a number, which is right for the label "refuse". With --record, the
+rows go into benchmarks/results/photo.json, from which tables.py makes the table in docs/results.md.
 """
 
+import csv
+import json
 import math
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -20,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+import torch
+from PIL import Image, ImageDraw
 from scipy import ndimage
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,10 +33,14 @@ sys.path.insert(0, str(ROOT))
 
 from datasets import load
 from engine import flags
-from engine.errors import run_script
-from measures.reference import load_reference
-from photos import read_photo
+from engine.errors import DataError, run_script
+from engine.provenance import environment
+from evaluate import read_number
+from measures.trained import classify, load_model
+from photos import open_image, read
+from photos.pieces import centre, trim
 
+RESULTS = ROOT / "benchmarks" / "results" / "photo.json"
 PAGE, DIGIT = 600, 150
 DISC = np.hypot(*np.mgrid[-4:5, -4:5]) <= 4
 WHITE, BLACK = (245, 243, 238), (35, 35, 45)  # paper and ink
@@ -46,10 +55,19 @@ def enlarge(digit, size=DIGIT):
     return np.clip((np.asarray(large) / 255 - 0.25) / 0.5, 0, 1)
 
 
+def row(inks, rng, gaps, slope=0.0):
+    """Digits beside each other, `gaps` pixels apart (least, most), each higher than its left neighbour if it slants."""
+    page, left = np.zeros((PAGE, PAGE)), 0
+    for ink in map(trim, inks):
+        top = round(PAGE / 2 - slope * left - ink.shape[0] / 2 + rng.uniform(-4, 4))
+        page[top : top + ink.shape[0], left : left + ink.shape[1]] = ink
+        left += ink.shape[1] + rng.integers(*gaps)
+    return trim(page)
+
+
 def place(ink, rng, margin=40):
     """Put the ink at a random place of a page."""
-    rows, columns = ink.any(1).nonzero()[0], ink.any(0).nonzero()[0]
-    ink = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    ink = trim(ink)
     top, left = (rng.integers(margin, PAGE - margin - side) for side in ink.shape)
     page = np.zeros((PAGE, PAGE))
     page[top : top + ink.shape[0], left : left + ink.shape[1]] = ink
@@ -176,6 +194,31 @@ def thin_pen(ink, rng):
     return clean(ndimage.gaussian_filter(ndimage.binary_dilation(ridge, np.ones((3, 3))).astype(float), 0.7), rng)
 
 
+def in_a_box(ink, rng):
+    """A rectangle around the digit, drawn with the same ink."""
+    page = place(ink, rng, margin=80)
+    rows, columns = page.any(1).nonzero()[0], page.any(0).nonzero()[0]
+    left, top, right, bottom = (
+        side + sign * rng.integers(12, 50)
+        for side, sign in ((columns[0], -1), (rows[0], -1), (columns[-1], 1), (rows[-1], 1))
+    )
+    frame = Image.new("L", (PAGE, PAGE))
+    corners = [(x + rng.uniform(-4, 4), y + rng.uniform(-4, 4)) for x in (left, right) for y in (top, bottom)]
+    for a, b in ((0, 1), (1, 3), (3, 2), (2, 0)):
+        ImageDraw.Draw(frame).line([corners[a], corners[b]], 255, int(rng.integers(3, 11)))
+    return paint(np.maximum(page, np.asarray(frame) / 255))
+
+
+def cell(ink, rng):
+    """The picture is cut out of a table: the four lines of the cell run along its edges."""
+    page, lines = place(ink, rng, margin=110), np.zeros((PAGE, PAGE))
+    y, x = np.mgrid[:PAGE, :PAGE]
+    for depth in (y, PAGE - y, x, PAGE - x):
+        across, slope = x + y - np.minimum(depth, PAGE - depth), rng.uniform(-0.02, 0.02)
+        lines[abs(depth + slope * across - rng.uniform(20, 80)) < rng.uniform(2, 10)] = 1
+    return paint(np.maximum(page, ndimage.gaussian_filter(lines, 1)))
+
+
 CONDITIONS: dict[str, Callable] = {
     "clean": clean,
     "specks": specks,
@@ -195,6 +238,14 @@ CONDITIONS: dict[str, Callable] = {
     "thick marker": lambda ink, rng: clean(ndimage.maximum_filter(ink, footprint=DISC), rng),  # 8 pixels wider
     "jpeg at quality 30": clean,  # this and the next are special only in how the file is saved
     "turned by its exif tag": clean,
+    "in a box": in_a_box,
+    "cell with its lines": cell,
+    "slanting row": clean,  # this and the next have several digits
+    "digits close together": clean,
+}
+ROWS: dict[str, Callable] = {
+    "slanting row": lambda inks, rng: row(inks[:4], rng, (15, 50), rng.uniform(0.1, 0.4) * rng.choice([-1, 1])),
+    "digits close together": lambda inks, rng: row(inks[:3], rng, (1, 8)),
 }
 
 
@@ -206,46 +257,108 @@ def save(page, path, condition, rng):
     image.save(path, quality=30 if "jpeg" in condition else 90, exif=exif)
 
 
-def measure(digits: Any, labels: list[int], folder: str, seed: int, condition: str) -> str:
-    """How many of the digits are read correctly in this condition, read wrong, and rejected."""
-    reference, make, wrong, rejected = load_reference("cpu"), CONDITIONS[condition], 0, 0
-    for i, (digit, label) in enumerate(zip(digits, labels)):
-        rng, path = np.random.default_rng([seed, i]), Path(folder) / f"{condition.replace(' ', '-')}-{i}-{label}.jpg"
-        save(make(enlarge(digit), rng), path, condition, rng)
-        try:
-            read = reference.read(read_photo(path) / 255)[1].tolist()
-            if read != [label]:
-                wrong += 1
-                print(f"{path.name}: read as {', '.join(map(str, read))}", file=sys.stderr)
-        except OSError as reason:
-            rejected += 1
-            print(reason, file=sys.stderr)
-    accuracy = 1 - (wrong + rejected) / len(digits)
-    error = math.sqrt(accuracy * (1 - accuracy) / len(digits))
-    return f"{accuracy:7.1%} ± {error:.1%}  {wrong} wrong, {rejected} rejected"
+def render(digits: Any, labels: list[int], folder: Path, seed: int, condition: str) -> Iterator[tuple[Path, str]]:
+    """A page for each digit; in a row, those that follow stand beside it. Yields the file, and what it shows."""
+    for i in range(len(digits)):
+        rng, own = np.random.default_rng([seed, i]), [(i + k) % len(digits) for k in range(4)]
+        if condition in ROWS:
+            ink = ROWS[condition]([enlarge(digits[k], 100) for k in own], rng)
+        else:
+            ink, own = enlarge(digits[i]), own[:1]
+        shown = "".join(str(labels[k]) for k in (own[:3] if "close" in condition else own))
+        path = folder / f"{condition.replace(' ', '-')}-{i}-{shown}.jpg"
+        save(CONDITIONS[condition](ink, rng), path, condition, rng)
+        yield path, shown
+
+
+# Reading --------------------------------------------------------------------------------------------------------------
+
+
+def answer(path: Path, model: Any) -> str:
+    """The digits in a picture, "refused", or "unsure"."""
+    try:
+        number = read_number(model, read(path))[1]
+    except DataError:
+        return "refused"
+    return "unsure" if number.endswith("(unsure)") else number
+
+
+def otsu(path: Path, model: Any) -> str:
+    """The baseline's answer: Otsu's threshold, each component fitted into 20x20, its centre of mass in the middle."""
+    grey = np.asarray(open_image(path, 1000).convert("L"), np.float32)
+    counts, edges = np.histogram(grey, 256)
+    below, sums = counts.cumsum(), (counts * edges[:-1]).cumsum()
+    means, rest = sums / below.clip(1), (sums[-1] - sums) / (below[-1] - below).clip(1)
+    dark = grey < edges[(below * (below[-1] - below) * (means - rest) ** 2).argmax() + 1]
+    labels, _ = ndimage.label(dark if dark.mean() < 0.5 else ~dark, np.ones((3, 3)))
+    boxes = ndimage.find_objects(labels)
+    tall = max((box[0].stop - box[0].start for box in boxes), default=0)
+    kept = [k for k, box in enumerate(boxes) if box[0].stop - box[0].start > 0.4 * tall]
+    images = [centre(labels[boxes[k]] == k + 1) for k in sorted(kept, key=lambda k: boxes[k][1].start)]
+    return "".join(map(str, classify(model, np.stack(images)).argmax(1).tolist())) if images else "refused"
+
+
+def count(pictures: Iterable[tuple[Path, str]]) -> dict[str, int]:
+    """How many pictures were read right, wrong, refused, and unsure; and right by Otsu's threshold."""
+    torch.set_num_threads(1)
+    model, counts = load_model("weights/cnn.pt"), dict.fromkeys(("right", "wrong", "refused", "unsure", "otsu"), 0)
+    for path, label in pictures:
+        found, simple = answer(path, model).replace("refused", "refuse"), otsu(path, model).replace("refused", "refuse")
+        kind = "right" if found == label else {"refuse": "refused", "unsure": "unsure"}.get(found, "wrong")
+        if kind != "right":
+            print(f"{path}: {kind}, read as {found}", file=sys.stderr)
+        counts[kind] += 1
+        counts["otsu"] += simple == label
+    return counts
+
+
+def measure(digits: Any, labels: list[int], folder: Path, seed: int, condition: str) -> dict[str, int]:
+    return count(render(digits, labels, folder, seed, condition))
+
+
+def real_pictures(folder: Path) -> dict[str, list[tuple[Path, str]]]:
+    """Of each kind in labels.csv, the files and what they show."""
+    kinds: dict[str, list[tuple[Path, str]]] = {}
+    with (folder / "labels.csv").open(newline="") as file:
+        for line in csv.DictReader(file):
+            kinds.setdefault(line["kind"], []).append((folder / line["file"], line["label"]))
+    return kinds
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = flags.ArgumentParser("photo.py", __doc__)
     add, positive = parser.add_argument, flags.number(int, 1)
     add("--data-dir", default="data", help="folder that holds MNIST")
+    add("--real", metavar="FOLDER", type=Path, help="real photos instead of rendered pages")
     add("--count", type=positive, default=300, help="digits")
     add("--seed", type=flags.number(int, 0), default=0, help="of the choice and the pages")
     add("--condition", choices=list(CONDITIONS), help="only this one")
     add("--processes", type=positive, default=os.cpu_count(), help="at a time")
     add("--save", metavar="DIR", help="keep the pages in this folder")
+    add("--record", action="store_true", help="write the rows to benchmarks/results/photo.json")
     args = parser.parse_args(argv)
-    images, labels = load("mnist", args.data_dir, train=False)
-    chosen = np.random.default_rng(args.seed).choice(len(images), args.count, replace=False)
-    original = load_reference("cpu").read(images[chosen] / 255)[1] == labels[chosen]
-    print(f"{'MNIST itself':24} {original.double().mean():7.1%}")
-    names = [args.condition] if args.condition else list(CONDITIONS)
+    part = "real" if args.real else "rendered"
     with tempfile.TemporaryDirectory() as temporary, ProcessPoolExecutor(args.processes, get_context("spawn")) as pool:
-        folder = args.save or temporary
-        Path(folder).mkdir(exist_ok=True)
-        digits = images[chosen, 0].numpy(), labels[chosen].tolist(), folder, args.seed
-        for name, row in zip(names, pool.map(partial(measure, *digits), names)):
-            print(f"{name:24} {row}", flush=True)
+        if args.real:
+            kinds = real_pictures(args.real)
+            names, rows = list(kinds), pool.map(count, kinds.values())
+        else:
+            images, labels = load("mnist", args.data_dir, train=False)
+            chosen = np.random.default_rng(args.seed).choice(len(images), args.count, replace=False)
+            folder = Path(args.save or temporary)
+            folder.mkdir(exist_ok=True)
+            names = [args.condition] if args.condition else list(CONDITIONS)
+            digits = images[chosen, 0].numpy(), labels[chosen].tolist(), folder, args.seed
+            rows = pool.map(partial(measure, *digits), names)
+        measured = {}
+        print(f"{'':24} {'right':>7} {'wrong':>7} {'refused':>7} {'unsure':>7} {'otsu':>7}")
+        for name, counts in zip(names, rows):
+            measured[name] = counts
+            print(f"{name:24} {' '.join(f'{value:7}' for value in counts.values())}", flush=True)
+    if args.record:
+        kept = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+        kept[part] = {"rows": measured, **environment()}
+        RESULTS.write_text(json.dumps(kept, indent=2) + "\n")
 
 
 if __name__ == "__main__":

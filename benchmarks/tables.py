@@ -284,6 +284,28 @@ def experiments_table() -> str:
     return f"{text}\n\n{row['processor']}, {row['threads']} thread, torch {row['torch']}, Python {row['python']}."
 
 
+# Photos ---------------------------------------------------------------------------------------------------------
+
+
+def photo_table() -> str:
+    """benchmarks/photo.py: of each condition and each kind of real picture, how many were read right, and by Otsu."""
+    lines = []
+    for part, measured in read("photo.json").items():
+        for name, row in measured["rows"].items():
+            total = sum(count for answer, count in row.items() if answer != "otsu")
+            shown = [interval(row["right"], total), *(str(row[key]) for key in ("wrong", "refused", "unsure"))]
+            lines.append([name, part, str(total), *shown, f"{100 * row['otsu'] / total:.1f} %"])
+    return table(["condition or kind", "pictures", "", "right", "wrong", "refused", "unsure", "Otsu right"], lines)
+
+
+def interval(successes: int, trials: int) -> str:
+    """A percentage with its Wilson interval at 95 %: en.wikipedia.org/wiki/Binomial_proportion_confidence_interval."""
+    z, p = statistics.NormalDist().inv_cdf(0.975), successes / trials
+    middle = (p + z**2 / (2 * trials)) / (1 + z**2 / trials)
+    half = z / (1 + z**2 / trials) * (p * (1 - p) / trials + z**2 / (4 * trials**2)) ** 0.5
+    return f"{100 * p:.1f} % ({100 * max(0, middle - half):.1f} to {100 * min(1, middle + half):.1f})"
+
+
 # Pages ----------------------------------------------------------------------------------------------------------------
 
 
@@ -304,6 +326,7 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
         "results": results_table,
         "generators": generators_table,
         "likelihood": likelihood_table,
+        "photos": photo_table,
     },
     ROOT / "docs" / "speed.md": {"speed": partial(speed_table, "cpu")},
     ROOT / "docs" / "gpus.md": {"speed": partial(speed_table, "cuda")},

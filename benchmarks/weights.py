@@ -27,6 +27,13 @@ WEIGHTS = ROOT / "weights"
 NOT_KEPT = ("data_dir", "first_stage", "device")  # options that say where something was
 
 
+def write_sums() -> None:
+    """Write SHA256SUMS as `sha256sum --check` reads it."""
+    files = [path for path in sorted(WEIGHTS.iterdir()) if path.suffix in (".pt", ".npz")]
+    sums = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in files]
+    (WEIGHTS / "SHA256SUMS").write_text("".join(sums))
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = flags.ArgumentParser("weights.py", __doc__)
     parser.add_argument("name", metavar="NAME", help="of the file: weights/NAME.pt")
@@ -52,8 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.save(kept, file)
     path = WEIGHTS / f"{args.name}.pt"
     write_atomically(path, seal(file.getvalue()))
-    sums = [f"{hashlib.sha256(each.read_bytes()).hexdigest()}  {each.name}\n" for each in sorted(WEIGHTS.glob("*.pt"))]
-    (WEIGHTS / "SHA256SUMS").write_text("".join(sums))  # as `sha256sum --check` reads it
+    write_sums()
     print(f"wrote {path}, {path.stat().st_size / 1e6:.2f} MB")
 
 

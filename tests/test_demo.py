@@ -216,7 +216,7 @@ def test_all_digits_of_a_drawing_are_answered_and_none_is_said():
     models = {"a": evaluate.load_model("weights/mlp.pt"), "b": evaluate.load_model("weights/mlp.pt")}
     seen, *answers = demo.read_drawing(models, drawing(50, 55))
     assert seen.shape == (224, 448)
-    assert answers[0].count("<b>a</b>") == 2
+    assert answers[0].count("<b>a: 11</b>") == 2
     assert answers[1].count("class=") == 20
     seen, *answers = demo.read_drawing(models, drawing(50))
     assert seen.shape == (224, 224)

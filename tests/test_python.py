@@ -109,7 +109,7 @@ def test_a_walk_leads_from_the_noise_of_one_seed_to_that_of_the_other():
 def test_the_weights_are_the_pinned_ones_and_name_where_they_come_from(path):
     sums = dict(line.split()[::-1] for line in (ROOT / "weights" / "SHA256SUMS").read_text().splitlines())
     assert hashlib.sha256(path.read_bytes()).hexdigest() == sums[path.name]
-    assert sums.keys() == {path.name for path in WEIGHTS}
+    assert sums.keys() == {path.name for path in [*WEIGHTS, ROOT / "weights" / "reader.npz"]}
     held = load_checkpoint(path)
     assert {"recipe", "seed", "script", "epochs"} <= held["options"].keys()
     assert "test_accuracy" in held["measured"] or "fid" in held["measured"]

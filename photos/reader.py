@@ -1,0 +1,145 @@
+"""Read the digits in a photo: many readings are proposed, and a network decides between them.
+
+Over-segmentation and recognition together, as in Matan et al., Multi-digit recognition using a space displacement
+neural network, 1991: pieces of ink are joined with their neighbours in every way, and the path is taken whose images
+look most like digits.
+"""
+
+import hashlib
+import io
+import math
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from engine.errors import DataError
+from photos.files import open_image
+
+if TYPE_CHECKING:  # Pillow takes a while to import
+    from PIL import Image
+
+    from photos.pieces import Row
+
+WEIGHTS = Path(__file__).parent.parent / "weights" / "reader.npz"
+SHA256 = "4304fdfbe1926594d75a133e81056dad06ca460f1f0f072e6aa02abad443b5ab"
+AREA, LEAST = 360_000, 200  # larger pictures are reduced to this many pixels, smaller ones enlarged to this side
+SHARPNESS = 3  # how fast a reading's weight falls with its score
+SURE, WEAK = 0.65, -1  # share of the weight, and score, that a number needs
+NOTHING = -3.0  # score of what cannot be digits
+SEVERAL_ROWS = "several rows"
+
+
+class Network(nn.Sequential):
+    """Images [N, 1, 28, 28] with pixels from 0 to 1 in, logits of the ten digits and of "no digit" out, [N, 11]."""
+
+    def __init__(self) -> None:
+        layers: list[nn.Module] = []
+        for inputs, outputs in ((1, 32), (32, 64), (64, 128)):
+            layers += [nn.Conv2d(inputs, outputs, 3, stride=2, padding=1), nn.BatchNorm2d(outputs), nn.ReLU()]
+        super().__init__(*layers, nn.Flatten(), nn.Dropout(0.3), nn.Linear(128 * 16, 11))
+
+
+@cache
+def load_network() -> Network:
+    """The network of weights/reader.npz. Raises OSError if it is missing or not the pinned file."""
+    content = WEIGHTS.read_bytes()
+    if hashlib.sha256(content).hexdigest() != SHA256:
+        raise OSError(f"{WEIGHTS} is not the file of this repository (its SHA-256 differs); git checkout {WEIGHTS}")
+    with torch.random.fork_rng([]):
+        network = Network()
+    arrays = np.load(io.BytesIO(content))
+    network.load_state_dict({name: torch.from_numpy(arrays[name]) for name in arrays})
+    return network.eval()
+
+
+class Reading(NamedTuple):
+    """What a picture may show."""
+
+    images: Tensor  # of each digit, from left to right: uint8 [N, 1, 28, 28], white on black
+    probabilities: Tensor  # of each digit, the reader's own: [N, 10]
+    sure: bool = True  # False if another number is nearly as likely, or this one is weak
+    number: str = ""  # the digits, or SEVERAL_ROWS
+    score: float = 0.0  # mean log p of the digits, less what speaks against them
+
+    def agree(self, probabilities: Tensor) -> tuple[list[int], bool]:
+        """The digits that the reader and another network find most likely together, and whether they are sure."""
+        both = self.probabilities * probabilities
+        share, digits = (both / both.sum(1, keepdim=True)).max(1)
+        return digits.tolist(), self.sure and share.min().item() > SURE
+
+
+def read(photo: "str | Path | Image.Image") -> Reading:
+    """The digits in a row in a photo or drawing, dark on light or light on dark.
+
+    Each becomes an image as in MNIST (yann.lecun.com/exdb/mnist): fitted into 20x20 pixels, its centre of mass at the
+    centre of 28x28. Raises DataError, also if nothing is found, or several rows.
+    """
+    name = photo if isinstance(photo, str | Path) else "the picture"
+    image = open_image(photo, 1600)
+    scale = max(min(1, (AREA / (image.width * image.height)) ** 0.5), LEAST / max(image.size))
+    size = [max(1, round(scale * length)) for length in image.size]
+    readings = find_readings(np.asarray(image.resize(size).convert("L"), dtype=np.float32))
+    if not readings:
+        raise DataError(f"{name} shows no digit: nothing stands out; photograph one digit on a plain background")
+    best = decide(readings)
+    if best.number == SEVERAL_ROWS:
+        raise DataError(f"{name} shows several rows; crop it to one row of digits")
+    return best
+
+
+def read_photo(photo: "str | Path | Image.Image") -> Tensor:
+    """The images of `read`: uint8 [N, 1, 28, 28]."""
+    return read(photo).images
+
+
+@torch.no_grad()
+def find_readings(grey: np.ndarray) -> list[Reading]:
+    """A reading for each proposed mask of a picture [H, W], if it may be digits."""
+    from photos.ink import propose  # SciPy takes a while to import
+    from photos.pieces import read_row
+
+    rows = [(row, cost) for mask, cost in propose(grey) if (row := read_row(mask))]
+    if not rows:
+        return []
+    images = torch.from_numpy(np.stack([image for row, _ in rows for image in row.images])).unsqueeze(1)
+    logs = load_network()(images / 255).log_softmax(1)[:, :10].clamp(min=-7)
+    readings, counts = [], [len(row.images) for row, _ in rows]
+    for (row, cost), own, seen in zip(rows, logs.split(counts), images.split(counts)):
+        score, path = best_path(row, own.amax(1).tolist())
+        if score - cost > NOTHING:
+            number = SEVERAL_ROWS if row.several else "".join(map(str, own[path].argmax(1).tolist()))
+            readings.append(Reading(seen[path], own[path].exp(), number=number, score=score - cost))
+    return readings
+
+
+def decide(readings: list[Reading]) -> Reading:
+    """The best reading of the most likely number, and whether this number is sure.
+
+    Readings with the same number add up their weights: one that comes back with other thresholds is safer.
+    """
+    weights: dict[str, float] = {}
+    for reading in readings:
+        weights[reading.number] = weights.get(reading.number, 0) + math.exp(SHARPNESS * reading.score)
+    number = max(weights, key=weights.__getitem__)
+    best = max((reading for reading in readings if reading.number == number), key=lambda reading: reading.score)
+    return best._replace(sure=best.score > WEAK and weights[number] > SURE * sum(weights.values()))
+
+
+def best_path(row: "Row", logs: list[float]) -> tuple[float, list[int]]:
+    """The score and the numbers of the images that explain a row best, by dynamic programming over its pieces.
+
+    logs: for each image, the log p of its most likely digit.
+    """
+    best: list[tuple[float, list[int]]] = [(0.0, [])]
+    for end, skip in enumerate(row.skips, 1):
+        options = [(best[-1][0] - skip, best[-1][1])]
+        for k, (i, j) in enumerate(row.spans):
+            if j == end:
+                options.append((best[i][0] + logs[k] - row.costs[k], [*best[i][1], k]))
+        best.append(max(options))
+    score, path = best[-1]
+    return (score - row.elsewhere) / len(path) if path else NOTHING, path
