@@ -220,7 +220,7 @@ def test_all_digits_of_a_drawing_are_answered_and_none_is_said():
     assert answers[1].count("class=") == 20
     seen, *answers = demo.read_drawing(models, drawing(50))
     assert seen.shape == (224, 224)
-    assert answers[0].startswith("<b>a</b>")
+    assert answers[0].startswith("<b>a: 1</b>")
     for nothing, words in ((drawing(), "shows no digit"), (drawing(10, 180), "row"), (None, "draw a digit"),
                            ({"composite": None}, "draw a digit")):  # fmt: skip
         seen, *answers = demo.read_drawing(models, nothing)

@@ -415,7 +415,7 @@ def repaint(few):
 
 @pytest.mark.parametrize("change", [add, relabel, repaint])
 def test_other_training_images_are_noticed_by_resuming_and_by_evaluating(begun, change, monkeypatch, capsys):
-    train_gan.main(["--dataset", "few", "--device", "cpu", "--dry-run"])
+    train_gan.main(["--dataset", "few", "--device", "cpu", "--dry-run", "--output-dir", "runs/gan-few"])
     change(begun)
     with pytest.raises(DataError, match=r"^few has other training images than runs/mlp-few was .*--start-from runs/"):
         resume()
@@ -437,4 +437,4 @@ def test_a_folder_that_was_moved_is_found_in_the_data_dir(begun):
             call()
         assert len(str(caught.value).splitlines()) == 1
         call("--data-dir", "moved")
-    assert load("runs/dry-run-mlp-few/checkpoint.pt")["epoch"] == 2
+    assert load("runs/mlp-few/checkpoint.pt")["epoch"] == 2
