@@ -105,7 +105,7 @@ def read_number(model: Any, reading: Reading) -> tuple[torch.Tensor, str]:
     The number is what the network and the reader find most likely together. Of other classes the reader knows nothing.
     """
     names = model.options["classes"]
-    probabilities = classify(model, reading.images)
+    probabilities = classify(model, reading.images / 255)
     if names != list("0123456789"):
         reading = Reading(reading.images, torch.ones_like(probabilities), sure=True)
     numbers, sure = reading.agree(probabilities)

@@ -295,7 +295,7 @@ def otsu(path: Path, model: Any) -> str:
     tall = max((box[0].stop - box[0].start for box in boxes), default=0)
     kept = [k for k, box in enumerate(boxes) if box[0].stop - box[0].start > 0.4 * tall]
     images = [centre(labels[boxes[k]] == k + 1) for k in sorted(kept, key=lambda k: boxes[k][1].start)]
-    return "".join(map(str, classify(model, np.stack(images)).argmax(1).tolist())) if images else "refused"
+    return "".join(map(str, classify(model, np.stack(images) / 255).argmax(1).tolist())) if images else "refused"
 
 
 def count(pictures: Iterable[tuple[Path, str]]) -> dict[str, int]:

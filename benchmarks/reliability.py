@@ -205,7 +205,7 @@ def damage(path: Path, count: int, read: Callable[[], Any]) -> Trials:
 def damaged_files(folder: Path, count: int, data_dir: str) -> Trials:
     """Checkpoints, and copies of MNIST's test files."""
     run = Whole("classifier", folder).folder
-    previous = load(run / "previous.pt")
+    previous = checkpoint.read_checkpoint(run / "previous.pt")
     for name in ("checkpoint.pt", "best.pt"):
         for what, good in damage(run / name, count, partial(checkpoint.read_checkpoint, run / name)):
             if name == "checkpoint.pt":  # previous.pt must be used instead

@@ -18,7 +18,7 @@ def propose(grey: np.ndarray) -> Iterator[tuple[np.ndarray, float]]:
     for light, local in product((False, True), (False, True)):
         ink = measure_ink(255 - grey if light else grey, local)
         mask, half = ink > otsu(ink) / 2, ink[::2, ::2]
-        steps = ndimage.maximum_filter(half, 3) - ndimage.minimum_filter(half, 3)
+        steps = ndimage.maximum_filter(half, 5) - ndimage.minimum_filter(half, 5)
         framed = frames(mask)
         for gone, cost in ((np.zeros_like(mask), 0.5 * framed.any()), (framed, 0.1), (lines(mask), 0.1)):
             if cost != 0.1 or gone.any():

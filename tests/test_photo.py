@@ -6,6 +6,7 @@ import torch
 from PIL import Image, ImageDraw
 
 import photo as pages
+from datasets import load
 from engine.errors import DataError
 from evaluate import read_number
 from measures.trained import load_model
@@ -206,3 +207,11 @@ def test_a_12_megapixel_photo_is_read(tmp_path):
     for name in ("page.jpg", "page.png"):
         page.save(tmp_path / name)
         assert read_photo(tmp_path / name).shape == (1, 1, 28, 28)
+
+
+def test_a_soft_picture_of_a_digit_is_read():
+    """An 8x8 digit, enlarged: its outline is wide."""
+    images, labels = load("digits", "", train=False)
+    for image, label in zip(images[:4], labels[:4].tolist()):
+        picture = Image.fromarray(255 - image[0].numpy()).resize((280, 280))
+        assert read_file(picture).number == str(label)
