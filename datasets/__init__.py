@@ -107,7 +107,9 @@ def split(args: argparse.Namespace) -> tuple[Images, Images]:
 
 def digest(images: Tensor, labels: Tensor) -> str:
     """The SHA-256 of a part of a dataset, by which a run knows its training images again."""
-    return hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()
+    content = hashlib.sha256(images.contiguous().numpy().data)
+    content.update(labels.contiguous().numpy().data)
+    return content.hexdigest()
 
 
 def hold_out(images: Tensor, labels: Tensor, val_size: int) -> tuple[Images, Images]:

@@ -4,4 +4,3 @@ from photos.arrays import to_pixels as to_pixels
 from photos.files import open_image as open_image
 from photos.reader import Reading as Reading
 from photos.reader import read as read
-from photos.reader import read_photo as read_photo

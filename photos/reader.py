@@ -91,11 +91,6 @@ def read(photo: "str | Path | Image.Image") -> Reading:
     return best
 
 
-def read_photo(photo: "str | Path | Image.Image") -> Tensor:
-    """The images of `read`: uint8 [N, 1, 28, 28]."""
-    return read(photo).images
-
-
 @torch.no_grad()
 def find_readings(grey: np.ndarray) -> list[Reading]:
     """A reading for each proposed mask of a picture [H, W], if it may be digits."""

@@ -23,7 +23,7 @@ import demo
 import evaluate
 from engine.errors import DataError
 from measures.reference import load_reference
-from photos import read_photo
+from photos import read
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 SEVEN = [(70, 80), (260, 80), (210, 160), (150, 290)]  # corners of the drawn 7, in pixels of the canvas
@@ -80,7 +80,7 @@ def drawing_of(page):
     """The file of the drawing that the page has sent to demo.py: as a layer, and on its background."""
     for path in [path for response in page.sent for path in response.json()]:
         with suppress(DataError):
-            read_photo(path)
+            read(path)
             return path
     pytest.fail("the page has sent no drawing")
 

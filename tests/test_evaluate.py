@@ -23,7 +23,7 @@ from engine.folder import lock
 from models import KINDS
 from models.mlp import MLP
 from models.vae import VAE
-from photos import read_photo
+from photos import read
 
 
 def call(*flags):
@@ -145,7 +145,7 @@ def test_photo_is_fitted_into_20_pixels_and_centred_by_mass(tmp_path):
     paper = Image.new("L", (300, 100), 255)
     paper.paste(0, (10, 20, 20, 80))  # a stroke 10 wide and 60 high
     paper.save(tmp_path / "one.png")
-    ink = read_photo(tmp_path / "one.png")[0, 0] > 127
+    ink = read(tmp_path / "one.png").images[0, 0] > 127
     rows, columns = ink.any(1).nonzero().flatten(), ink.any(0).nonzero().flatten()
     assert (rows.min(), rows.max()) == (4, 23)
     assert (columns.min(), columns.max()) in ((12, 14), (13, 15))
@@ -160,7 +160,7 @@ def test_image_prints_all_ten_probabilities_and_shows_what_was_seen(tmp_path, mo
     assert first == f"mine.png: {label}"
     assert third == f"wrote to {Path('runs') / 'cnn-weights' / 'evaluation'}: seen.png"
     seen = numpy.asarray(Image.open("runs/cnn-weights/evaluation/seen.png"))[::2, ::2]  # twice as large
-    assert (seen == read_photo("mine.png")[0, 0].numpy()).all()
+    assert (seen == read("mine.png").images[0, 0].numpy()).all()
     values = [float(part.rstrip("%")) for part in second.split()[1::2]]
     assert len(values) == 10
     assert sum(values) == pytest.approx(100, abs=1)

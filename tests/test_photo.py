@@ -10,7 +10,7 @@ from datasets import load
 from engine.errors import DataError
 from evaluate import read_number
 from measures.trained import load_model
-from photos import Reading, read_photo, reader
+from photos import Reading, reader
 from photos import read as read_file
 
 STROKES = {  # the corners of each stroke, in a box of 20 x 20
@@ -206,7 +206,7 @@ def test_a_12_megapixel_photo_is_read(tmp_path):
     page = Image.fromarray(paste((4, 100, 200))).resize((4000, 3000))
     for name in ("page.jpg", "page.png"):
         page.save(tmp_path / name)
-        assert read_photo(tmp_path / name).shape == (1, 1, 28, 28)
+        assert read_file(tmp_path / name).images.shape == (1, 1, 28, 28)
 
 
 def test_a_soft_picture_of_a_digit_is_read():

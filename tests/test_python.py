@@ -14,7 +14,7 @@ from engine.checkpoint import load_checkpoint
 from engine.errors import DataError, UserError
 from measures.reference import load_reference
 from measures.samples import sample_between
-from photos import read_photo, to_pixels
+from photos import read, to_pixels
 
 WEIGHTS = sorted((ROOT / "weights").glob("*.pt"))
 
@@ -89,11 +89,11 @@ def test_a_path_or_a_picture_is_read_as_the_network_learned_to(tmp_path, images)
     for i in range(2):
         page.paste(Image.fromarray(255 - images[i].numpy()).resize((84, 84)), (8 + 100 * i, 8))
     page.save(tmp_path / "page.png")
-    for dataset, expected in (("mnist", read_photo(page)), ("shapes", read_image(page))):
+    for dataset, expected in (("mnist", read(page).images), ("shapes", read_image(page))):
         model.options["dataset"] = dataset
         for given in (page, tmp_path / "page.png", str(tmp_path / "page.png")):
             assert evaluate.classify(model, given).equal(evaluate.classify(model, expected / 255))
-    assert len(read_photo(page)) == 2
+    assert len(read(page).images) == 2
 
 
 def test_a_walk_leads_from_the_noise_of_one_seed_to_that_of_the_other():
