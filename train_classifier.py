@@ -154,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     def should_stop(row: dict[str, float]) -> bool:
         return bool(args.patience) and row["epoch"] - run.best_epoch("val_accuracy") >= args.patience
 
-    check = partial(check_rebuilt, run, network, batches.take(torch.zeros(1, dtype=torch.int64))[0])
+    check = partial(check_rebuilt, run, network, batches)
     return utils.train(run, train_step, batches, validate, "val_accuracy", should_stop=should_stop, check=check)
 
 

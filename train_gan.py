@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     state, train_step, sampler = build(args, device, batches)
     watch = Watch(sampler, val_set[0], args.seed, digits=args.dataset in SHOW_DIGITS)
     run = utils.Run(args, state, name=f"gan-{short_name(args.dataset)}")
-    check = partial(check_rebuilt, run, sampler, batches.take(torch.zeros(1, dtype=torch.int64))[0])
+    check = partial(check_rebuilt, run, sampler, batches)
     return utils.train(
         run, train_step, batches, watch.validate, "val_log_likelihood", watch.grid, watch.warn, check=check
     )

@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             return network.sample(100, torch.Generator(device).manual_seed(args.seed))
 
     run = utils.Run(args, state, name=f"{args.model}-{short_name(args.dataset)}")
-    check = partial(check_rebuilt, run, network, batches.take(torch.zeros(1, dtype=torch.int64))[0])
+    check = partial(check_rebuilt, run, network, batches)
     return utils.train(run, train_step, batches, validate, "val_log_likelihood", sample, check=check)
 
 

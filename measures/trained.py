@@ -52,17 +52,17 @@ def rebuild(checkpoint: dict[str, Any], run: str | Path, changed: bool) -> Any:
     return network.eval()
 
 
-def check_rebuilt(run: Any, network: Any, images: torch.Tensor) -> None:
+def check_rebuilt(run: Any, network: Any, batches: Any) -> None:
     """Raise UserError unless evaluate.py would measure `network`: rebuild it from the last checkpoint and compare.
 
-    run: an engine.run.Run of one of KINDS. images: a few, as a classifier takes them.
+    run: an engine.run.Run of one of KINDS. batches: those that it trains on.
     """
     name, _ = KINDS[run.options["kind"]]
     result = run.state["ema"].model if "ema" in run.state else run.state.get(name)
     if network is not result:
         remedy = 'make it that one; an average of weights belongs into `state` as "ema" (engine.optim.EMA)'
         raise UserError(f'evaluate.py measures state["{name}"] or its EMA, and the network here is another; {remedy}')
-    path = run.folder / "checkpoint.pt"
+    path, (images, _) = run.folder / "checkpoint.pt", batches.take(torch.zeros(1, dtype=torch.int64))
     rebuilt = rebuild(load_result(path), path, changed=False).to(images.device)
     if not torch.allclose(outputs(rebuilt, images), outputs(network, images), rtol=1e-2, atol=1e-3):
         raise UserError(f"evaluate.py would measure another network: state_dict() lacks a part of this one; {REMEDY}")

@@ -28,7 +28,7 @@ WEIGHTS = Path(__file__).parent.parent / "weights" / "reader.npz"
 SHA256 = "4304fdfbe1926594d75a133e81056dad06ca460f1f0f072e6aa02abad443b5ab"
 AREA, LEAST = 360_000, 200  # larger pictures are reduced to this many pixels, smaller ones enlarged to this side
 SHARPNESS = 3  # how fast a reading's weight falls with its score
-SURE, WEAK = 0.65, -1  # share of the weight, and score, that a number needs
+SURE, WEAK = 0.65, -1  # fraction of the weight, and score, that a number needs
 NOTHING = -3.0  # score of what cannot be digits
 SEVERAL_ROWS = "several rows"
 
@@ -68,8 +68,8 @@ class Reading(NamedTuple):
     def agree(self, probabilities: Tensor) -> tuple[list[int], bool]:
         """The digits that the reader and another network find most likely together, and whether they are sure."""
         both = self.probabilities * probabilities
-        share, digits = (both / both.sum(1, keepdim=True)).max(1)
-        return digits.tolist(), self.sure and share.min().item() > SURE
+        fraction, digits = (both / both.sum(1, keepdim=True)).max(1)
+        return digits.tolist(), self.sure and fraction.min().item() > SURE
 
 
 def read(photo: "str | Path | Image.Image") -> Reading:
