@@ -77,7 +77,7 @@ def interrupt(number, _) -> None:
 
 
 @contextmanager
-def handled(handler: Callable) -> Iterator[None]:
+def handled(handler: Callable | signal.Handlers) -> Iterator[None]:
     """Within this, `handler` gets those signals. Python delivers them to the main thread alone."""
     numbers = ending_signals() if threading.current_thread() is threading.main_thread() else ()
     before = [(number, signal.signal(number, handler)) for number in numbers]
@@ -105,14 +105,17 @@ def run_script(main: Callable[[], object]) -> None:
         print(f"{name}: interrupted", file=sys.stderr)
         sys.exit(128 + (error.args[0] if error.args else signal.SIGINT))
     except (UserError, OSError) as error:
-        sys.exit(f"{name}: error: {' '.join(str(error).splitlines())}")
+        print(f"{name}: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        sys.exit(1)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        sys.exit(f"{name}: error: out of memory; start again with a smaller --batch-size")
+        print(f"{name}: error: out of memory; start again with a smaller --batch-size", file=sys.stderr)
+        sys.exit(1)
     finally:
         if dist.is_initialized():
-            dist.destroy_process_group()
+            with handled(signal.SIG_IGN):  # torchrun sends one to each process of a job that failed
+                dist.destroy_process_group()
 
 
 class Output(io.FileIO):

@@ -5,6 +5,7 @@ import contextlib
 import csv
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -190,7 +191,7 @@ def test_after_the_death_of_a_process_torchrun_ends_with_the_same_run(tmp_path):
     run(2, "train_classifier.py", *MLP, "--output-dir", "whole", cwd=tmp_path)
     launcher = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
     _, errors = torchrun(tmp_path, one_dies, *MLP, "--save-interval", "0.1", "--auto-resume", launcher=launcher)
-    assert "another process of this job has ended" in errors
+    assert re.search("another process of this job has ended|: interrupted", errors)  # or torchrun stops it before that
     whole, again = (load(tmp_path / folder / "checkpoint.pt") for folder in ("whole", "run"))
     assert all(torch.equal(a, b) for (_, a), (_, b) in zip(tensors(whole["state"]), tensors(again["state"])))
     assert (tmp_path / "whole" / "metrics.csv").read_bytes() == (tmp_path / "run" / "metrics.csv").read_bytes()
