@@ -15,6 +15,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # else it warns of a CUDA_HOME without CUDA
 OPTIONS = {
     "fallback_random": True,  # the random numbers of the eager step
+    "layout_optimization": False,  # convolutions keep their layout; another one slows down what follows, such as Adam
     "realize_reads_threshold": 3,  # with 4, its default, Inductor fails on the HMM (KeyError; torch 2.14)
 }
 
