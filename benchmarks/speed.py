@@ -69,6 +69,7 @@ def prepare(command: str, *more: str) -> tuple[Any, argparse.Namespace]:
     with contextlib.redirect_stdout(None):
         args = flags.parse_args(script.get_args_parser(), script.RECIPES, argv=[*own, *more])
     args.ema = args.max_norm = None
+    args.threads = torch.get_num_threads()
     return script, args
 
 

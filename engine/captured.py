@@ -19,6 +19,7 @@ from engine.distributed import world_size
 from engine.errors import AT_ONCE, UserError
 from engine.recorder import COMPARED, Before, NotCapturable, Recorder, difference, is_capturable, prepare, require_same
 from engine.state import plain_values, unsaved
+from engine.threads import tuned
 from engine.watched import WARNING, watched
 
 if TYPE_CHECKING:
@@ -26,7 +27,14 @@ if TYPE_CHECKING:
 
 
 def capture(step: Callable, run: "Run", batch_size: int) -> Callable:
-    """`step`, which takes tensors, as a captured step if `run` asks for one and it can be; otherwise eager, watched."""
+    """`step`, which takes tensors, as a captured step if `run` asks for one and it can be; otherwise eager, watched.
+
+    On a CPU, the first steps choose the number of threads.
+    """
+    return tuned(step, lambda: captured_or_watched(step, run, batch_size), run, batch_size)
+
+
+def captured_or_watched(step: Callable, run: "Run", batch_size: int) -> Callable:
     args, device = run.args, run.device()
     graph = device.type == "cuda" and args.cuda_graph
     asked = args.compile or graph

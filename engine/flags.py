@@ -23,7 +23,8 @@ Recipes = dict[str, dict[str, Any]]
 Variants = dict[tuple[str, str], dict[str, Any]]  # (recipe; model, networks or dataset) -> what the recipe sets then
 
 # A resumed run may differ in these. Any other change would make it another run.
-FREE_ON_RESUME = {*WHERE, "data_dir", "device", "cuda_graph", "compile", "epochs", "log_interval", "save_interval"}
+WHERE_TO_COMPUTE = {"data_dir", "device", "threads", "cuda_graph", "compile"}
+FREE_ON_RESUME = {*WHERE, *WHERE_TO_COMPUTE, "epochs", "log_interval", "save_interval"}
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -123,6 +124,7 @@ def training_parser(kind: str, script: str, doc: str, recipes: Recipes, datasets
     add("--seed", type=number(int, 0, 2**31 - 1), help="random seed of weights, order, noise")
     add = parser.group("where to compute")
     add("--device", type=device_name, default="auto", help="auto, cpu, cuda, cuda:1, ... or mps")
+    add("--threads", type=number(int, 1), help="of the CPU (none: as many as are fastest in the first steps)")
     compiler = "compile the whole step (needs a C++ compiler; Triton on CUDA)"
     add("--cuda-graph", action=BooleanOptionalAction, help="on CUDA, replay the step as one graph")
     add("--compile", action=BooleanOptionalAction, help=compiler)
@@ -144,6 +146,8 @@ def start(
     args = parse_args(parser, recipes, variants, argv)
     warn_of_other_tasks()
     device = pick_device(args.device, args.amp)
+    if args.threads:
+        torch.set_num_threads(args.threads)
     seed_all(args.seed)
     return args, device
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 import utils
 from datasets import Batches
-from engine import checkpoint, plots
+from engine import checkpoint, plots, threads
 from engine.errors import Stopped, UserError
 from engine.optim import EMA
 
@@ -339,3 +339,26 @@ def test_the_captured_step_has_the_size_of_the_batches_not_of_the_flag(tmp_path,
     monkeypatch.setattr(utils, "capture", lambda step, run, size: sizes.append(size) or step)
     utils.train(start(tmp_path / "run", {}, batch_size=2), lambda images, labels: {}, ten_images(batch_size=4))
     assert sizes == [4]
+
+
+def test_the_first_steps_choose_the_number_of_threads_and_a_resumed_run_keeps_it(tmp_path, monkeypatch, capsys):
+    """More than two do not help this step."""
+    seconds, chosen, used = [0.0], [], []
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(threads, "CORES", 6)
+    monkeypatch.setattr(threads.time, "perf_counter", lambda: seconds[0])
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+
+    def train_step(images, labels):
+        used.append(chosen[-1])
+        seconds[0] += 1 / min(used[-1], 2)
+        return {}
+
+    for resume in (None, str(tmp_path / "run")):
+        run = start(tmp_path / "run", {"layer": torch.nn.Linear(1, 1)}, epochs=20, resume=resume)
+        if resume:
+            run.args.threads = load(tmp_path / "run" / "checkpoint.pt")["options"]["threads"]
+            run.args.epochs = run.epochs = 21
+        utils.train(run, train_step, ten_images(2))
+    assert used == [6, *[1, 2, 4, 6] * 3, *[2] * (100 - 13), *[2] * 5]
+    assert capsys.readouterr().out.count("threads: 2 (a step takes ") == 1
