@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -66,6 +67,12 @@ def one_dies():
     """The second process dies when it comes to the tenth batch of the second epoch, the first time only."""
     if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         act_at((1, 10))
+
+
+def the_terminal_closes():
+    """The first process signals torchrun in the second epoch, and waits until torchrun has passed it on."""
+    if os.environ["RANK"] == "0":
+        act_at((1, 10), lambda: (os.kill(os.getppid(), signal.SIGHUP), time.sleep(3)))
 
 
 def one_is_stopped():
@@ -195,6 +202,13 @@ def test_after_the_death_of_a_process_torchrun_ends_with_the_same_run(tmp_path):
     whole, again = (load(tmp_path / folder / "checkpoint.pt") for folder in ("whole", "run"))
     assert all(torch.equal(a, b) for (_, a), (_, b) in zip(tensors(whole["state"]), tensors(again["state"])))
     assert (tmp_path / "whole" / "metrics.csv").read_bytes() == (tmp_path / "run" / "metrics.csv").read_bytes()
+
+
+@pytest.mark.slow
+def test_a_signal_to_torchrun_saves_the_run(tmp_path):
+    _, errors = torchrun(tmp_path, the_terminal_closes, *MLP, code=1)
+    assert errors.count("stopped and saved") == 1
+    assert load(tmp_path / "run" / "checkpoint.pt")["batch"] == 11
 
 
 @pytest.mark.slow
