@@ -176,7 +176,7 @@ def serve(runs: Sequence[str], port: int) -> None:
     where: dict[str, Any] = dict(server_name="127.0.0.1", server_port=port or None, prevent_thread_lock=True)
     limits: dict[str, Any] = dict(max_file_size="5mb", app_kwargs={"middleware": [Middleware(for_this_machine)]})
     _, url, _ = page.launch(**where, **limits, share=False, quiet=True, theme=theme)
-    print(f"open {url} in a browser; Ctrl-C stops the page", flush=True)
+    print(f"open {url} in a browser; Ctrl-C stops the page")
     try:
         threading.Event().wait()
     finally:

@@ -122,7 +122,7 @@ def progress(run: Run, batches: Any, steps: int) -> Iterator[torch.Tensor]:
                 bar.set_postfix_str(listed(run.curve[-1]), refresh=False)
                 bar.update(run.batch - bar.n)
                 if hidden and run.batch < steps:
-                    print(f"epoch {run.epoch + 1} step {run.batch}/{steps}  {listed(run.curve[-1])}", flush=True)
+                    print(f"epoch {run.epoch + 1} step {run.batch}/{steps}  {listed(run.curve[-1])}")
 
 
 def make_step(run: Run, train_step: TrainStep, batches: Any) -> Callable[[torch.Tensor], None]:
@@ -161,7 +161,7 @@ def make_step(run: Run, train_step: TrainStep, batches: Any) -> Callable[[torch.
             run.state["step"].add_(1)
         if run.epoch == run.batch == 0:
             for problem in untrained(run.state):
-                print(f"warning: {problem}", flush=True)
+                print(f"warning: {problem}")
         for schedule in schedules:
             schedule.step()
 
@@ -192,7 +192,7 @@ def finish_epoch(
         save_grid(sample(), run.folder / "samples" / f"epoch-{run.epoch:04d}.png", columns=10)
     if score in row and run.best_epoch(score) == run.epoch:
         run.save("best.pt")
-    print(f"epoch {run.epoch}/{run.epochs}  {listed(row)}  {run.seconds[run.epoch - 1]:.1f} s", flush=True)
+    print(f"epoch {run.epoch}/{run.epochs}  {listed(row)}  {run.seconds[run.epoch - 1]:.1f} s")
     if after_epoch and rank() == 0:
         after_epoch(row)
     run.write_metrics()

@@ -39,7 +39,7 @@ def load_folder(folder: Path, train: bool, read: Callable[[str], Tensor] | None 
     paths, labels = zip(*listed)
     images = read_all(paths, read or read_image)
     what = f"{len(images)} {'training' if train else 'test'} images of {max(labels) + 1} classes"
-    print(f"{folder}: {what}, each scaled to {SIDE}x{SIDE} {'grey ' * (MODE == 'L')}pixels", flush=True)
+    print(f"{folder}: {what}, each scaled to {SIDE}x{SIDE} {'grey ' * (MODE == 'L')}pixels")
     report(folder, left_out)
     if not train and not read and (both := copies(paths, [path for path, _ in list_images(folder, True)[0]])):
         print(f"warning: {len(both)} of the test images are training images too, such as {' and '.join(both[0])}")
@@ -48,7 +48,7 @@ def load_folder(folder: Path, train: bool, read: Callable[[str], Tensor] | None 
 
 def report(folder: object, left_out: Sequence[str]) -> None:
     if left_out:
-        print(f"{folder}: left out, in no class or not read as images: {endings(left_out)}", flush=True)
+        print(f"{folder}: left out, in no class or not read as images: {endings(left_out)}")
 
 
 def read_all(paths: Sequence[str], read: Callable[[str], Tensor]) -> Tensor:

@@ -100,10 +100,10 @@ def download(folder: str, root: Path) -> None:
             continue
         path, url = root / (stem if stem in SHA256 else f"{stem}.gz"), f"{MIRRORS[folder]}{Path(stem).name}.gz"
         if (root / stem).exists():
-            print(f"{root / stem} is not read, because only the published {path.name} can be verified", flush=True)
+            print(f"{root / stem} is not read, because only the published {path.name} can be verified")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            print(f"downloading {url}", flush=True)
+            print(f"downloading {url}")
             with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:
                 data = answer.read(LARGEST)
             content = unpack(data, stem, True, f"the download was discarded: {url}", "try again later")

@@ -11,7 +11,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -41,15 +40,7 @@ class Stopped(OneLine):
 def shell(*words: object) -> str:
     """`words` on one line, as they can be pasted into a shell. A Path that begins with - gets ./ before it."""
     texts = [f"./{word}" if isinstance(word, Path) and str(word).startswith("-") else str(word) for word in words]
-    return subprocess.list2cmdline(texts) if os.name == "nt" else " ".join(map(quoted, texts))
-
-
-def quoted(text: str) -> str:
-    """shlex.quote, with a line break or another character that cannot be printed as printf's number of it."""
-    if text.isprintable():
-        return shlex.quote(text)
-    plain = [c if c.isprintable() and c != "\\" else "".join(f"\\0{i:03o}" for i in os.fsencode(c)) for c in text]
-    return f'"$(printf %b {shlex.quote("".join(plain))})"'
+    return subprocess.list2cmdline(texts) if os.name == "nt" else shlex.join(texts)
 
 
 def command(script: str, *words: object) -> str:
@@ -92,7 +83,6 @@ def handled(handler: Callable | signal.Handlers) -> Iterator[None]:
 def run_script(main: Callable[[], object]) -> None:
     """Call `main()`. Expected errors print one line and exit with status 1; bugs keep their traceback."""
     keep_writing()
-    print_on_rank_0_only()
     name = Path(sys.argv[0]).name
     try:
         main()
@@ -129,22 +119,21 @@ class Output(io.FileIO):
 
 
 def keep_writing() -> None:
-    """Make standard output and error Outputs. They escape characters that their encoding lacks."""
+    """Make standard output and error Outputs, whose every line is written at once. Only rank 0 prints.
+
+    Characters that their encoding lacks are escaped.
+    """
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:  # closed at the start: a file opened later would get this number
             os.open(os.devnull, os.O_RDWR)
-    settings = ("encoding", "line_buffering", "write_through")
     for number, name in ((1, "stdout"), (2, "stderr")):
         stream = getattr(sys, name)
         if os.name != "nt" and isinstance(stream, io.TextIOWrapper | None):  # not a console of Windows, or a notebook
-            own: dict[str, Any] = {each: getattr(stream, each) for each in settings if stream}
             raw = io.BufferedWriter(Output(number, "w", closefd=False))
-            setattr(sys, name, io.TextIOWrapper(raw, errors="backslashreplace", **own))
-
-
-def print_on_rank_0_only() -> None:
+            encoding = stream.encoding if stream else None
+            setattr(sys, name, io.TextIOWrapper(raw, encoding, errors="backslashreplace", line_buffering=True))
     if dist.is_torchelastic_launched() and os.environ["RANK"] != "0":
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 

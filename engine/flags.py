@@ -172,22 +172,13 @@ def parse_args(
 
 
 def options_of(run: str, parser: ArgumentParser) -> dict[str, Any]:
-    """The options in a run's checkpoint. Raises UserError if one is not a value that its flag can give."""
+    """The options in a run's checkpoint. Raises UserError if one has another type than the default of its flag."""
     options = load_checkpoint(run, warn=False)["options"]
-    for action in parser._actions:
-        if action.dest in options and not is_value(action, options[action.dest]):
-            raise UserError(f"{run} has another {action.dest} than a run of {parser.prog}; train again")
+    for name, value in options.items():
+        default = parser.get_default(name)
+        if default is not None and type(value) not in (type(default), float):  # float: of --save-interval 60
+            raise UserError(f"{run} has another {name} than a run of {parser.prog}; train again")
     return options
-
-
-def is_value(action: argparse.Action, value: Any) -> bool:
-    if action.nargs == 0 or value is None:
-        return isinstance(value, bool) if action.nargs == 0 else action.default is None
-    read: Any = action.type or str
-    try:
-        return all(read(str(each)) == each for each in (value if action.nargs else [value]))
-    except (argparse.ArgumentTypeError, TypeError):
-        return False
 
 
 def run_to_resume(args: argparse.Namespace) -> str | None:

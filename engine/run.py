@@ -71,7 +71,7 @@ class Run:
         name = f"dry-run-{name}" if self.args.dry_run else name  # a later command is not to find it
         self.folder = Path(self.args.resume or broadcast(lambda: str(new_folder(self.args.output_dir, name))))
         self.lock = lock(self.folder)
-        print(f"run folder: {self.folder}", flush=True)
+        print(f"run folder: {self.folder}")
 
     def optimizers(self) -> list[Optimizer]:
         return [item for item in self.state.values() if isinstance(item, Optimizer)]

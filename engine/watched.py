@@ -68,7 +68,7 @@ def watched(step: Callable, run: "Run") -> Callable:
         for kind, reason in enumerate(reasons):
             if reason and kind not in said:
                 said.add(kind)
-                print(f"{WARNING}: {reason}", flush=True)
+                print(f"{WARNING}: {reason}")
         return metrics
 
     return watched_step

@@ -15,7 +15,7 @@ def likelihood_measures(model: Any, images: torch.Tensor) -> dict[str, Any]:
     measures: dict[str, Any] = {"kind": getattr(model, "likelihood", "as the model computes it")}
     given = {}
     if hasattr(model, "log_partition"):
-        print("estimating log Z by annealed importance sampling, which takes minutes", flush=True)
+        print("estimating log Z by annealed importance sampling, which takes minutes")
         generator = torch.Generator(images.device).manual_seed(0)
         (forward, forward_error), (reverse, reverse_error) = model.log_partition(generator=generator)
         measures.update(log_z=forward, log_z_error=forward_error, log_z_reverse=reverse)
