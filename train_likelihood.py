@@ -96,13 +96,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     def validate() -> dict[str, float]:
         if not args.val_size:
             return {}
-        with utils.evaluating(network):  # `quick`: less work than for evaluate.py
-            quick = getattr(network, "quick", {})
-            return {"val_log_likelihood": network.log_likelihood(val_images, **quick).mean().item()}
+        quick = getattr(network, "quick", {})  # less work than for evaluate.py
+        return {"val_log_likelihood": network.log_likelihood(val_images, **quick).mean().item()}
 
     def sample() -> Tensor:
-        with utils.evaluating(network):
-            return network.sample(100, torch.Generator(device).manual_seed(args.seed))
+        return network.sample(100, torch.Generator(device).manual_seed(args.seed))
 
     run = utils.Run(args, state, name=f"{args.model}-{short_name(args.dataset)}")
     check = partial(check_rebuilt, run, network, batches)

@@ -25,11 +25,9 @@ import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from engine import optim
@@ -39,7 +37,7 @@ from engine.errors import Stopped, caught_signals, command
 from engine.meter import Meter, validated
 from engine.plots import plot_curves, save_gif, save_grid
 from engine.run import Metrics, Run
-from engine.state import require_batches_for_norm, same_modes, untrained, watched_optimizers
+from engine.state import evaluating, require_batches_for_norm, untrained, watched_optimizers
 
 TrainStep = Callable[[torch.Tensor, torch.Tensor], dict[str, torch.Tensor | float]]
 DRY_RUN_STEPS = 8  # enough to capture the step and to replay it
@@ -61,7 +59,8 @@ def train(
     batches: has a length; `rows(epoch, start)` yields the row numbers of each batch of `epoch` from number `start` on,
         and `take(rows)` returns their images and labels on the device. datasets.Batches is one.
     validate: returns metrics named val_..., or {}. sample: returns samples [N, 1, H, W] for samples/ and samples.gif.
-        after_epoch gets the epoch's row of metrics. All three are called after each epoch, on rank 0.
+        after_epoch gets the epoch's row of metrics. All three are called after each epoch, on rank 0, with the networks
+        of the state in eval mode and without gradients.
     score: the metric to maximise: best.pt is saved whenever it beats all earlier epochs. Without a validation split
         there is no best.pt, and the last epoch is the result.
     should_stop: gets the last row, on every rank; training ends once it returns True.
@@ -90,7 +89,7 @@ def train(
                     run.batch += 1
                     report(run, steps)
                     save(run, signals, due=time.monotonic() - run.saved >= run.args.save_interval)
-                with same_modes(run.networks()):
+                with evaluating(*run.networks().values()):
                     finish_epoch(run, validate, score, sample, after_epoch)
                 optim.step_schedules(run.state, run.history[-1], score)
                 save(run, [] if finished(run, should_stop) else signals, due=True)
@@ -219,19 +218,7 @@ def save_plots(run: Run) -> None:
         save_gif(run.folder)
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put `model` into eval mode, without gradients; restore its mode afterwards."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
-
-
-def predict(model: nn.Module, batches: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def predict(model: torch.nn.Module, batches: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the outputs of `model` in eval mode for every image of `batches`, and the labels, in order."""
     with evaluating(model):
         parts = [(model(images), labels) for images, labels in map(batches.take, batches.rows(0))]

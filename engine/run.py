@@ -60,7 +60,6 @@ class Run:
         self.curve = Table()  # a row per report
         self.times = Table()  # a row per finished epoch: its seconds
         self.seconds = array("d", [0.0])  # of training, per epoch
-        self.best: dict[str, tuple[int, Metrics]] = {}  # score -> epochs compared, and the best row of them
         self.counted = self.saved = time.monotonic()  # when these seconds were last updated; of the last save
         state["step"] = torch.zeros((), dtype=torch.int64, device=self.device())
         self.begun = False  # whether this process continues a run whose first step was made by the same code
@@ -185,14 +184,10 @@ class Run:
 
     def best_epoch(self, score: str) -> int:
         """The first epoch with the highest `score`, a metric. Raises UserError if no epoch has it."""
-        compared, best = self.best.get(score, (0, {}))
-        for row in self.history[compared:]:
-            if score in row and (not best or row[score] > best[score]):
-                best = row
-        if not best:
+        rows = [row for row in self.history if score in row]
+        if not rows:
             raise UserError(f"no epoch has the metric {score}, which chooses the best one; validate() must return it")
-        self.best[score] = len(self.history), best
-        return int(best["epoch"])
+        return int(max(rows, key=lambda row: row[score])["epoch"])
 
     def count_seconds(self) -> None:
         """Add the time since the last call to the current epoch's seconds, which a resumed run continues."""

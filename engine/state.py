@@ -100,48 +100,40 @@ def require_batches_for_norm(networks: dict[str, nn.Module], size: int) -> None:
             raise UserError(f"batch norm of the {name}: one image would form a batch by itself; change --batch-size")
 
 
-def has_gradient(weight: torch.Tensor) -> bool:
-    return weight.grad is not None
-
-
 def untrained(state: dict[str, Any]) -> Iterator[str]:
     """After the first step: name the optimizers whose weights have no gradient, and weights that no optimizer holds."""
     held = held_weights(state)
     for name, weights in held.items():
-        if not any(map(has_gradient, weights)):
+        if all(weight.grad is None for weight in weights):
             yield f"{name} trains nothing: after the first step, its weights have no gradient"
     known = set(itertools.chain(*held.values()))
-    lacking = [name for weight, name in weights_of(state).items() if has_gradient(weight) and weight not in known]
+    lacking = [name for weight, name in weights_of(state).items() if weight.grad is not None and weight not in known]
     if lacking and held:
         yield f"{len(lacking)} weights are not trained: no optimizer holds {', '.join(lacking[:3])}"
 
 
 @contextmanager
-def same_modes(networks: dict[str, nn.Module]) -> Iterator[None]:
-    """Restore train or eval mode of every layer afterwards, which a validation may have left in eval mode."""
-    modes = {layer: layer.training for network in networks.values() for layer in network.modules()}
+def evaluating(*networks: nn.Module) -> Iterator[None]:
+    """Within this, networks are in eval mode, and nothing has gradients. Each layer's mode is restored afterwards."""
+    modes = {layer: layer.training for network in networks for layer in network.modules()}
     try:
-        yield
+        for network in networks:
+            network.eval()
+        with torch.no_grad():
+            yield
     finally:
         for layer, training in modes.items():
             layer.training = training
 
 
-def generators_of(state: dict[str, Any]) -> set[int]:
-    return {address_of(item) for item in state.values() if isinstance(item, torch.Generator)}
-
-
-def gradients_of(state: dict[str, Any]) -> dict[int, str]:
-    """The storage of each weight's gradient, and the weight's name."""
-    return {storage_of(weight.grad): name for weight, name in weights_of(state).items() if weight.grad is not None}
-
-
 def unsaved(recorder: Recorder, state: dict[str, Any]) -> str:
     """What the recorded step changed and `state` lacks, with the line of the user's code; "" if nothing."""
+    generators = {address_of(item) for item in state.values() if isinstance(item, torch.Generator)}
     for address, (_, _, line) in recorder.generators.items():
-        if address not in generators_of(state):
+        if address not in generators:
             return f"{line} uses a torch.Generator that `state` lacks; add it"
-    gradients = gradients_of(state)
+    weights = weights_of(state).items()
+    gradients = {storage_of(weight.grad): name for weight, name in weights if weight.grad is not None}
     known = set(map(storage_of, tensors_of([saved(name, item) for name, item in state.items()])))
     for storage, (tensor, line) in recorder.continued().items():
         if storage in gradients:
