@@ -61,7 +61,6 @@ def get_args_parser() -> flags.ArgumentParser:
     add("--samples", metavar="N", type=number(int, 1, 100_000), help="only generate N samples, as an image and as .npz")
     add("--separate", action="store_true", help="also write each sample as an image file of its own")
     add("--digit", metavar="CLASS", nargs="+", help="sample only these (conditional generators): names, or numbers")
-    add("--columns", type=number(int, 1), help="columns of the image of samples, by default about as many as rows")
     add("--seed", type=number(int, 0, 2**31 - 1), default=0, help="random seed of the noise")
     return parser
 
@@ -161,32 +160,24 @@ def walk_plots(network: Any, args: argparse.Namespace, suffix: str) -> Plots:
     return {f"{name}{suffix}.png": (images.flatten(0, 1), images.shape[1]) for name, images in grids}
 
 
-def in_file_name(digits: Sequence[int], names: Sequence[str]) -> str:
-    """-digit and the names of these classes; their numbers, if a file name could stand for two requests."""
-    plain = all(re.fullmatch(r"[\w.]+", name) for name in names)
-    words = "-".join(names[digit] if plain else str(digit) for digit in digits)
-    return words and f"-digit{words}"
-
-
 def write_samples(network: Any, args: argparse.Namespace, folder: Path) -> None:
     """--samples: a grid of them, and their raw values, with noise and labels if they have any, as .npz."""
     import numpy as np
 
     names = network.options["classes"]
-    wanted = spread(args.samples, args.digit or range(len(names)))
-    images, labels, z = sample_images(network, wanted, args.seed)
-    shown = images[:: -(-len(images) // 2500)]
+    images, labels, z = sample_images(network, spread(args.samples, args.digit or range(len(names))), args.seed)
     arrays: dict[str, Any] = {"images": images[:, 0], "z": z, "labels": labels}
-    suffix = f"{in_file_name(args.digit or [], names)}-seed{args.seed}"
+    asked = "-".join(re.sub(r"[^\w.]", "_", names[digit]) for digit in args.digit or [])
+    suffix = f"-digit{asked}" * bool(asked) + f"-seed{args.seed}"
     packed, name = io.BytesIO(), f"samples-{args.samples}{suffix}"
     np.savez_compressed(packed, **{key: array.numpy() for key, array in arrays.items() if array is not None})
     write_atomically(folder / f"{name}.npz", packed.getvalue())
     if args.separate:
         for i, image in enumerate(images):
             save_grid(image[None], folder / name / f"{i:05}.png", columns=1, scale=1)
-    grid = shown, args.columns or math.ceil(len(shown) ** 0.5)
-    others = [f"{name}.npz"] + [f"{name}/"] * args.separate
-    save({f"{name}.png": grid, **walk_plots(network, args, suffix)}, folder, *others)
+    shown = images[:: -(-len(images) // 2500)]
+    grids = {f"{name}.png": (shown, math.ceil(len(shown) ** 0.5)), **walk_plots(network, args, suffix)}
+    save(grids, folder, f"{name}.npz", *[f"{name}/"] * args.separate)
 
 
 def evaluate_generator(network: Any, args: argparse.Namespace, device: torch.device) -> tuple[dict[str, Any], Plots]:

@@ -31,8 +31,7 @@ RECIPES = {
         noise="centred", init="he", epochs=100, batch_size=200, optimizer="adam", lr=1e-3, betas=[0.0, 0.9], val_size=0,
         r1=0.5, wrong_label=0.1, dropout_g=0.0, dropout_d=0.2, ema=0.9999,
     ),
-    # Mirza & Osindero 2014, section 4.1. They do not publish the initial weights; these are the GAN paper's. The EMA is
-    # ours.
+    # Mirza & Osindero 2014, section 4.1; the initial weights are the GAN paper's, and the EMA is ours.
     "paper": dict(
         init="paper", epochs=100, batch_size=100, optimizer="sgd", lr=0.1, momentum=0.5, schedule="maxout",
         simultaneous=True, val_size=10_000, ema=0.9999,

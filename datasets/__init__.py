@@ -14,7 +14,7 @@ from datasets.augment import distort as distort
 from datasets.batches import Batches as Batches
 from datasets.binarise import binarise as binarise
 from datasets.digits import load_digits
-from datasets.folder import difference, find_folder, folder_classes, load_folder
+from datasets.folder import difference, folder_classes, load_folder
 from datasets.folder import read_image as read_image
 from datasets.mnist import FOLDERS, load_mnist
 from engine.distributed import broadcast, rank_0_first
@@ -72,8 +72,11 @@ def class_names(name: str, data_dir: str, before: list[str] | None = None) -> li
 
 
 def require_folder(name: str, data_dir: str) -> Path:
-    if folder := find_folder(name, data_dir):
-        return folder
+    """The folder `name`; if it is not there, the one of that name in `data_dir`, to which it may have been moved."""
+    path, elsewhere = (Path(os.path.expanduser(each)) for each in (name, data_dir))
+    for place in (path, elsewhere / path.name):
+        if place.is_dir():
+            return place
     remedy = f"use one of {', '.join(DATASETS)}, or a folder that holds a folder of images for each class"
     raise DataError(f"there is no dataset {name}, neither here nor in {data_dir}; {remedy}")
 

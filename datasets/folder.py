@@ -41,8 +41,6 @@ def load_folder(folder: Path, train: bool, read: Callable[[str], Tensor] | None 
     what = f"{len(images)} {'training' if train else 'test'} images of {max(labels) + 1} classes"
     print(f"{folder}: {what}, each scaled to {SIDE}x{SIDE} {'grey ' * (MODE == 'L')}pixels")
     report(folder, left_out)
-    if not train and not read and (both := copies(paths, [path for path, _ in list_images(folder, True)[0]])):
-        print(f"warning: {len(both)} of the test images are training images too, such as {' and '.join(both[0])}")
     return images, torch.tensor(labels), [*paths]
 
 
@@ -69,14 +67,6 @@ def read_all(paths: Sequence[str], read: Callable[[str], Tensor]) -> Tensor:
     return torch.cat(images)
 
 
-def copies(*parts: Sequence[str]) -> list[tuple[str, ...]]:
-    """The files of one part that are byte for byte a file of the other, each with that one."""
-    sizes = set.intersection(*({*map(os.path.getsize, paths)} for paths in parts))  # no other files need be read
-    alike = ([path for path in paths if os.path.getsize(path) in sizes] for paths in parts)
-    one, other = ({hashlib.sha256(Path(path).read_bytes()).digest(): path for path in paths} for paths in alike)
-    return [(one[content], other[content]) for content in one if content in other]
-
-
 def read_image(path: str | Path) -> Tensor:
     """An image of any size and mode as a network sees it: uint8 [1, C, SIDE, SIDE]. Raises DataError.
 
@@ -94,21 +84,12 @@ def read_image(path: str | Path) -> Tensor:
     return torch.tensor(np.atleast_3d(np.asarray(square))).permute(2, 0, 1).unsqueeze(0)
 
 
-def find_folder(name: str, data_dir: str) -> Path | None:
-    """The folder `name`; if it is not there, the one of that name in `data_dir`, to which it may have been moved."""
-    path, elsewhere = (Path(os.path.expanduser(each)) for each in (name, data_dir))
-    return next((place for place in (path, elsewhere / path.name) if place.is_dir()), None)
-
-
 def folder_classes(folder: Path) -> list[str]:
     """The names of the classes: of the subfolders, sorted. Raises DataError."""
     train, test = (subfolders(part) for part in parts(folder))
     if len(train) < 2:
         remedy = "put the images of each class into a folder of their own"
         raise DataError(f"{parts(folder)[0]} has {len(train)} subfolders, but needs at least two; {remedy}")
-    for name in train:
-        if not name.isprintable():
-            raise DataError(f"{folder} has a class with the name {name!r}; rename its folder")
     if train != test:
         reason = f"{folder / 'test'} does not have the same classes as train ({difference(train, test)})"
         raise DataError(f"{reason}; give both parts the same subfolders")
@@ -152,22 +133,17 @@ def list_images(folder: Path, train: bool, whole: bool = False) -> tuple[list[tu
     train/ and test/ is split by it too, unless `whole`, so that an image stays in its part when others are added.
     """
     part = parts(folder)[1 - train]
-    whole = whole or part != folder
     others, chosen = outside_classes(folder, part), list[tuple[bytes, str, int]]()
     for label, (name, files) in enumerate(class_files(part, folder_classes(folder)).items()):
         images = sorted((name_hash(path, part), path, label) for path in filter(is_image, files))
         others += itertools.filterfalse(is_image, files)
-        if len(images) < (least := 1 if whole else 2):
+        fifth = 0 if whole or part != folder else max(1, round(len(images) / 5))
+        if len(images) <= min(1, fifth):
             holds = f"{len(images)} images ({', '.join(FORMATS)}) in {len(files)} files ({endings(files)})"
-            raise DataError(f"{part / name} holds {holds}, but needs at least {least}; add some, or remove the folder")
-        chosen += images if whole else a_fifth(images, train)
+            remedy = f"needs at least {2 if fifth else 1}; add some, or remove the folder"
+            raise DataError(f"{part / name} holds {holds}, but {remedy}")
+        chosen += images[fifth:] if train or not fifth else images[:fifth]
     return [(path, label) for _, path, label in sorted(chosen)], others
-
-
-def a_fifth(found: list, train: bool) -> list:
-    """The first fifth, to test with; to train with, all others."""
-    cut = max(1, round(len(found) / 5))
-    return found[cut:] if train else found[:cut]
 
 
 def outside_classes(folder: Path, part: Path) -> list[str]:
@@ -199,12 +175,11 @@ def pictures(folder: str) -> list[str]:
 
 
 def class_files(part: Path, names: Sequence[str]) -> dict[str, list[str]]:
-    """The files in and below the folder of each class, without links to others of these files."""
-    found = {path: name for name in names for path in sorted(files_below(part / name))}
-    real, home = {path: os.path.realpath(path) for path in found}, os.path.realpath(part)
-    in_order = sorted(found, key=lambda path: real[path] == os.path.join(home, os.path.relpath(path, part)))
-    once = {real[path]: path for path in in_order}  # if several paths lead to a file, the one that is no link: the last
-    return {name: [path for path in once.values() if found[path] == name] for name in names}
+    """The files in and below the folder of each class. One that links lead to as well counts once, where it lies."""
+    found = [(path, name) for name in names for path in sorted(files_below(part / name))]
+    found.sort(key=lambda each: not os.path.islink(each[0]))
+    once = {os.path.realpath(path): (path, name) for path, name in found}  # of several paths to a file, the last
+    return {name: [path for path, folder in once.values() if folder == name] for name in names}
 
 
 def files_below(folder: str | Path) -> Iterator[str]:

@@ -50,26 +50,20 @@ def schedules(state: dict[str, Any], per_epoch: bool) -> dict[str, LRScheduler]:
     per_epoch: those whose name begins with `epoch_`, and ReduceLROnPlateau.
     """
     named = {name: item for name, item in state.items() if isinstance(item, LRScheduler)}
-    of_epochs = {name for name, item in named.items() if name.startswith("epoch_") or is_plateau(item)}
+    of_epochs = {name for name in named if name.startswith("epoch_") or isinstance(named[name], ReduceLROnPlateau)}
     return {name: item for name, item in named.items() if (name in of_epochs) == per_epoch}
-
-
-def is_plateau(schedule: Any) -> bool:
-    return isinstance(schedule, ReduceLROnPlateau)
 
 
 def step_schedules(state: dict[str, Any], row: dict[str, float], score: str | None) -> None:
     """After an epoch with these metrics. ReduceLROnPlateau gets `score` with mode="max", or else the (val_)loss."""
     for name, schedule in schedules(state, per_epoch=True).items():
-        if not is_plateau(schedule):
+        if not isinstance(schedule, ReduceLROnPlateau):
             schedule.step()
             continue
-        metric = score if schedule.mode == "max" else "val_loss" if "val_loss" in row else "loss"  # type: ignore
+        metric = score if schedule.mode == "max" else "val_loss" if "val_loss" in row else "loss"
         if metric not in row:
-            raise UserError(
-                f"{name} needs the metric {metric}, which no epoch has; return it from train_step or validate"
-            )
-        schedule.step(row[metric])  # type: ignore
+            raise UserError(f"{name} needs the metric {metric}; return it from train_step or validate")
+        schedule.step(row[metric])
 
 
 def warn_of_short_schedules(state: dict[str, Any], epochs: int, epoch_length: int) -> None:

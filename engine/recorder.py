@@ -36,16 +36,12 @@ class Recorder(TorchDispatchMode):
     before: gets each tensor and a copy from before it was first written to, by its place in memory.
     """
 
-    def __init__(
-        self, device: torch.device | None, inputs: Sequence[torch.Tensor] = (), before: Before | None = None
-    ):  # fmt: skip
+    def __init__(self, device: torch.device | None, inputs: Sequence[torch.Tensor] = (), before: Before | None = None):
         super().__init__()
         self.device, self.before = device, before
         self.operations: list[tuple] = []
         self.lines: list[str] = []  # of each operation
-        self.made = {
-            storage_of(tensor): -i for i, tensor in enumerate(inputs)
-        }  # storage -> the operation, or the input
+        self.made = {storage_of(tensor): -i for i, tensor in enumerate(inputs)}  # storage -> operation, or input
         self.used: dict[int, str] = {}  # storage that the step found -> the first operation on it
         self.written: dict[int, tuple[torch.Tensor, str]] = {}  # of these, the ones that it wrote to, and the line
         self.generators: dict[int, tuple[torch.Generator, torch.Tensor, str]] = {}  # with its first state, and the line
@@ -127,15 +123,12 @@ def waits(function: Any, inputs: list[Any]) -> str:
 
 def written(function: Any, args: tuple, kwargs: dict[str, Any]) -> list[torch.Tensor]:
     """The tensors among the arguments of an operation that it changes in place."""
-    named = {argument.name: value for argument, value in zip(function._schema.arguments, args)} | kwargs
-    changed = [argument.name for argument in function._schema.arguments if is_written(argument)]
+    arguments = function._schema.arguments
+    named = {argument.name: value for argument, value in zip(arguments, args)} | kwargs
+    changed = [argument.name for argument in arguments if argument.alias_info and argument.alias_info.is_write]
     if named.get("training"):  # batch norm changes these and does not declare it
         changed += ["running_mean", "running_var"]
     return tensors_of([named.get(name) for name in changed])
-
-
-def is_written(argument: Any) -> bool:
-    return bool(argument.alias_info and argument.alias_info.is_write)
 
 
 def tensors_of(values: Any) -> list[torch.Tensor]:

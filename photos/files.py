@@ -21,7 +21,7 @@ def open_image(image: "str | Path | Image.Image", side: int) -> "Image.Image":
     from PIL import Image
 
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # the limit is our own
-    name = "the picture" if isinstance(image, Image.Image) else image if str(image).isprintable() else repr(str(image))
+    name = "the picture" if isinstance(image, Image.Image) else image
     try:
         if isinstance(image, Image.Image):
             return in_colour(image, side)
