@@ -61,6 +61,7 @@ def get_args_parser() -> flags.ArgumentParser:
     add("--samples", metavar="N", type=number(int, 1, 100_000), help="only generate N samples, as an image and as .npz")
     add("--separate", action="store_true", help="also write each sample as an image file of its own")
     add("--digit", metavar="CLASS", nargs="+", help="sample only these (conditional generators): names, or numbers")
+    add("--columns", type=number(int, 1), help="columns of the image of samples, by default about as many as rows")
     add("--seed", type=number(int, 0, 2**31 - 1), default=0, help="random seed of the noise")
     return parser
 
@@ -176,7 +177,7 @@ def write_samples(network: Any, args: argparse.Namespace, folder: Path) -> None:
         for i, image in enumerate(images):
             save_grid(image[None], folder / name / f"{i:05}.png", columns=1, scale=1)
     shown = images[:: -(-len(images) // 2500)]
-    grids = {f"{name}.png": (shown, math.ceil(len(shown) ** 0.5)), **walk_plots(network, args, suffix)}
+    grids = {f"{name}.png": (shown, args.columns or math.ceil(len(shown) ** 0.5)), **walk_plots(network, args, suffix)}
     save(grids, folder, f"{name}.npz", *[f"{name}/"] * args.separate)
 
 

@@ -321,12 +321,15 @@ def test_samples_are_also_written_one_by_one(generators, capsys):
     assert (numpy.stack([Image.open(path) for path in paths]) == numpy.round(images * 255)).all()
 
 
-@pytest.mark.parametrize(("flags", "labels"), [(["--digit", "7", "8"], [7, 7, 7, 8, 8, 8]), ([], [0, 1, 3, 5, 6, 8])])
-def test_samples_are_of_the_classes_asked_for(generators, flags, labels):
+@pytest.mark.parametrize(
+    ("flags", "labels", "columns"),
+    [(["--digit", "7", "8", "--columns", "2"], [7, 7, 7, 8, 8, 8], 2), ([], [0, 1, 3, 5, 6, 8], 3)],
+)
+def test_samples_are_of_the_classes_asked_for_in_so_many_columns(generators, flags, labels, columns):
     call(generators / "cgan", "--samples", "6", *flags)
     name = f"samples-6{'-digit7-8' if flags else ''}-seed0"
     assert numpy.load(generators / "cgan" / "evaluation" / f"{name}.npz")["labels"].tolist() == labels
-    assert Image.open(generators / "cgan" / "evaluation" / f"{name}.png").width == 3 * 56
+    assert Image.open(generators / "cgan" / "evaluation" / f"{name}.png").width == columns * 56
 
 
 def test_the_plane_of_a_vae_with_two_latent_dimensions_is_mapped(tmp_path, monkeypatch):
