@@ -127,9 +127,9 @@ def check_network(args: Namespace, model: nn.Module, batches: Any) -> None:
         reason = f"cannot read images {list(images.shape)} ({str(error).splitlines()[0]})"
         raise UserError(f"--model {args.model} {reason}; change its layers in models/ or the dataset") from error
     if outputs.shape != (2, classes):
-        remedy, shape = f"give its last layer {classes} outputs", list(outputs.shape)
-        raise UserError(f"--model {args.model} gives {shape} for 2 images, not [2, {classes}] logits; {remedy}")
-    if classes > 1 and outputs.min() >= 0 and torch.allclose(outputs.sum(1), torch.ones(2, device=outputs.device)):
+        found = f"{list(outputs.shape)} for 2 images, not [2, {classes}] logits"
+        raise UserError(f"--model {args.model} gives {found}; give its last layer {classes} outputs")
+    if outputs.min() >= 0 and torch.allclose(outputs.sum(1), outputs.new_ones(2)):
         raise UserError(f"--model {args.model} gives probabilities, and --loss takes logits; omit its softmax")
 
 

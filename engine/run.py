@@ -5,7 +5,6 @@ import io
 import json
 import math
 import time
-from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,7 +58,7 @@ class Run:
         self.history = Table()  # a row per epoch
         self.curve = Table()  # a row per report
         self.times = Table()  # a row per finished epoch: its seconds
-        self.seconds = array("d", [0.0])  # of training, per epoch
+        self.seconds = [0.0]  # of training, per epoch
         self.counted = self.saved = time.monotonic()  # when these seconds were last updated; of the last save
         state["step"] = torch.zeros((), dtype=torch.int64, device=self.device())
         self.begun = False  # whether this process continues a run whose first step was made by the same code
@@ -100,7 +99,7 @@ class Run:
             self.require_finite({key: largest(value) for key, value in state.items()})
             checkpoint = {
                 "options": self.options, "types": self.types(), "code": code_fingerprint(self.script), "state": state,
-                "ranks": ranks, "seconds": torch.frombuffer(self.seconds, dtype=torch.float64).clone(),
+                "ranks": ranks, "seconds": torch.tensor(self.seconds, dtype=torch.float64),
                 **{key: getattr(self, key) for key in POSITION}, **{key: getattr(self, key).pack() for key in TABLES},
             }  # fmt: skip
             content = io.BytesIO()
@@ -147,12 +146,15 @@ class Run:
         """
         state = load_result(path)["state"]
         for name, network in self.networks().items():
+            own = network.state_dict()
             with matching(f"--start-from {path}: its {name} is another network"):
-                taken = load_fitting(network, state.get(name, {}))
+                given = state.get(name, {}).items()
+                taken = {key: value for key, value in given if key in own and own[key].shape == value.shape}
+                network.load_state_dict(taken, strict=False)
             if not taken:
                 remedy = "name a run folder of this script and model"
                 raise UserError(f"--start-from {path}: it has no weights that fit the {name}; {remedy}")
-            if fresh := network.state_dict().keys() - taken:
+            if fresh := own.keys() - taken:
                 print(f"--start-from: {name} took {len(taken)} tensors; new weights: {', '.join(sorted(fresh))}")
         for item in self.state.values():
             if isinstance(item, EMA):
@@ -173,12 +175,11 @@ class Run:
             setattr(self, key, int(checkpoint[key]))
         for key in TABLES:
             setattr(self, key, Table(checkpoint[key]))
-        self.seconds = array("d", torch.as_tensor(checkpoint["seconds"]).tolist())
+        self.seconds = torch.as_tensor(checkpoint["seconds"]).tolist()
         for epoch, row in enumerate(self.history, 1):
             row["epoch"] = epoch  # a whole number again
-        if not len(self.history) == self.epoch == len(self.seconds) - 1 or not all(
-            "epoch" in row for row in self.curve
-        ):
+        epochs = {self.epoch, len(self.history), len(self.seconds) - 1}
+        if len(epochs) > 1 or not all("epoch" in row for row in self.curve):
             raise ValueError("its tables have other epochs")
         self.meter.load([part["meter"] for part in checkpoint["ranks"]])
 
@@ -211,14 +212,6 @@ class Run:
             known = config["commit"] in before.split(", then ")
             config["commit"] = before if known else f"{before}, then {config['commit']}"
         write_atomically(self.folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
-
-
-def load_fitting(network: torch.nn.Module, state: dict[str, torch.Tensor]) -> set[str]:
-    """Load the tensors that `network` has, by name and shape; return their names."""
-    own = network.state_dict()
-    fitting = {name: value for name, value in state.items() if name in own and own[name].shape == value.shape}
-    network.load_state_dict(fitting, strict=False)
-    return set(fitting)
 
 
 @contextmanager

@@ -63,14 +63,7 @@ def is_ink(ink: np.ndarray, steps: np.ndarray, mask: np.ndarray) -> bool:
 
 def grow(mask: np.ndarray, by: int) -> np.ndarray:
     """The mask, and what is within `by` pixels of it in both directions."""
-    for _ in ("columns", "rows"):
-        mask = mask.T
-        wide = mask.copy()
-        for k in range(1, by + 1):
-            wide[k:] |= mask[:-k]
-            wide[:-k] |= mask[k:]
-        mask = wide
-    return mask
+    return ndimage.uniform_filter(mask.astype(np.float32), 2 * by + 1) > 1e-6  # faster than binary_dilation
 
 
 def frames(mask: np.ndarray) -> np.ndarray:

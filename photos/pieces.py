@@ -53,8 +53,7 @@ def read_row(mask: np.ndarray) -> Row | None:
 
 def trim(mask: np.ndarray) -> np.ndarray:
     """The part of a mask that holds all of it."""
-    rows, columns = mask.any(1).nonzero()[0], mask.any(0).nonzero()[0]
-    return mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    return mask[ndimage.find_objects(mask.astype(np.uint8))[0]]
 
 
 def find_boxes(labels: np.ndarray) -> np.ndarray:
