@@ -156,7 +156,6 @@ def parse_args(
     parser: ArgumentParser, recipes: Recipes, variants: Variants | None = None, argv: Sequence[str] | None = None
 ) -> argparse.Namespace:
     """Parsed flags. They override the recipe or, with --resume, the run's own options. Raises UserError."""
-    kind = parser.get_default("kind")
     known = [word for word in (sys.argv[1:] if argv is None else argv) if word not in ("-h", "--help")]
     if resume := run_to_resume(parser.parse_known_args(known)[0]):
         parser.set_defaults(**options_of(resume, parser), resume=resume)
@@ -165,15 +164,18 @@ def parse_args(
     args = parser.parse_args(argv)
     changed = {name: value for name, value in vars(args).items() if value != parser.get_default(name)}
     if resume:
-        refuse_changes(parser, kind, args, changed)
+        refuse_changes(parser, args, changed)
     changed.pop("recipe", None)
     print(f"recipe {args.recipe}", *(f"{name}={value}" for name, value in changed.items()))
     return args
 
 
 def options_of(run: str, parser: ArgumentParser) -> dict[str, Any]:
-    """The options in a run's checkpoint. Raises UserError if one has another type than the default of its flag."""
+    """The options in a run's checkpoint. Raises UserError if they are those of another kind of run, or foreign."""
     options = load_checkpoint(run, warn=False)["options"]
+    kind, script = (options.get(name, parser.get_default(name)) for name in ("kind", "script"))
+    if kind != parser.get_default("kind"):
+        raise UserError(f"{run} is a run of the kind {kind}; resume it with: {command(script, '--resume', Path(run))}")
     for name, value in options.items():
         default = parser.get_default(name)
         if default is not None and type(value) not in (type(default), float):  # float: of --save-interval 60
@@ -185,8 +187,6 @@ def run_to_resume(args: argparse.Namespace) -> str | None:
     """The folder of the run to resume, None for a new run. Raises UserError."""
     if args.resume and (args.auto_resume or args.output_dir):
         raise UserError("--resume names the run folder; omit --output-dir and --auto-resume")
-    if args.resume and not Path(args.resume).is_dir():
-        raise UserError(f"--resume {args.resume}: there is no such run folder")
     if args.auto_resume and not args.output_dir:
         raise UserError("--auto-resume needs --output-dir, the folder of the run to resume or to start")
     return args.output_dir if args.auto_resume and has_checkpoint(args.output_dir) else args.resume
@@ -202,11 +202,8 @@ def choose_recipe(parser: ArgumentParser, recipes: Recipes, variants: Variants, 
         parser.set_defaults(**variants.get((recipe, name), {}))
 
 
-def refuse_changes(parser: ArgumentParser, kind: str, args: argparse.Namespace, changed: dict[str, Any]) -> None:
-    """Raise UserError if the resumed run is of another kind, or a flag would make it another run."""
-    if args.kind != kind:
-        remedy = f"resume it with: {command(args.script, '--resume', Path(args.resume))}"
-        raise UserError(f"{args.resume} is a run of the kind {args.kind}; {remedy}")
+def refuse_changes(parser: ArgumentParser, args: argparse.Namespace, changed: dict[str, Any]) -> None:
+    """Raise UserError if a flag would make the resumed run another one."""
     if args.schedule == "cosine" and "epochs" in changed:
         remedy = f"to train longer, start a new run with {shell('--start-from', Path(args.resume))}"
         raise UserError(f"--epochs {args.epochs}: this run's learning rate ends with its last epoch; {remedy}")

@@ -46,7 +46,8 @@ def test_every_cell_shows_what_it_promises(cells):
 
 def test_an_error_of_the_user_is_one_line_in_the_notebook(cells):
     (error,) = [output for cell in cells for output in cell.outputs if output.output_type == "error"]
-    assert error.traceback == ["UserError: --resume runs/no-such-run: there is no such run folder"]
+    reason = "does not exist: this is not a run, or nothing was saved yet; start a new run"
+    assert error.traceback == [f"UserError: runs/no-such-run {reason}"]
 
 
 def test_the_notebook_is_committed_without_outputs():

@@ -484,7 +484,7 @@ def test_bad_flags_get_one_line_and_leave_nothing(tmp_path, capsys, script, word
     ("words", "code", "parts"),
     [
         (["--batchsize", "8"], 2, ["--batchsize", "did you mean --batch-size?"]),
-        (["--resume", "nowhere"], 1, ["nowhere", "no such run folder"]),
+        (["--resume", "nowhere"], 1, ["nowhere", "this is not a run"]),
     ],
 )
 def test_a_process_says_it_in_one_line_too_and_exits_with_a_status(tmp_path, words, code, parts):
