@@ -138,8 +138,8 @@ def sample(model: Any, n: int, digit: int | str | None = None, seed: int = 0) ->
 
 def class_numbers(asked: Sequence[int | str] | None, classes: Sequence[str]) -> list[int]:
     """The numbers of the classes that are asked for by name or by number; None: of all. Raises UserError."""
-    numbers = [str(number) for number in range(len(classes))]
+    known = {str(number): number for number in range(len(classes))} | {name: i for i, name in enumerate(classes)}
     for name in asked or ():
-        if str(name) not in [*classes, *numbers]:
+        if str(name) not in known:
             raise UserError(f"--digit {name}: there is no such class; choose from {', '.join(classes)}")
-    return [(list(classes) if str(name) in classes else numbers).index(str(name)) for name in asked or classes]
+    return [known[str(name)] for name in asked or classes]
