@@ -59,12 +59,12 @@ def train(
     batches: has a length; `rows(epoch, start)` yields the row numbers of each batch of `epoch` from number `start` on,
         and `take(rows)` returns their images and labels on the device. datasets.Batches is one.
     validate: returns metrics named val_..., or {}. sample: returns samples [N, 1, H, W] for samples/ and samples.gif.
-        after_epoch gets the epoch's row of metrics. All three are called after each epoch, on rank 0, with the networks
-        of the state in eval mode and without gradients.
+        after_epoch gets the epoch's row of metrics. All three are called after each epoch, on rank 0.
     score: the metric to maximise: best.pt is saved whenever it beats all earlier epochs. Without a validation split
         there is no best.pt, and the last epoch is the result.
     should_stop: gets the last row, on every rank; training ends once it returns True.
-    check: called before the first step and after the last, on rank 0; measures.trained.check_rebuilt is one.
+    check: called before the first step and after the last, on rank 0; measures.trained.check_rebuilt is one. These
+        four are called with the networks of `state` in eval mode, and without gradients.
 
     Saves checkpoint.pt before the first step, every --save-interval seconds, after each epoch, and on a signal,
     after which it raises Stopped. Raises UserError if a metric or a weight is not finite. Returns the run
@@ -75,6 +75,7 @@ def train(
     run.restore()
     run.state["step"].fill_(run.epoch * steps + run.batch)
     run_step = make_step(run, train_step, batches)
+    check = evaluating(*run.networks().values())(check)
     optim.warn_of_short_schedules(run.state, run.args.epochs, len(batches))
     if finished(run, should_stop):
         print(f"run already finished at epoch {run.epoch}")

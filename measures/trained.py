@@ -55,7 +55,7 @@ def rebuild(checkpoint: dict[str, Any], run: str | Path, changed: bool) -> Any:
 def check_rebuilt(run: Any, network: Any, batches: Any) -> None:
     """Raise UserError unless evaluate.py would measure `network`: rebuild it from the last checkpoint and compare.
 
-    run: an engine.run.Run of one of KINDS. batches: those that it trains on.
+    run: an engine.run.Run of one of KINDS. batches: those that it trains on. A generator must also return images.
     """
     name, _ = KINDS[run.options["kind"]]
     result = run.state["ema"].model if "ema" in run.state else run.state.get(name)
@@ -63,14 +63,17 @@ def check_rebuilt(run: Any, network: Any, batches: Any) -> None:
         remedy = 'make it that one; an average of weights belongs into `state` as "ema" (engine.optim.EMA)'
         raise UserError(f'evaluate.py measures state["{name}"] or its EMA, and the network here is another; {remedy}')
     path, (images, _) = run.folder / "checkpoint.pt", batches.take(torch.zeros(1, dtype=torch.int64))
-    rebuilt = rebuild(load_result(path), path, changed=False).to(images.device)
-    if not torch.allclose(outputs(rebuilt, images), outputs(network, images), rtol=1e-2, atol=1e-3):
+    rebuilt, made = rebuild(load_result(path), path, changed=False).to(images.device), outputs(network, images)
+    if not torch.allclose(outputs(rebuilt, images), made, rtol=1e-2, atol=1e-3):
         raise UserError(f"evaluate.py would measure another network: state_dict() lacks a part of this one; {REMEDY}")
+    if name == "generator" and (made.shape != (4, 1, 28, 28) or made.min() < 0 or made.max() > 1):
+        found = f"{list(made.shape)} with pixels from {made.min():.3g} to {made.max():.3g}"
+        raise UserError(f"the generator returns {found}; it must return [N, 1, 28, 28] with pixels in [0, 1]")
 
 
 @torch.no_grad()
 def outputs(network: Any, images: torch.Tensor) -> torch.Tensor:
-    """What the network gives in eval mode, from the same random numbers each time; it is left as it was.
+    """What a network in eval mode gives, from the same random numbers each time; it is left as it was.
 
     Its loss on `images` if it has one, else samples, else its outputs for `images`.
     """
@@ -78,12 +81,11 @@ def outputs(network: Any, images: torch.Tensor) -> torch.Tensor:
     def refuse(module: torch.nn.Module, *_: Any) -> None:
         raise UserError(f"forward makes a layer ({type(module).__name__}), which is never trained; make it in __init__")
 
-    was_training, before = network.training, copy.deepcopy(network.state_dict())
+    before = copy.deepcopy(network.state_dict())
     hook = register_module_parameter_registration_hook(refuse)
     try:
         with torch.random.fork_rng([images.device] if images.is_cuda else []):
             torch.manual_seed(0)
-            network.eval()
             if hasattr(network, "loss"):
                 made = network.loss((images > 0.5).float())
             elif hasattr(network, "sample"):
@@ -93,7 +95,6 @@ def outputs(network: Any, images: torch.Tensor) -> torch.Tensor:
     finally:
         hook.remove()
     network.load_state_dict(before)  # an RBM's loss moves its Gibbs chains
-    network.train(was_training)
     return made.float()
 
 

@@ -238,16 +238,15 @@ def test_training_goes_on_in_train_mode_after_a_validation_in_eval_mode(tmp_path
     modes = []
 
     def train_step(images, labels):
-        modes.append(network.training)
+        modes.append((network.training, network[0].training))
         return {}
 
     def validate():
-        with utils.evaluating(network):
-            modes.append(network.training)
+        modes.append((network.training, network[0].training))
         return {}
 
     utils.train(start(tmp_path / "run", {"network": network}), train_step, ten_images(batch_size=10), validate)
-    assert modes == [True, False] * 2
+    assert modes == [(True, False), (False, False)] * 2
 
 
 def test_the_loop_saves_every_so_many_seconds_since_the_last_save(tmp_path, monkeypatch):
