@@ -53,7 +53,7 @@ def read_row(mask: np.ndarray) -> Row | None:
 
 def trim(mask: np.ndarray) -> np.ndarray:
     """The part of a mask that holds all of it."""
-    return mask[ndimage.find_objects(mask.astype(np.uint8))[0]]
+    return mask[ndimage.find_objects((mask > 0).astype(int))[0]]
 
 
 def find_boxes(labels: np.ndarray) -> np.ndarray:
