@@ -59,12 +59,11 @@ def train(
     batches: has a length; `rows(epoch, start)` yields the row numbers of each batch of `epoch` from number `start` on,
         and `take(rows)` returns their images and labels on the device. datasets.Batches is one.
     validate: returns metrics named val_..., or {}. sample: returns samples [N, 1, H, W] for samples/ and samples.gif.
-        after_epoch gets the epoch's row of metrics. All three are called after each epoch, on rank 0.
+        after_epoch gets the epoch's metrics. All run after each epoch, on rank 0, in eval mode and without gradients.
     score: the metric to maximise: best.pt is saved whenever it beats all earlier epochs. Without a validation split
         there is no best.pt, and the last epoch is the result.
     should_stop: gets the last row, on every rank; training ends once it returns True.
-    check: called before the first step and after the last, on rank 0; measures.trained.check_rebuilt is one. These
-        four are called with the networks of `state` in eval mode, and without gradients.
+    check: runs likewise, before the first step and after the last; measures.trained.check_rebuilt is one.
 
     Saves checkpoint.pt before the first step, every --save-interval seconds, after each epoch, and on a signal,
     after which it raises Stopped. Raises UserError if a metric or a weight is not finite. Returns the run
