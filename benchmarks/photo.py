@@ -1,24 +1,20 @@
 """How many photos of handwriting are read correctly: rendered pages, with all that can spoil a photo, and real photos.
 
-python benchmarks/photo.py --data-dir data
-python benchmarks/photo.py --data-dir data --condition "ruled paper" --save pages    # one condition, with its pages
+python benchmarks/photo.py --data-dir data  # keeps the pages in runs/pages
 python benchmarks/photo.py --real FOLDER    # real photos, listed in FOLDER/labels.csv: file,label,kind
 
-Rendered: each of 300 of MNIST's test digits is put on a page of 600x600 pixels, once for each condition, and saved as a
-file. Every picture is read as `evaluate.py weights/cnn.pt --image` reads it, and by ten lines with Otsu's threshold for
-comparison. Refused: an error message instead of a number, which is right for the label "refuse". With --record, the
-rows go into benchmarks/results/photo.json, from which tables.py makes the table in docs/results.md.
+Rendered: each of 300 of MNIST's test digits is put on a page of 600x600 pixels, once for each condition. Every picture
+is read as `evaluate.py weights/cnn.pt --image` reads it, and by ten lines with Otsu's threshold for comparison.
+Refused: an error message instead of a number, which is right for the label "refuse". With --record, the rows go into
+benchmarks/results/photo.json, from which tables.py makes the table in docs/results.md.
 """
 
 import csv
 import json
 import math
-import os
 import sys
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -41,15 +37,16 @@ from photos import open_image, read
 from photos.pieces import centre, trim
 
 RESULTS = ROOT / "benchmarks" / "results" / "photo.json"
-PAGE, DIGIT = 600, 150
-DISC = np.hypot(*np.mgrid[-4:5, -4:5]) <= 4
+PAGE = 600
+Y, X = np.mgrid[:PAGE, :PAGE]
+EDGES = (Y, PAGE - Y, X, PAGE - X)  # of each pixel, the distance from each edge of the page
 WHITE, BLACK = (245, 243, 238), (35, 35, 45)  # paper and ink
 
 
 # What a page is made of: `ink` [H, W] from 0 to 1, and colours [H, W, 3] from 0 to 255 --------------------------------
 
 
-def enlarge(digit, size=DIGIT):
+def enlarge(digit, size):
     """An MNIST digit as ink with smooth edges, [size, size]."""
     large = Image.fromarray(digit).resize((size, size), Image.Resampling.BICUBIC)
     return np.clip((np.asarray(large) / 255 - 0.25) / 0.5, 0, 1)
@@ -92,8 +89,7 @@ def ramp(rng):
 
 def stripes(distance, width, rng, slope):
     """Parallel lines across the page, almost level, as [H, W] from 0 to 1."""
-    y, x = np.mgrid[:PAGE, :PAGE]
-    across = (y + slope * x + rng.uniform(0, distance)) % distance
+    across = (Y + slope * X + rng.uniform(0, distance)) % distance
     return np.clip(width / 2 + 0.5 - abs(across - distance / 2), 0, 1)
 
 
@@ -110,24 +106,12 @@ def clean(ink, rng):
     return paint(place(ink, rng))
 
 
-def specks(ink, rng):
-    """Forty spots of dirt, anywhere, of up to 3 pixels' radius."""
-    page = clean(ink, rng)
-    for _ in range(40):
-        radius, level = rng.uniform(0.5, 3), rng.uniform(0, 200)
-        top, left = rng.integers(PAGE - 7, size=2)
-        page[top : top + 7, left : left + 7][np.hypot(*np.mgrid[-3:4, -3:4]) < radius] = level
-    return page
-
-
 def dark_edge(ink, rng):
     """The page ends within the photo; a dark table shows on one side, or on two."""
     page = paint(place(ink, rng, margin=130))
     table = np.zeros((PAGE, PAGE))
-    y, x = np.mgrid[:PAGE, :PAGE]
-    for side in rng.permutation(4)[: rng.integers(1, 3)]:
-        depth = (y, PAGE - y, x, PAGE - x)[side]
-        table[depth < rng.uniform(10, 110) + rng.uniform(-0.03, 0.03) * (x + y)] = 1
+    for edge in rng.permutation(4)[: rng.integers(1, 3)]:
+        table[EDGES[edge] < rng.uniform(10, 110) + rng.uniform(-0.03, 0.03) * (X + Y)] = 1
     return mix(ndimage.gaussian_filter(table, 1), page, rng.uniform(20, 90, 3))
 
 
@@ -177,21 +161,16 @@ def chalk(ink, rng):
     return mix(broken, board, (225, 228, 220))
 
 
-def near_the_edge(ink, rng):
-    """The digit stands 2 to 8 pixels from one edge of the page, or from two."""
-    page = place(ink, rng)
-    for axis in rng.permutation(2)[: rng.integers(1, 3)]:
-        drawn = page.any(1 - axis).nonzero()[0]
-        gap = rng.integers(2, 9)
-        page = np.roll(page, rng.choice([gap - drawn[0], PAGE - 1 - gap - drawn[-1]]), axis)
-    return paint(page)
-
-
 def thin_pen(ink, rng):
     """Only the middle of each stroke is left, 3 pixels wide."""
     depth = ndimage.distance_transform_edt(ink > 0.5)
     ridge = (depth > 0) & (depth >= ndimage.maximum_filter(depth, 3) - 0.5)
     return clean(ndimage.gaussian_filter(ndimage.binary_dilation(ridge, np.ones((3, 3))).astype(float), 0.7), rng)
+
+
+def thick_marker(ink, rng):
+    """8 pixels wider."""
+    return clean(ndimage.maximum_filter(ink, footprint=np.hypot(*np.mgrid[-4:5, -4:5]) <= 4), rng)
 
 
 def in_a_box(ink, rng):
@@ -212,16 +191,22 @@ def in_a_box(ink, rng):
 def cell(ink, rng):
     """The picture is cut out of a table: the four lines of the cell run along its edges."""
     page, lines = place(ink, rng, margin=110), np.zeros((PAGE, PAGE))
-    y, x = np.mgrid[:PAGE, :PAGE]
-    for depth in (y, PAGE - y, x, PAGE - x):
-        across, slope = x + y - np.minimum(depth, PAGE - depth), rng.uniform(-0.02, 0.02)
+    for depth in EDGES:
+        across, slope = X + Y - np.minimum(depth, PAGE - depth), rng.uniform(-0.02, 0.02)
         lines[abs(depth + slope * across - rng.uniform(20, 80)) < rng.uniform(2, 10)] = 1
     return paint(np.maximum(page, ndimage.gaussian_filter(lines, 1)))
 
 
+def slanting_row(inks, rng):
+    return clean(row(inks, rng, (15, 50), rng.uniform(0.1, 0.4) * rng.choice([-1, 1])), rng)
+
+
+def close_together(inks, rng):
+    return clean(row(inks, rng, (1, 8)), rng)
+
+
 CONDITIONS: dict[str, Callable] = {
     "clean": clean,
-    "specks": specks,
     "dark edge": dark_edge,
     "ruled paper": ruled_paper,
     "squared paper": squared_paper,
@@ -233,61 +218,37 @@ CONDITIONS: dict[str, Callable] = {
     "pencil": pencil,
     "coloured": coloured,
     "chalk": chalk,
-    "near the edge": near_the_edge,
     "thin pen": thin_pen,
-    "thick marker": lambda ink, rng: clean(ndimage.maximum_filter(ink, footprint=DISC), rng),  # 8 pixels wider
-    "jpeg at quality 30": clean,  # this and the next are special only in how the file is saved
-    "turned by its exif tag": clean,
+    "thick marker": thick_marker,
     "in a box": in_a_box,
     "cell with its lines": cell,
-    "slanting row": clean,  # this and the next have several digits
-    "digits close together": clean,
+    "slanting row": slanting_row,
+    "digits close together": close_together,
 }
-ROWS: dict[str, Callable] = {
-    "slanting row": lambda inks, rng: row(inks[:4], rng, (15, 50), rng.uniform(0.1, 0.4) * rng.choice([-1, 1])),
-    "digits close together": lambda inks, rng: row(inks[:3], rng, (1, 8)),
-}
+ROWS = {"slanting row": 4, "digits close together": 3}  # on each page; of the other conditions, one
 
 
-def save(page, path, condition, rng):
-    image, exif = Image.fromarray(page.clip(0, 255).round().astype(np.uint8)), Image.Exif()
-    if "exif" in condition:
-        turn, exif[0x0112] = [(90, 6), (180, 3), (270, 8)][rng.integers(3)]
-        image = image.rotate(turn, expand=True)
-    image.save(path, quality=30 if "jpeg" in condition else 90, exif=exif)
-
-
-def render(digits: Any, labels: list[int], folder: Path, seed: int, condition: str) -> Iterator[tuple[Path, str]]:
-    """A page for each digit; in a row, those that follow stand beside it. Yields the file, and what it shows."""
+def render(digits: Any, labels: list[int], folder: Path, condition: str, seed: int = 0) -> list[tuple[Path, str]]:
+    """A page for each digit, beside which the digits that follow make a row. Returns the files, and what they show."""
+    count, pages = ROWS.get(condition, 1), []
     for i in range(len(digits)):
-        rng, own = np.random.default_rng([seed, i]), [(i + k) % len(digits) for k in range(4)]
-        if condition in ROWS:
-            ink = ROWS[condition]([enlarge(digits[k], 100) for k in own], rng)
-        else:
-            ink, own = enlarge(digits[i]), own[:1]
-        shown = "".join(str(labels[k]) for k in (own[:3] if "close" in condition else own))
-        path = folder / f"{condition.replace(' ', '-')}-{i}-{shown}.jpg"
-        save(CONDITIONS[condition](ink, rng), path, condition, rng)
-        yield path, shown
+        rng, own = np.random.default_rng([seed, i]), [(i + k) % len(digits) for k in range(count)]
+        inks = [enlarge(digits[k], 150 if count == 1 else 100) for k in own]
+        page = CONDITIONS[condition](inks[0] if count == 1 else inks, rng)
+        shown = "".join(str(labels[k]) for k in own)
+        pages.append((folder / f"{condition.replace(' ', '-')}-{i}-{shown}.jpg", shown))
+        Image.fromarray(page.clip(0, 255).round().astype(np.uint8)).save(pages[-1][0], quality=90)
+    return pages
 
 
 # Reading --------------------------------------------------------------------------------------------------------------
 
 
-def answer(path: Path, model: Any) -> str:
-    """The digits in a picture, "refused", or "unsure"."""
-    try:
-        number = read_number(model, read(path))[1]
-    except DataError:
-        return "refused"
-    return "unsure" if number.endswith("(unsure)") else number
-
-
 def otsu(path: Path, model: Any) -> str:
     """The baseline's answer: Otsu's threshold, each component fitted into 20x20, its centre of mass in the middle."""
     grey = np.asarray(open_image(path, 1000).convert("L"), np.float32)
-    counts, edges = np.histogram(grey, 256)
-    below, sums = counts.cumsum(), (counts * edges[:-1]).cumsum()
+    numbers, edges = np.histogram(grey, 256)
+    below, sums = numbers.cumsum(), (numbers * edges[:-1]).cumsum()
     means, rest = sums / below.clip(1), (sums[-1] - sums) / (below[-1] - below).clip(1)
     dark = grey < edges[(below * (below[-1] - below) * (means - rest) ** 2).argmax() + 1]
     labels, _ = ndimage.label(dark if dark.mean() < 0.5 else ~dark, np.ones((3, 3)))
@@ -295,7 +256,7 @@ def otsu(path: Path, model: Any) -> str:
     tall = max((box[0].stop - box[0].start for box in boxes), default=0)
     kept = [k for k, box in enumerate(boxes) if box[0].stop - box[0].start > 0.4 * tall]
     images = [centre(labels[boxes[k]] == k + 1) for k in sorted(kept, key=lambda k: boxes[k][1].start)]
-    return "".join(map(str, classify(model, np.stack(images) / 255).argmax(1).tolist())) if images else "refused"
+    return "".join(map(str, classify(model, np.stack(images) / 255).argmax(1).tolist())) if images else "refuse"
 
 
 def count(pictures: Iterable[tuple[Path, str]]) -> dict[str, int]:
@@ -303,17 +264,16 @@ def count(pictures: Iterable[tuple[Path, str]]) -> dict[str, int]:
     torch.set_num_threads(1)
     model, counts = load_model("weights/cnn.pt"), dict.fromkeys(("right", "wrong", "refused", "unsure", "otsu"), 0)
     for path, label in pictures:
-        found, simple = answer(path, model).replace("refused", "refuse"), otsu(path, model).replace("refused", "refuse")
-        kind = "right" if found == label else {"refuse": "refused", "unsure": "unsure"}.get(found, "wrong")
-        if kind != "right":
-            print(f"{path}: {kind}, read as {found}", file=sys.stderr)
-        counts[kind] += 1
-        counts["otsu"] += simple == label
+        try:
+            found = read_number(model, read(path))[1]
+        except DataError:
+            found = "refuse"
+        kind = "right" if found == label else {"refuse": "refused"}.get(found, "wrong")
+        counts["unsure" if "unsure" in found else kind] += 1
+        if found != label:
+            print(f"{path}: read as {found}", file=sys.stderr)
+        counts["otsu"] += otsu(path, model) == label
     return counts
-
-
-def measure(digits: Any, labels: list[int], folder: Path, seed: int, condition: str) -> dict[str, int]:
-    return count(render(digits, labels, folder, seed, condition))
 
 
 def real_pictures(folder: Path) -> dict[str, list[tuple[Path, str]]]:
@@ -325,39 +285,33 @@ def real_pictures(folder: Path) -> dict[str, list[tuple[Path, str]]]:
     return kinds
 
 
+def rendered_pages(data_dir: str, number: int) -> dict[str, list[tuple[Path, str]]]:
+    """Of each condition, the pages of the same digits, in runs/pages, and what they show."""
+    images, labels = load("mnist", data_dir, train=False)
+    chosen, folder = np.random.default_rng(0).choice(len(images), number, replace=False), Path("runs", "pages")
+    folder.mkdir(parents=True, exist_ok=True)
+    digits = images[chosen, 0].numpy(), labels[chosen].tolist(), folder
+    return {condition: render(*digits, condition) for condition in CONDITIONS}
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = flags.ArgumentParser("photo.py", __doc__)
-    add, positive = parser.add_argument, flags.number(int, 1)
+    add = parser.add_argument
     add("--data-dir", default="data", help="folder that holds MNIST")
     add("--real", metavar="FOLDER", type=Path, help="real photos instead of rendered pages")
-    add("--count", type=positive, default=300, help="digits")
-    add("--seed", type=flags.number(int, 0), default=0, help="of the choice and the pages")
-    add("--condition", choices=list(CONDITIONS), help="only this one")
-    add("--processes", type=positive, default=os.cpu_count(), help="at a time")
-    add("--save", metavar="DIR", help="keep the pages in this folder")
+    add("--count", type=flags.number(int, 1), default=300, help="digits")
     add("--record", action="store_true", help="write the rows to benchmarks/results/photo.json")
     args = parser.parse_args(argv)
-    part = "real" if args.real else "rendered"
-    with tempfile.TemporaryDirectory() as temporary, ProcessPoolExecutor(args.processes, get_context("spawn")) as pool:
-        if args.real:
-            kinds = real_pictures(args.real)
-            names, rows = list(kinds), pool.map(count, kinds.values())
-        else:
-            images, labels = load("mnist", args.data_dir, train=False)
-            chosen = np.random.default_rng(args.seed).choice(len(images), args.count, replace=False)
-            folder = Path(args.save or temporary)
-            folder.mkdir(exist_ok=True)
-            names = [args.condition] if args.condition else list(CONDITIONS)
-            digits = images[chosen, 0].numpy(), labels[chosen].tolist(), folder, args.seed
-            rows = pool.map(partial(measure, *digits), names)
-        measured = {}
-        print(f"{'':24} {'right':>7} {'wrong':>7} {'refused':>7} {'unsure':>7} {'otsu':>7}")
-        for name, counts in zip(names, rows):
-            measured[name] = counts
+    kinds = real_pictures(args.real) if args.real else rendered_pages(args.data_dir, args.count)
+    rows = {}
+    print(f"{'':24} {'right':>7} {'wrong':>7} {'refused':>7} {'unsure':>7} {'otsu':>7}")
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        for name, counts in zip(kinds, pool.map(count, kinds.values())):
+            rows[name] = counts
             print(f"{name:24} {' '.join(f'{value:7}' for value in counts.values())}", flush=True)
     if args.record:
-        kept = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
-        kept[part] = {"rows": measured, **environment()}
+        kept = json.loads(RESULTS.read_text())
+        kept["real" if args.real else "rendered"] = {"rows": rows, **environment()}
         RESULTS.write_text(json.dumps(kept, indent=2) + "\n")
 
 

@@ -70,7 +70,7 @@ def difference(a, b):
 @pytest.mark.parametrize("condition", pages.CONDITIONS)
 def test_digits_are_found_in_every_condition(condition, network, tmp_path):
     digits = [5, 3, 4, 7]
-    path, shown = next(pages.render([draw(digit) for digit in digits], digits, tmp_path, 5, condition))
+    path, shown = pages.render([draw(digit) for digit in digits], digits, tmp_path, condition, seed=5)[0]
     assert read_number(network, read_file(path))[1] == shown
 
 
