@@ -45,7 +45,7 @@ from photos import Reading, read
 __all__ = ["classify", "load_model", "main", "sample"]  # from evaluate import classify, load_model, sample
 
 SAMPLES = 10_000  # by which a generator is measured
-Plots = dict[str, Any]  # file name -> matplotlib's figure, or (images of a grid, its columns), or text
+Plots = dict[str, Any]  # file name -> matplotlib's figure, or the arguments of save_grid, or text
 
 
 def get_args_parser() -> flags.ArgumentParser:
@@ -93,7 +93,7 @@ def save(plots: Plots, folder: Path, *others: str) -> None:
         if isinstance(plot, str):
             write_atomically(folder / name, plot.encode(errors="backslashreplace"))
         elif isinstance(plot, tuple):
-            save_grid(plot[0], folder / name, columns=plot[1])
+            save_grid(plot[0], folder / name, *plot[1:])
         else:
             save_figure(plot, folder / name)
     print(f"wrote to {folder}: {', '.join([*plots, *others])}")
@@ -115,7 +115,7 @@ def read_number(model: Any, reading: Reading) -> tuple[torch.Tensor, str]:
 
 def classify_photos(model: Any, paths: Sequence[str], folder: Path) -> None:
     """Print the digits in each image file, and plot what the network saw. Exit status 1 if one could not be read."""
-    seen, names = [], model.options["classes"]
+    seen, captions, names = [], [], model.options["classes"]
     paths, failed = [*paths], False
     for i, path in enumerate(paths):
         try:
@@ -132,8 +132,9 @@ def classify_photos(model: Any, paths: Sequence[str], folder: Path) -> None:
         for row in probabilities.tolist():
             print("  " + "  ".join(f"{name}: {value:.2%}" for name, value in zip(names, row)))
         seen.append(reading.images)
+        captions += [Path(path).name[-13:]] * len(reading.images)
     if seen:
-        save({"seen.png": (torch.cat(seen) / 255, 10)}, folder)
+        save({"seen.png": (torch.cat(seen) / 255, 10, 3, captions)}, folder)
     if failed:
         sys.exit(1)
 

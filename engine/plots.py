@@ -1,6 +1,7 @@
 """Plots and images of a run: curves, grids of samples, and their GIF."""
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from engine.checkpoint import write_atomically
 def plot_curves(history: list[dict], curve: list[dict], path: Path) -> None:
     """One panel per metric: reports during training as a line, validation after each epoch as dots."""
     from matplotlib.figure import Figure  # imported late, as torchvision and Pillow below: it takes a while
+    from matplotlib.ticker import MaxNLocator
 
     panels = {name: [(curve, name, "-", "training")] for name in names_of(curve)}
     for key in names_of(history):
@@ -27,6 +29,8 @@ def plot_curves(history: list[dict], curve: list[dict], path: Path) -> None:
         axis = figure.add_subplot(rows, columns, place, xlabel="epoch", ylabel=name)
         for line in lines:
             plot_line(axis, *line)
+        axis.set_xlim(left=0)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
         axis.legend()
     save_figure(figure, path)
@@ -47,17 +51,35 @@ def save_figure(figure: Any, path: Path) -> None:
     write_atomically(path, image.getvalue())
 
 
-def save_grid(images: torch.Tensor, path: Path, columns: int, scale: int = 2) -> None:
-    """Write images [N, 1, H, W], pixels from 0 (black) to 1 (white), as one PNG, row by row, `scale` times as large."""
+def save_grid(images: torch.Tensor, path: Path, columns: int, scale: int = 2, captions: Sequence[str] = ()) -> None:
+    """Write images [N, 1, H, W], pixels from 0 (black) to 1 (white), as one PNG, row by row, `scale` times as large.
+
+    captions: a text for each image, written above it; at scale 3, about thirteen letters fit.
+    """
     from PIL import Image
     from torchvision.utils import make_grid
 
+    if captions:
+        images = torch.nn.functional.pad(images, (0, 0, 5, 0))
     grid = make_grid(images.float().cpu(), nrow=columns, padding=0)[0]  # it repeats a grey channel three times
     image = Image.fromarray((grid * 255).round().to(torch.uint8).numpy())
+    image = image.resize((scale * image.width, scale * image.height), Image.Resampling.NEAREST)
+    height, width = (scale * side for side in images.shape[2:])
+    for i, caption in enumerate(captions):
+        write(caption, image, (i % columns * width + 2, i // columns * height + 1))
     content = io.BytesIO()
-    image.resize((scale * image.width, scale * image.height), Image.Resampling.NEAREST).save(content, format="png")
+    image.save(content, format="png")
     path.parent.mkdir(exist_ok=True)
     write_atomically(path, content.getvalue())
+
+
+def write(text: str, image: Any, place: tuple[int, int]) -> None:
+    """In white, into a PIL image. Pillow's own font has hardly more than ASCII."""
+    from matplotlib import get_data_path
+    from PIL import ImageDraw, ImageFont
+
+    font = ImageFont.truetype(Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), 10)
+    ImageDraw.Draw(image).text(place, text, fill=255, font=font)
 
 
 def save_gif(folder: Path, most: int = 40) -> None:
