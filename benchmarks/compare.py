@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from engine import flags, plots
 from engine.checkpoint import has_checkpoint, load_checkpoint
@@ -31,6 +32,7 @@ from engine.folder import read_config
 
 # Options that make no other setting.
 SAME = ("seed", "classes", "data_dir", "log_interval", "save_interval", "first_stage", "goal")
+LOSS_OPTIONS = ("loss", "label_smoothing")  # which say what the loss is
 MEASURES = ("test_accuracy", "log_likelihood", "parzen_log_likelihood", "fid", "coverage", "conditional_accuracy")
 
 
@@ -143,12 +145,15 @@ def plot(settings: list[list[SimpleNamespace]], labels: list[str], names: list[s
                 axis.fill_between(x, values.min(0), values.max(0), color=f"C{i % 10}", alpha=0.2, lw=0)
             ends += values[:, min(len(epochs) // 4, len(epochs) - 2) :].flatten().tolist()
         margin = 0.05 * (max(ends) - min(ends))
+        axes[0].xaxis.set_major_locator(MaxNLocator(integer=True))
         for axis, x in zip(axes, ("epoch", "seconds of training")):
             axis.set(xlabel=x, ylabel=name)
+            axis.set_xlim(left=0)
             if margin:  # not the first quarter of the training, beside which 92 % and 93 % look alike
                 axis.set_ylim(min(ends) - margin, max(ends) + margin)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper left")
-    figure.suptitle("line: mean; band: lowest to highest seed")
+                axis.text(0, 0.03, "//", transform=axis.transAxes, ha="center", va="center", rotation=-60)
+    key = "line: mean; band: lowest to highest seed; //: the axis does not start at 0"
+    figure.legend(*axes[0].get_legend_handles_labels(), title=key, loc="outside upper left")
     return figure
 
 
@@ -171,6 +176,12 @@ def cells(runs: list[SimpleNamespace], names: Iterable[str]) -> list[str]:
     return own
 
 
+def title(runs: list[SimpleNamespace], label: str) -> str:
+    """The label of a setting, and what evaluate.py measured, if it has for each seed."""
+    measured = [f"{name.replace('_', ' ')} {cell}" for name, cell in zip(MEASURES, cells(runs, MEASURES)[1:]) if cell]
+    return f"{label}: {', '.join(measured)}" if measured else label
+
+
 def print_table(settings: list[list[SimpleNamespace]], labels: list[str]) -> None:
     """A row per setting: seconds of training, last metrics, measures."""
     names = dict.fromkeys(name for runs in settings for run in runs for name in run.values)
@@ -190,21 +201,28 @@ def read_settings(patterns: list[str]) -> list[list[SimpleNamespace]]:
     return list(settings.values())
 
 
+def shared_metrics(runs: list[SimpleNamespace], epoch: int) -> list[str]:
+    """The metrics that all these runs have after `epoch`; no loss, if they minimise different ones."""
+    shared = set.intersection(*(set(run.history[epoch - 1]) for run in runs))
+    differ = len({str([run.options.get(name) for name in LOSS_OPTIONS]) for run in runs}) > 1
+    return [name for name in runs[0].values if name in shared and not (differ and "loss" in name)]
+
+
 def main(argv: list[str] | None = None) -> None:
     args = get_args_parser().parse_args(argv)
     settings = read_settings(args.runs)
     runs = list(itertools.chain(*settings))
     shortest = min(len(run.history) for run in runs)
-    shared = set.intersection(*(set(run.history[shortest - 1]) for run in runs))
-    names = [name for name in runs[0].values if name in shared]
+    names = shared_metrics(runs, shortest)
     if not names:
         raise UserError("these runs have no metric in common; compare runs of one script")
     labels, differences = name_settings(settings)
+    titles = list(map(title, settings, labels))
     print_table(settings, labels)
     print(*differences, sep="", end="")
     if missing := [str(run.folder) for run in runs if not run.values.keys() & MEASURES]:
         print(f"without a test result, which evaluate.py adds: {' '.join(missing)}")
-    plots.save_figure(plot(settings, labels, names, fine=shortest < 5), Path(args.output))
+    plots.save_figure(plot(settings, titles, names, fine=shortest < 5), Path(args.output))
     print(f"wrote {args.output}")
 
 

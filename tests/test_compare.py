@@ -129,11 +129,22 @@ def test_few_epochs_are_plotted_from_the_reports_within_them(runs, monkeypatch):
     monkeypatch.setattr(compare.plots, "save_figure", lambda figure, path: plotted.update({path: figure}))
     compare.main(["tanh-0", "tanh-1"])
     (figure,) = plotted.values()
+    assert "tanh (2 seeds): test accuracy" in figure.legends[0].get_texts()[0].get_text()
     loss = figure.axes[0]
     assert loss.get_ylabel() == "loss"
     assert len(loss.lines[0].get_xdata()) > 2
     assert max(loss.lines[0].get_xdata()) == 2
     assert [axis.get_xlabel() for axis in figure.axes] == ["epoch"] * 2 + ["seconds of training"] * 2
+
+
+def test_different_losses_do_not_share_an_axis(runs, monkeypatch):
+    config = json.loads((runs / "tanh-1" / "config.json").read_text())
+    config["options"]["loss"] = "mse"
+    (runs / "tanh-1" / "config.json").write_text(json.dumps(config))
+    figures = []
+    monkeypatch.setattr(compare.plots, "save_figure", lambda figure, path: figures.append(figure))
+    compare.main(["tanh-0", "tanh-1"])
+    assert {axis.get_ylabel() for axis in figures[0].axes} == {"accuracy"}
 
 
 def test_a_metric_that_not_every_seed_has_leaves_its_cell_empty(runs, capsys):
