@@ -124,7 +124,6 @@ OURS = {"--seed", "--data-dir", "--output-dir", "--resume", "--auto-resume"}  # 
 
 # What the pages show of the first seed's run: row -> file of the run -> file of assets/.
 KEPT = {
-    "cnn-best": {"evaluation/mistakes.png": "mistakes.png", "evaluation/confusion_matrix.png": "confusion.png"},
     "vae-lecture": {
         "evaluation/samples.png": "vae-lecture.png",
         "evaluation/interpolation-seed0.png": "vae-latent-walk.png",
@@ -135,9 +134,7 @@ KEPT = {
     "gan-lecture": {"samples/epoch-0025.png": "gan-lecture.png"},
     "cgan-lecture": {"samples/epoch-0025.png": "cgan-lecture.png"},
     "gan-paper": {"curves.png": "gan-paper-curves.png"},
-    "gan-best-large": {"curves.png": "gan-best-large-curves.png"},
     "gan-best": {
-        "samples.gif": "gan-best.gif",
         "evaluation/samples.png": "gan-best.png",
         "evaluation/nearest_training_images.png": "gan-best-neighbours.png",
     },

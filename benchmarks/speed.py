@@ -4,8 +4,8 @@ python benchmarks/speed.py steps       # milliseconds per step, eager and compil
 python benchmarks/speed.py race        # seconds from the start of the process to 99 % of the test images
 python benchmarks/speed.py profile     # which operations take the time of the eager step
 
-docs/speed.md says how it is measured. steps writes speed-DEVICE.json and its chart into benchmarks/results/, profile
-writes profile-DEVICE.txt, and race prints what it measured.
+docs/speed.md says how it is measured. steps writes speed-DEVICE.json into benchmarks/results/, from which
+`python benchmarks/tables.py` makes the chart; profile writes profile-DEVICE.txt, and race prints what it measured.
 """
 
 import argparse
@@ -30,7 +30,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch
-from matplotlib.figure import Figure
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
@@ -233,23 +232,6 @@ def steps(args: argparse.Namespace) -> None:
                 print(f"{name:31} {loop:20} {row['ms']:7.3f} ms {ratio} {row['metrics']}", flush=True)
     results = {"rows": rows, "steps": args.steps, "turns": args.turns, **environment()}
     (RESULTS / f"speed-{args.device}.json").write_text(json.dumps(results, indent=2) + "\n")
-    plot_steps(rows).savefig(RESULTS / f"speed-{args.device}.png", dpi=120)
-
-
-def plot_steps(rows: dict[str, Row]) -> Figure:
-    figure = Figure(figsize=(9, 0.9 * len(rows) + 1.5), layout="constrained")
-    axis = figure.add_subplot()
-    names = list(next(iter(rows.values()))["loops"])
-    for i, name in enumerate(names):
-        places = [place + 0.8 * (i + 0.5) / len(names) - 0.4 for place in range(len(rows))]
-        axis.barh(places, [row["loops"][name]["ms"] for row in rows.values()], 0.8 / len(names), label=name)
-    for place, row in enumerate(rows.values()):
-        axis.vlines(row["limit_ms"], place - 0.4, place + 0.4, "black", label="" if place else "the machine's limit")
-    axis.set(yticks=range(len(rows)), yticklabels=list(rows), xlabel="milliseconds a step", xscale="log")
-    axis.set_ylim(len(rows) - 0.5, -0.5)  # the first row on top
-    axis.xaxis.set_major_formatter("{x:g}")
-    figure.legend(loc="outside lower center", ncols=3)
-    return figure
 
 
 def profile_steps(args: argparse.Namespace) -> None:

@@ -1,9 +1,8 @@
-"""The tables of README.md and docs/, made from the measured results and the code: no value in them is typed by hand.
+"""The tables and the speed charts of README.md and docs/, made from the measured results and the code.
 
 python benchmarks/tables.py
 """
 
-import csv
 import json
 import statistics
 import sys
@@ -43,42 +42,28 @@ SLIDES = [
     ("Convolution arithmetic (o = i - k + 2p + 1, stride)", "models/cnn.py", "def conv_output_size("),
 ]
 
-# The slide "Various generative models": each family's row of results.json, and what it can do.
+# The slide "Various generative models": each family's row of results.json, and what its training maximises.
 FAMILIES = {
-    "": ("name", "maximises", "likelihood", "inpaints", "takes a label"),
-    "HMM": ("hmm-lecture", "log p(x)", "exact", "no", "no"),
-    "RBM": ("rbm-lecture", "log p(x), by contrastive divergence", "estimate", "by Gibbs sampling", "no"),
-    "VAE": ("vae-lecture", "a lower bound on log p(x)", "lower bound", "no", "no"),
-    "RNN": ("rnn-lecture", "log p(x)", "exact", "row by row", "no"),
-    "GAN": ("gan-best", "D's error", "no", "no", "as a conditional GAN"),
+    "HMM": ("hmm-lecture", "log p(x)"),
+    "RBM": ("rbm-lecture", "log p(x), approximately"),
+    "VAE": ("vae-lecture", "a lower bound on log p(x)"),
+    "RNN": ("rnn-lecture", "log p(x)"),
+    "GAN": ("gan-best", "D's error"),
 }
 
 # The rows of results.json that the README shows, and what each one is.
 BEST = {
-    "mlp-lecture": "the lecture's MLP, one epoch",
-    "cnn-lecture": "the lecture's CNN, one epoch",
-    "mlp-best": "the same MLP, recipe `best`",
-    "cnn-best-60-epochs": "the same CNN, recipe `best`, 60 epochs",
-    "resnet-best": "the CNN with residual blocks, with elastic augmentation",
-    "maxout-paper": "Maxout network, recipe `paper`",
-    "gan-paper": "GAN, recipe `paper`",
-    "gan-best-large": "GAN, recipe `best`, large networks",
-    "cgan-best": "conditional GAN, recipe `best`",
+    "cnn-lecture": "test accuracy of the lecture's CNN after one epoch",
+    "resnet-best": "test accuracy of a small residual network",
+    "gan-best-large": "Parzen log-likelihood of a GAN with networks as in the first paper",
 }
 
-
-# Measure -> its name in metrics.json, and its digits.
-MEASURES = {
-    "Parzen": ("parzen_log_likelihood", 1), "FID": ("fid", 4), "KID": ("kid", 5), "precision": ("precision", 3),
-    "recall": ("recall", 3), "density": ("density", 3), "coverage": ("coverage", 3),
-}  # fmt: skip
-QUALITY = ["Parzen", "FID", "precision", "recall", "density", "coverage"]
-LOOPS = {  # of benchmarks/speed.py, and their headers
-    "baseline": "baseline",
-    "baseline, 4 workers": "baseline, 4 workers",
-    "ours, eager": "with `--no-cuda-graph`",
+MEASURES = {"Parzen": ("parzen_log_likelihood", 1), "FID": ("fid", 4), "coverage": ("coverage", 3)}  # name, digits
+LOOPS = {  # of benchmarks/speed.py, and what the chart calls them
+    "baseline, 4 workers": "baseline with 4 workers",
+    "ours, eager": "this loop, without a CUDA graph",
     "ours": "this loop",
-    "ours, compiled": "with `--compile`",
+    "ours, compiled": "this loop with --compile",
     "JAX": "JAX",
 }
 Row = dict[str, Any]
@@ -95,19 +80,14 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
 
 
-def mean_sd(seeds: list[Row], key: str, digits: int, scale: float = 1) -> str:
-    values = [scale * seed[key] for seed in seeds]
+def mean_sd(values: Iterable[float], digits: int) -> str:
+    values = list(values)
     spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
-def measures(seeds: list[Row], names: Iterable[str]) -> list[str]:
-    return [mean_sd(seeds, *MEASURES[name]) for name in names]
-
-
-def quality(seeds: list[Row]) -> str:
-    names = ("Parzen", "FID", "coverage")
-    return ", ".join(f"{name} {value}" for name, value in zip(names, measures(seeds, names)))
+def measures(seeds: list[Row]) -> list[str]:
+    return [mean_sd((seed[key] for seed in seeds), digits) for key, digits in MEASURES.values()]
 
 
 def accuracy(row: Row) -> str:
@@ -115,31 +95,44 @@ def accuracy(row: Row) -> str:
     return f"{100 * row['test_accuracy_mean']:.2f}{spread} %"
 
 
-def extremes(values: list[float], form: str = "") -> str:
+def conditional_accuracy(seeds: list[Row]) -> str:
+    """How often the reference classifier reads the digit that was asked for; empty without labels."""
+    if "conditional_accuracy" not in seeds[0]:
+        return ""
+    return f"{mean_sd((100 * seed['conditional_accuracy'] for seed in seeds), 2)} %"
+
+
+def named(name: str, row: Row) -> str:
+    """The name of a row, with the number of its seeds unless there are five."""
+    number = len(row.get("test_errors", row.get("seeds", [])))
+    return name if number == 5 else f"{name} ({'one seed' if number == 1 else f'{number} seeds'})"
+
+
+def extremes(values: list[float]) -> str:
     """'3 to 5', or '3' if all values are 3."""
-    return " to ".join(dict.fromkeys(f"{value:{form}}" for value in (min(values), max(values))))
+    return " to ".join(dict.fromkeys(map(str, (min(values), max(values)))))
 
 
 def minutes(row: Row) -> str:
     """Of training, per seed; empty for a row that was measured before runs kept them."""
     if not row.get("training_seconds"):
         return ""
-    return f"{statistics.mean(row['training_seconds']) / 60:.1f}{' on a GPU' if row.get('gpu') else ''}"
+    return mean_sd((seconds / 60 for seconds in row["training_seconds"]), 1) + " on a GPU" * bool(row.get("gpu"))
 
 
 def nats(seeds: list[Row]) -> str:
     """Minus the log-likelihood; that of an RBM also by the reverse estimate of log Z. Empty for a GAN."""
     if "kind" not in seeds[0]:
         return ""
-    text = mean_sd(seeds, "log_likelihood", 2, scale=-1)
+    text = mean_sd((-seed["log_likelihood"] for seed in seeds), 2)
     if "log_likelihood_reverse" in seeds[0]:
-        text += f" (reverse {mean_sd(seeds, 'log_likelihood_reverse', 2, scale=-1)})"
+        text += f" (reverse {mean_sd((-seed['log_likelihood_reverse'] for seed in seeds), 2)})"
     return text
 
 
-def real_images(rows: dict[Any, Row]) -> Row:
+def real_images(rows: Iterable[Row]) -> Row:
     """The measures of real images, which each row's seeds hold; those per class come from the conditional ones."""
-    return {key: value for row in rows.values() if "seeds" in row for key, value in row["seeds"][0]["real"].items()}
+    return {key: value for row in rows if "seeds" in row for key, value in row["seeds"][0]["real"].items()}
 
 
 # Results --------------------------------------------------------------------------------------------------------------
@@ -149,111 +142,102 @@ def results_table() -> str:
     lines = []
     for name, row in read("results.json").items():
         if "test_errors" in row:
-            errors = ", ".join(map(str, row["test_errors"]))
-            cells = [extremes(row["epochs_trained"]), accuracy(row), errors, minutes(row)]
-            lines.append([name, f"`{row['command']}`", *cells, row["published"]])
-    return table(["name", "command", "epochs", "test accuracy", "test errors", "minutes", "published"], lines)
+            epochs = extremes(row["epochs_trained"])
+            lines.append([named(name, row), epochs, accuracy(row), minutes(row), row["published"]])
+    return table(["name", "epochs", "test accuracy", "minutes", "published"], lines)
 
 
 def generators_table() -> str:
-    """Each generator trained against a discriminator: mean and standard deviation over its seeds of every measure."""
+    """Each generator trained against a discriminator, and real images."""
     rows = {name: row for name, row in read("results.json").items() if "seeds" in row and "kind" not in row["seeds"][0]}
-    real = real_images(rows)
-    header = ["name", "command", "epochs", "seeds", *MEASURES, "rarest to most frequent digit", "KL"]
-    header += ["conditional accuracy", "class coverage, fraction of real", "minutes", "published"]
+    rows["real training images"] = {"seeds": [real_images(rows.values())], "published": ""}
     lines = []
     for name, row in rows.items():
-        cells = [extremes(row["epochs_evaluated"]), str(len(row["seeds"])), *generator_cells(row["seeds"], real)]
-        lines.append([name, f"`{row['command']}`", *cells, minutes(row), row["published"]])
-    return table(header, [*lines, ["real training images", "", "", "", *generator_cells([real], real), "", ""]])
-
-
-def generator_cells(seeds: list[Row], real: Row) -> list[str]:
-    digits = extremes([100 * fraction for seed in seeds for fraction in seed["class_histogram"]], ".1f") + " %"
-    cells = [*measures(seeds, MEASURES), digits, mean_sd(seeds, "class_kl", 4)]
-    if "conditional_accuracy" not in seeds[0]:
-        return [*cells, "", ""]
-    best = real["class_coverage"]
-    of_real = [100 * ours / theirs for seed in seeds for ours, theirs in zip(seed["class_coverage"], best)]
-    return [*cells, mean_sd(seeds, "conditional_accuracy", 2, scale=100) + " %", extremes(of_real, ".0f") + " %"]
+        name = named(name, row) if "command" in row else name
+        cells = [*measures(row["seeds"]), conditional_accuracy(row["seeds"])]
+        lines.append([name, *cells, minutes(row), row["published"]])
+    return table(["name", *MEASURES, "conditional accuracy", "minutes", "published"], lines)
 
 
 def likelihood_table() -> str:
-    """Each model with a likelihood: mean and standard deviation over its seeds of every measure."""
     lines = []
     for name, row in read("results.json").items():
         if seeds := [seed for seed in row.get("seeds", []) if "kind" in seed]:
-            cells = [name, f"`{row['command']}`", str(row["epochs_trained"][0]), str(len(seeds)), seeds[0]["kind"]]
-            lines.append([*cells, nats(seeds), *measures(seeds, QUALITY), minutes(row), row["published"]])
-    header = ["name", "command", "epochs", "seeds", "likelihood", "nats per image", *QUALITY, "minutes", "published"]
-    return table(header, lines)
+            lines.append([named(name, row), nats(seeds), *measures(seeds), minutes(row), row["published"]])
+    return table(["name", "nats per image", *MEASURES, "minutes", "published"], lines)
 
 
 def families_table() -> str:
     """The slide's five families side by side, a column each below its samples; then real images."""
-    results, ((_, *abilities), *families) = read("results.json"), FAMILIES.values()
-    rows = [results[name] for name, *_ in families]
+    results = read("results.json")
+    rows = [results[name] for name, _ in FAMILIES.values()]
     seeds = [row["seeds"] for row in rows]
-    names = list(FAMILIES)[1:]
-    samples = [f"![Samples of the {name}](assets/{row}.png)" for name, (row, *_) in zip(names, families)]
-    lines = [["samples", *samples, "![Real test images](assets/real.png)"]]
-    lines += [[what, *own, ""] for what, *own in zip(abilities, *(family[1:] for family in families))]
-    lines.append(["nats per image", *map(nats, seeds), ""])
-    of_all = [measures(own, ["Parzen", "FID", "coverage"]) for own in [*seeds, [real_images(dict(enumerate(rows)))]]]
-    lines += map(list, zip(["Parzen", "FID", "coverage"], *of_all))
-    lines.append(["parameters", *(f"{own[0]['parameters']:,}" for own in seeds), ""])
-    lines.append(["training, minutes", *map(minutes, rows), ""])
-    lines.append(["10,000 samples, seconds", *(f"{sampling_seconds(own):.1f}" for own in seeds), ""])
-    return table(["", *names, "real images"], lines)
+    samples = [f"![Samples of the {name}](../assets/{row}.png)" for name, (row, _) in FAMILIES.items()]
+    of_all = zip(*map(measures, [*seeds, [real_images(rows)]]))
+    seconds = (statistics.mean(seed["sampling_seconds"] for seed in own) for own in seeds)
+    lines = [
+        ["samples", *samples, "![Real test images](../assets/real.png)"],
+        ["training maximises", *(maximised for _, maximised in FAMILIES.values()), ""],
+        ["likelihood", *(own[0].get("kind", "none") for own in seeds), ""],
+        ["nats per image", *map(nats, seeds), ""],
+        *([name, *values] for name, values in zip(MEASURES, of_all)),
+        ["parameters", *(f"{own[0]['parameters']:,}" for own in seeds), ""],
+        ["training, minutes", *map(minutes, rows), ""],
+        ["10,000 samples, seconds", *(f"{each:.1f}" for each in seconds), ""],
+    ]
+    return table(["", *FAMILIES, "real images"], lines)
 
 
-def sampling_seconds(seeds: list[Row]) -> float:
-    return statistics.mean(seed["sampling_seconds"] for seed in seeds)
-
-
-def best_table() -> str:
+def best_list() -> str:
+    """Three results, as a list."""
     rows, lines = read("results.json"), []
     for name, what in BEST.items():
         row = rows[name]
-        lines.append([name, what, accuracy(row) if "test_errors" in row else quality(row["seeds"]), row["published"]])
-    header = ["name", "what", "measured", "published"]
-    return table(header, [*lines, ["", "real training images", quality([real_images(rows)]), ""]])
+        measured = accuracy(row) if "test_errors" in row else f"{measures(row['seeds'])[0]} nats"
+        lines.append(f"- **{measured}** {what}. Published: {row['published'].removeprefix('Parzen ')}.")
+    return "\n".join(lines)
 
 
-# Speed, reliability ---------------------------------------------------------------------------------------------
+# Speed ----------------------------------------------------------------------------------------------------------------
 
 
-def speed_table(device: str) -> str:
-    """Milliseconds a step of each loop, how often it fits into the baseline's, and the losses of these steps."""
+def speed_chart(device: str) -> str:
+    """The chart of speed-DEVICE.json, and where it was measured."""
     speed = read(f"speed-{device}.json")
-    names = [name for name in LOOPS if name in next(iter(speed["rows"].values()))["loops"]]
-    more = ["fraction of the limit", *["`--compile` over JAX"] * ("JAX" in names)]
-    times, losses = [], []
-    for case, row in speed["rows"].items():
-        loops = row["loops"]
-        cells = [f"{loops[name]['ms']:.2f} ms{speedup(loops[name], 'baseline', ', ')}" for name in names]
-        cells.append(f"{100 * row['limit_ms'] / min(loop['ms'] for loop in loops.values()):.0f} %")
-        cells += [speedup(loops["ours, compiled"], "JAX") for _ in more[1:]]
-        times.append([case, *cells])
-        losses.append([case, *(", ".join(f"{x:.3f}" for x in loops[name]["metrics"].values()) for name in names)])
-    header = ["", *map(LOOPS.__getitem__, names)]
     return (
-        f"{table([*header, *more], times)}\n\nLoss and accuracy, or the losses of D and G, in the last of these turns:"
-        f"\n\n{table(header, losses)}\n\n"
-        f"{speed['gpu'] or speed['processor']}, {speed['cores']} cores, torch {speed['torch']}, commit "
-        f"{speed['commit'][:7]}; {speed['turns']} turns with {speed['steps']} steps of each loop."
+        f"![Times as fast as the baseline: each loop for each network, median and range](../benchmarks/results/speed-"
+        f"{device}.png)\n\n{speed['gpu'] or speed['processor']}, {speed['cores']} cores, torch {speed['torch']}, "
+        f"commit {speed['commit'][:7]}; {speed['turns']} turns with {speed['steps']} steps of each loop."
     )
 
 
-def speedup(loop: Row, other: str, before: str = "") -> str:
-    """`before`, and how many times as fast as the other loop, median and range of the turns; empty for that loop."""
-    median, low, high = loop["times_as_fast_as"][other]
-    return f"{before}{median:.2f} ({low:.2f} to {high:.2f})" if (low, high) != (1, 1) else ""
+def plot_speed(device: str) -> None:
+    """How many times as fast as the baseline each loop is, median and range of the turns, and the machine's limit."""
+    from matplotlib.figure import Figure
 
-
-def reliability_table() -> str:
-    """benchmarks/reliability.py: of each experiment, how many trials there were, and how many passed."""
-    return table(["experiment", "times", "passed"], list(csv.reader((MEASURED / "reliability.csv").open())))
+    rows = read(f"speed-{device}.json")["rows"]
+    figure = Figure(figsize=(9, 0.55 * len(rows) + 1.5), layout="constrained")
+    axis = figure.add_subplot()
+    names = [name for name in LOOPS if name in next(iter(rows.values()))["loops"]]
+    for i, name in enumerate(names):
+        values = [row["loops"][name]["times_as_fast_as"]["baseline"] for row in rows.values()]
+        places = [place + 0.7 * ((i + 0.5) / len(names) - 0.5) for place in range(len(rows))]
+        reach = [[median - low for median, low, _ in values], [high - median for median, _, high in values]]
+        axis.errorbar([median for median, _, _ in values], places, xerr=reach, fmt="o", ms=5, label=LOOPS[name])
+        for (median, _, high), place in zip(values, places):
+            number = f"{float(f'{median:.2g}'):g}"  # two digits
+            axis.annotate(number, (high, place), (4, 0), textcoords="offset points", va="center", size=7)
+    baseline = [row["loops"]["baseline"]["ms"] for row in rows.values()]
+    limits = [ms / row["limit_ms"] for ms, row in zip(baseline, rows.values())]
+    axis.plot(limits, range(len(rows)), "k|", ms=18, label="the machine's limit")
+    axis.axvline(1, color="grey", lw=1, label="the baseline, with its milliseconds a step on the left")
+    axis.set(xscale="log", xlabel="times as fast as the baseline: median and range of the turns")
+    axis.set(yticks=range(len(rows)), yticklabels=[f"{case}\n{ms:.1f} ms" for case, ms in zip(rows, baseline)])
+    axis.set_ylim(len(rows) - 0.5, -0.5)  # the first row on top
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.grid(axis="x", alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=2)
+    figure.savefig(MEASURED / f"speed-{device}.png", dpi=120)
 
 
 # Experiments ----------------------------------------------------------------------------------------------------------
@@ -275,8 +259,8 @@ def experiments_table() -> str:
     abouts = {name: experiments.read(name) for name in experiments.names()}
     for name, about in sorted(abouts.items(), key=lambda item: (item[1]["command"].split()[0], item[0])):
         (measure, scale, digits), row = FORMS[about["measure"]], measured.get(name, {})
-        seeds = [[{"": value} for value in row.get(key, [])] for key in ("without", "edited")]
-        values = [mean_sd(rows, "", digits, scale) if rows else "" for rows in seeds]
+        seeds = [[scale * value for value in row.get(key, [])] for key in ("without", "edited")]
+        values = [mean_sd(own, digits) if own else "" for own in seeds]
         link = f"[{name}](../experiments/{name}.diff)"
         lines.append([link, about["what"].rstrip("."), about["lines"], measure, *values, about["step"].split()[0]])
     row = next(iter(measured.values()))
@@ -287,15 +271,21 @@ def experiments_table() -> str:
 # Photos ---------------------------------------------------------------------------------------------------------
 
 
-def photo_table() -> str:
-    """benchmarks/photo.py: of each condition and each kind of real picture, how many were read right, and by Otsu."""
+FEW = 10  # kinds of fewer real pictures share a row
+
+
+def photo_table(part: str) -> str:
+    """benchmarks/photo.py: of each condition or kind of picture, how many were read right, and by Otsu."""
+    rows: dict[str, Row] = {}
+    for name, row in read("photo.json")[part]["rows"].items():
+        name = name if sum(row.values()) - row["otsu"] >= FEW else f"kinds of fewer than {FEW}"
+        rows[name] = {key: count + rows.get(name, {}).get(key, 0) for key, count in row.items()}
     lines = []
-    for part, measured in read("photo.json").items():
-        for name, row in measured["rows"].items():
-            total = sum(count for answer, count in row.items() if answer != "otsu")
-            shown = [interval(row["right"], total), *(str(row[key]) for key in ("wrong", "refused", "unsure"))]
-            lines.append([name, part, str(total), *shown, f"{100 * row['otsu'] / total:.1f} %"])
-    return table(["condition or kind", "pictures", "", "right", "wrong", "refused", "unsure", "Otsu right"], lines)
+    for name, row in rows.items():
+        total = sum(row.values()) - row["otsu"]
+        shown = [interval(row["right"], total), *(str(row[key]) for key in ("wrong", "refused", "unsure"))]
+        lines.append([name, str(total), *shown, f"{100 * row['otsu'] / total:.1f} %"])
+    return table(["", "pictures", "right", "wrong", "refused", "unsure", "Otsu right"], lines)
 
 
 def interval(successes: int, trials: int) -> str:
@@ -313,25 +303,29 @@ def slides_table() -> str:
     """Each slide with a link to its line. Raises StopIteration if the code no longer has such a line."""
     lines = []
     for slide, file, start in SLIDES:
-        code = (ROOT / file).read_text("utf-8").splitlines()
-        number, line = next((i, line.strip()) for i, line in enumerate(code, 1) if line.strip().startswith(start))
-        lines.append([slide, f"[{file}:{number}]({file}#L{number})", f"`{line.split('  #')[0]}`".replace("|", r"\|")])
+        text = (ROOT / file).read_text("utf-8").splitlines()
+        number, line = next((i, line.strip()) for i, line in enumerate(text, 1) if line.strip().startswith(start))
+        lines.append(
+            [slide, f"[{file}:{number}](../{file}#L{number})", f"`{line.split('  #')[0]}`".replace("|", r"\|")]
+        )
     return table(["slide", "code", ""], lines)
 
 
 # page -> section, between `<!-- NAME -->` and `<!-- /NAME -->` -> what makes it
 PAGES: dict[Path, dict[str, Callable[[], str]]] = {
-    ROOT / "README.md": {"slides": slides_table, "best": best_table, "families": families_table},
+    ROOT / "README.md": {"best": best_list},
+    ROOT / "docs" / "how.md": {"slides": slides_table},
     ROOT / "docs" / "results.md": {
         "results": results_table,
         "generators": generators_table,
         "likelihood": likelihood_table,
-        "photos": photo_table,
+        "families": families_table,
+        "rendered": partial(photo_table, "rendered"),
+        "real": partial(photo_table, "real"),
     },
-    ROOT / "docs" / "speed.md": {"speed": partial(speed_table, "cpu")},
-    ROOT / "docs" / "gpus.md": {"speed": partial(speed_table, "cuda")},
+    ROOT / "docs" / "speed.md": {"speed": partial(speed_chart, "cpu")},
+    ROOT / "docs" / "gpus.md": {"speed": partial(speed_chart, "cuda")},
     ROOT / "docs" / "extending.md": {"experiments": experiments_table},
-    ROOT / "docs" / "reliability.md": {"reliability": reliability_table},
 }
 
 
@@ -348,5 +342,7 @@ def fill(page: Path) -> str:
 
 
 if __name__ == "__main__":
-    for each in PAGES:
-        each.write_text(fill(each), "utf-8", newline="\n")
+    for page in PAGES:
+        page.write_text(fill(page), "utf-8", newline="\n")
+    for device in ("cpu", "cuda"):
+        plot_speed(device)

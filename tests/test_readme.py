@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch.distributed.run
 from helpers import ROOT
-from PIL import Image
 
 import compare
 import demo
@@ -23,13 +22,13 @@ import train_cgan
 import train_classifier
 import train_gan
 import train_likelihood
-from datasets import load
 from engine.checkpoint import upgrade
 from engine.flags import parse_args
 
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 TEXTS = {page: page.read_text() for page in PAGES}
+HOW = ROOT / "docs" / "how.md"
 EDITS = ROOT / "docs" / "extending.md"  # its commands follow its edits; tests/test_edits.py runs both
 COMMANDS = [text for page, text in TEXTS.items() if page != EDITS]
 FOLDERS = ("assets", "benchmarks", "datasets", "docs", "engine", "experiments", "measures", "models", "photos", "tests")
@@ -79,11 +78,10 @@ def test_rows_were_made_with_the_options_of_their_commands_and_with_five_seeds()
 
 @pytest.fixture(scope="module")
 def folder(data_dir, tmp_path_factory):
-    """Where a reader stands who has followed the README so far: with MNIST in data, and a photo."""
+    """Where a reader stands who has followed the README so far: in a clone, with MNIST in data."""
     folder = tmp_path_factory.mktemp("reader of the README")
     (folder / "data").symlink_to(data_dir)
-    pixels = 255 - load("digits", "", train=False)[0][0, 0].numpy()
-    Image.fromarray(pixels).resize((280, 280)).save(folder / "mine.jpg")
+    (folder / "assets").symlink_to(ROOT / "assets")
     return folder
 
 
@@ -92,7 +90,7 @@ def test_every_command_runs(folder, monkeypatch):
     """In the README's order, then in that of the pages: trainings with --dry-run, and others with --help."""
     monkeypatch.chdir(folder)
     commands = find(r"^(?:pip install .* && )?python (\S+\.py) ?(.*)$", COMMANDS)
-    assert len(commands) > 12
+    assert len(commands) > 10
     for script, flags in commands:
         module, words = importlib.import_module(Path(script).stem), shlex.split(flags)
         if script.startswith("train_"):
@@ -104,6 +102,26 @@ def test_every_command_runs(folder, monkeypatch):
             monkeypatch.setattr(sys, "argv", [script, "--help"])
             with pytest.raises(SystemExit, match="0"):
                 module.main()
+
+
+def test_every_answer_of_how_do_i_works(tmp_path, monkeypatch, capsys):
+    """In the page's order, with two epochs; afterwards, the files that it names exist."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "assets").symlink_to(ROOT / "assets")
+    answers = "\n".join(re.findall(r"^\| .*\? \| (.*) \|$", TEXTS[HOW], flags=re.MULTILINE))
+    commands = re.findall(r"`python (?:benchmarks/)?(\w+)\.py (.*?)`", answers)
+    assert len(commands) > 7
+    for name, flags in commands:
+        words = shlex.split(flags)
+        if name == "reproduce":  # tests/test_reproduce.py runs it
+            reproduce.get_args_parser().parse_args(words)
+        else:
+            epochs = ["--epochs", "2"] if name.startswith("train_") and "--resume" not in words else []
+            importlib.import_module(name).main([*(re.sub("^60$", "3", word) for word in words), *epochs])
+    for file in re.findall(r"`(runs/[\w./-]+|compare.png)`", answers):
+        assert Path(file).exists(), file
+    assert "assets/seven.jpg: 7\n" in capsys.readouterr().out  # not "7 (unsure)"
+    assert "python evaluate.py weights/cnn.pt --image assets/seven.jpg\n" in TEXTS[README]
 
 
 @pytest.mark.slow
@@ -144,8 +162,8 @@ def test_every_flag_exists():
     assert set(find(r"(?<![\w-])(--[a-z][a-z0-9-]*)")) <= known
 
 
-def test_the_readme_lists_the_choices_of_each_option():
-    listed = re.findall(r"`(--[a-z-]+) \{(.*?)\}`", TEXTS[README])
+def test_the_slides_options_are_listed_with_their_choices():
+    listed = re.findall(r"`(--[a-z-]+) \{(.*?)\}`", TEXTS[HOW])
     assert len(listed) > 2
     for flag, choices in listed:
         actions = [parser._option_string_actions.get(flag) for parser in PARSERS]
@@ -167,7 +185,7 @@ def templates():
 def test_every_message_is_one_of_the_code():
     rows = re.findall(r"^\| (`.*`) \| .* \|$", TEXTS[ROOT / "docs" / "troubleshooting.md"], flags=re.MULTILINE)
     messages = [message for row in rows for message in row.strip("`").split("`, `")]
-    assert len(messages) > 30
+    assert len(messages) > 10
     texts = list(templates())
     for message in messages:
         parts = [part for part in (part.strip(" :;,") for part in message.split("…")) if len(part) >= 9]
@@ -202,12 +220,10 @@ def test_every_link_and_every_image_leads_somewhere(page):
 
 def test_the_readme_is_short_and_links_to_every_page():
     assert {f"docs/{page.name}" for page in PAGES if page != README} <= set(find(r"\]\((.*?)\)", [TEXTS[README]]))
-    lines = TEXTS[README].splitlines()
-    assert len(lines) <= 200
-    assert [line for line in lines if len(line) > 120 and not line.startswith(("|", "!["))] == []
+    assert len(TEXTS[README].split()) <= 900
 
 
 def test_every_image_is_described_and_every_one_in_assets_is_shown():
-    described = find(r"!\[[^\]]+\]\(([^)]+)\)")
-    assert set(described) == set(find(r"!\[[^\]]*\]\(([^)]*)\)"))
+    described = find(r"!\[[^\]]+\]\(([^)]+)\)") + find(r'<img src="([^"]+)"[^>]* alt="[^"]+">')
+    assert set(described) == set(find(r"!\[[^\]]*\]\(([^)]*)\)") + find(r'<img src="([^"]+)"'))
     assert {path.name for path in (ROOT / "assets").iterdir()} <= {path.rpartition("/")[2] for path in described}
