@@ -42,14 +42,8 @@ SLIDES = [
     ("Convolution arithmetic (o = i - k + 2p + 1, stride)", "models/cnn.py", "def conv_output_size("),
 ]
 
-# The slide "Various generative models": each family's row of results.json, and what its training maximises.
-FAMILIES = {
-    "HMM": ("hmm-lecture", "log p(x)"),
-    "RBM": ("rbm-lecture", "log p(x), approximately"),
-    "VAE": ("vae-lecture", "a lower bound on log p(x)"),
-    "RNN": ("rnn-lecture", "log p(x)"),
-    "GAN": ("gan-best", "D's error"),
-}
+# The slide "Various generative models": each family's row of results.json.
+FAMILIES = {"HMM": "hmm-lecture", "RBM": "rbm-lecture", "VAE": "vae-lecture", "RNN": "rnn-lecture", "GAN": "gan-best"}
 
 # The rows of results.json that the README shows, and what each one is.
 BEST = {
@@ -76,6 +70,8 @@ def read(name: str) -> Row:
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table, with spaces that do not break within a value."""
+    rows = [[cell.replace(" ± ", "\u00a0±\u00a0").replace(" %", "\u00a0%") for cell in row] for row in rows]
     lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
     return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
 
@@ -103,9 +99,8 @@ def conditional_accuracy(seeds: list[Row]) -> str:
 
 
 def named(name: str, row: Row) -> str:
-    """The name of a row, with the number of its seeds unless there are five."""
-    number = len(row.get("test_errors", row.get("seeds", [])))
-    return name if number == 5 else f"{name} ({'one seed' if number == 1 else f'{number} seeds'})"
+    """The name of a row, with ¹ or ² if it has one or two seeds in place of five."""
+    return name + {1: " ¹", 2: " ²"}.get(len(row.get("test_errors", row.get("seeds", []))), "")
 
 
 def extremes(values: list[float]) -> str:
@@ -117,7 +112,7 @@ def minutes(row: Row) -> str:
     """Of training, per seed; empty for a row that was measured before runs kept them."""
     if not row.get("training_seconds"):
         return ""
-    return mean_sd((seconds / 60 for seconds in row["training_seconds"]), 1) + " on a GPU" * bool(row.get("gpu"))
+    return mean_sd((seconds / 60 for seconds in row["training_seconds"]), 1) + " (GPU)" * bool(row.get("gpu"))
 
 
 def nats(seeds: list[Row]) -> str:
@@ -155,37 +150,31 @@ def generators_table() -> str:
     for name, row in rows.items():
         name = named(name, row) if "command" in row else name
         cells = [*measures(row["seeds"]), conditional_accuracy(row["seeds"])]
-        lines.append([name, *cells, minutes(row), row["published"]])
-    return table(["name", *MEASURES, "conditional accuracy", "minutes", "published"], lines)
+        lines.append([name, *cells, minutes(row), row["published"].removeprefix("Parzen ")])
+    return table(["name", *MEASURES, "conditional accuracy", "minutes", "published Parzen"], lines)
 
 
 def likelihood_table() -> str:
     lines = []
     for name, row in read("results.json").items():
         if seeds := [seed for seed in row.get("seeds", []) if "kind" in seed]:
-            lines.append([named(name, row), nats(seeds), *measures(seeds), minutes(row), row["published"]])
-    return table(["name", "nats per image", *MEASURES, "minutes", "published"], lines)
+            published = row["published"].replace(" nats", "")
+            lines.append([named(name, row), nats(seeds), *measures(seeds), minutes(row), published])
+    return table(["name", "nats per image", *MEASURES, "minutes", "published nats"], lines)
 
 
 def families_table() -> str:
-    """The slide's five families side by side, a column each below its samples; then real images."""
-    results = read("results.json")
-    rows = [results[name] for name, _ in FAMILIES.values()]
-    seeds = [row["seeds"] for row in rows]
-    samples = [f"![Samples of the {name}](../assets/{row}.png)" for name, (row, _) in FAMILIES.items()]
-    of_all = zip(*map(measures, [*seeds, [real_images(rows)]]))
-    seconds = (statistics.mean(seed["sampling_seconds"] for seed in own) for own in seeds)
-    lines = [
-        ["samples", *samples, "![Real test images](../assets/real.png)"],
-        ["training maximises", *(maximised for _, maximised in FAMILIES.values()), ""],
-        ["likelihood", *(own[0].get("kind", "none") for own in seeds), ""],
-        ["nats per image", *map(nats, seeds), ""],
-        *([name, *values] for name, values in zip(MEASURES, of_all)),
-        ["parameters", *(f"{own[0]['parameters']:,}" for own in seeds), ""],
-        ["training, minutes", *map(minutes, rows), ""],
-        ["10,000 samples, seconds", *(f"{each:.1f}" for each in seconds), ""],
-    ]
-    return table(["", *FAMILIES, "real images"], lines)
+    """The slide's five families with their samples, and real images."""
+    results, lines = read("results.json"), []
+    rows = [results[name] for name in FAMILIES.values()]
+    for family, row in zip(FAMILIES, rows):
+        seeds, samples = row["seeds"], f"![Samples of the {family}](../assets/{FAMILIES[family]}.png)"
+        seconds = statistics.mean(seed["sampling_seconds"] for seed in seeds)
+        _, *closeness = measures(seeds)
+        lines.append([family, samples, seeds[0].get("kind", "none"), nats(seeds), *closeness, f"{seconds:.1f}"])
+    _, *closeness = measures([real_images(rows)])
+    lines.append(["real images", "![Real test images](../assets/real.png)", "", "", *closeness, ""])
+    return table(["", "samples", "likelihood", "nats per image", "FID", "coverage", "seconds for 10,000"], lines)
 
 
 def best_list() -> str:
