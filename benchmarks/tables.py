@@ -201,7 +201,7 @@ def speed_chart(device: str) -> str:
 
 
 def plot_speed(device: str) -> None:
-    """How many times as fast as the baseline each loop is, median and range of the turns, and the machine's limit."""
+    """How many times as fast as the baseline each loop is, and the machine's limit."""
     from matplotlib.figure import Figure
 
     rows = read(f"speed-{device}.json")["rows"]
@@ -209,13 +209,8 @@ def plot_speed(device: str) -> None:
     axis = figure.add_subplot()
     names = [name for name in LOOPS if name in next(iter(rows.values()))["loops"]]
     for i, name in enumerate(names):
-        values = [row["loops"][name]["times_as_fast_as"]["baseline"] for row in rows.values()]
-        places = [place + 0.7 * ((i + 0.5) / len(names) - 0.5) for place in range(len(rows))]
-        reach = [[median - low for median, low, _ in values], [high - median for median, _, high in values]]
-        axis.errorbar([median for median, _, _ in values], places, xerr=reach, fmt="o", ms=5, label=LOOPS[name])
-        for (median, _, high), place in zip(values, places):
-            number = f"{float(f'{median:.2g}'):g}"  # two digits
-            axis.annotate(number, (high, place), (4, 0), textcoords="offset points", va="center", size=7)
+        speedups = [row["loops"][name]["times_as_fast_as"]["baseline"] for row in rows.values()]
+        plot_loop(axis, LOOPS[name], speedups, 0.7 * ((i + 0.5) / len(names) - 0.5))
     baseline = [row["loops"]["baseline"]["ms"] for row in rows.values()]
     limits = [ms / row["limit_ms"] for ms, row in zip(baseline, rows.values())]
     axis.plot(limits, range(len(rows)), "k|", ms=18, label="the machine's limit")
@@ -227,6 +222,17 @@ def plot_speed(device: str) -> None:
     axis.grid(axis="x", alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2)
     figure.savefig(MEASURED / f"speed-{device}.png", dpi=120)
+
+
+def plot_loop(axis: Any, label: str, speedups: list[list[float]], offset: float) -> None:
+    """A point and a range for each row. speedups: median, lowest and highest."""
+    medians, lows, highs = (list(column) for column in zip(*speedups))
+    places = [place + offset for place in range(len(medians))]
+    reach = [[a - b for a, b in zip(*pair)] for pair in ((medians, lows), (highs, medians))]
+    axis.errorbar(medians, places, xerr=reach, fmt="o", ms=5, label=label)
+    for median, high, place in zip(medians, highs, places):
+        number = f"{float(f'{median:.2g}'):g}"  # two digits
+        axis.annotate(number, (high, place), (4, 0), textcoords="offset points", va="center", size=7)
 
 
 # Experiments ----------------------------------------------------------------------------------------------------------
