@@ -225,4 +225,4 @@ def test_the_readme_is_short_and_links_to_every_page():
 def test_every_image_is_described_and_every_one_in_assets_is_shown():
     described = find(r"!\[[^\]]+\]\(([^)]+)\)") + find(r'<img src="([^"]+)"[^>]* alt="[^"]+">')
     assert set(described) == set(find(r"!\[[^\]]*\]\(([^)]*)\)") + find(r'<img src="([^"]+)"'))
-    assert {path.name for path in (ROOT / "assets").iterdir()} <= {path.rpartition("/")[2] for path in described}
+    assert {path.name for path in (ROOT / "assets").rglob("*.*")} <= {path.rpartition("/")[2] for path in described}
