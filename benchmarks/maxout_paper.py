@@ -40,10 +40,9 @@ def get_args_parser() -> flags.ArgumentParser:
 def begin(args: argparse.Namespace, state: dict[str, Any], epoch_length: int) -> None:
     """Load the best epoch of --first-stage, with a schedule that starts from its learning rate. Raises UserError."""
     first = load_checkpoint(Path(args.first_stage or "") / "best.pt")
-    for name in ("recipe", "dataset", "val_size", "batch_size", "black", "max_norm"):
+    for name in ("dataset", "val_size", "batch_size"):
         if first["options"][name] != getattr(args, name):
-            flag = name.replace("_", "-")
-            raise UserError(f"{args.first_stage} was trained with another --{flag}; use the same here")
+            raise UserError(f"{args.first_stage} was trained with another {name}; use the same here")
     for name in ("model", "optimizer"):
         state[name].load_state_dict(first["state"][name])
     (group,) = state["optimizer"].param_groups

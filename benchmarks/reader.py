@@ -7,7 +7,6 @@ bar, as in Europe, of which MNIST has few; and on what is no digit: digits that 
 blobs. All become images as a photo's pieces do.
 """
 
-import io
 import sys
 from pathlib import Path
 
@@ -22,7 +21,6 @@ sys.path.insert(0, str(ROOT))
 
 from datasets import load
 from engine import flags
-from engine.checkpoint import write_atomically
 from engine.errors import run_script
 from photos.pieces import normalise, trim
 from photos.reader import WEIGHTS, Network
@@ -243,9 +241,7 @@ def main(argv: list[str] | None = None) -> None:
     made = examples(images[:, 0].numpy(), labels.tolist(), np.random.default_rng(0))
     print(f"{len(made[0])} examples", flush=True)
     network = train(*made)
-    file = io.BytesIO()
-    np.savez_compressed(file, **{name: value.half().numpy() for name, value in network.state_dict().items()})
-    write_atomically(WEIGHTS, file.getvalue())
+    np.savez_compressed(WEIGHTS, **{name: value.half().numpy() for name, value in network.state_dict().items()})
     write_sums()
     images, labels = load("mnist", args.data_dir, train=False)
     with torch.no_grad():

@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 import evaluate
 from engine import flags
-from engine.checkpoint import seal, write_atomically
+from engine.checkpoint import seal
 from engine.errors import UserError, command, run_script
 from engine.folder import read_config
 from models import KINDS
@@ -55,10 +55,9 @@ def main(argv: list[str] | None = None) -> None:
         "commit": read_config(args.run)["commit"],
         "measured": json.loads(measured.read_text()),
     }
-    file = io.BytesIO()
+    file, path = io.BytesIO(), WEIGHTS / f"{args.name}.pt"
     torch.save(kept, file)
-    path = WEIGHTS / f"{args.name}.pt"
-    write_atomically(path, seal(file.getvalue()))
+    path.write_bytes(seal(file.getvalue()))
     write_sums()
     print(f"wrote {path}, {path.stat().st_size / 1e6:.2f} MB")
 

@@ -61,5 +61,5 @@ def test_the_loss_that_ends_it_has_dropout_and_leaves_the_network_as_it_was():
 
 
 def test_other_options_than_the_first_stages_are_refused(first):
-    with pytest.raises(UserError, match="another --batch-size"):
+    with pytest.raises(UserError, match="another batch_size"):
         second("--first-stage", "first", "--batch-size", 50)
