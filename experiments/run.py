@@ -10,7 +10,6 @@ evaluation/metrics.json or, as val_..., of metrics.csv. Baseline: what it is com
 on the unedited code. Control: the same on the edited code. Step: whether it can be captured.
 """
 
-import argparse
 import csv
 import json
 import os
@@ -21,22 +20,29 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT, RESULTS = HERE.parent, HERE / "results.json"
 sys.path.insert(0, str(ROOT))
 
 from engine.errors import UserError, run_script
+from engine.flags import ArgumentParser
 from engine.folder import new_folder
 from engine.provenance import environment
 
 CODE = ("datasets", "engine", "measures", "models", "photos", "weights")
-# Several scripts in one process, which imports torch once. Arguments: the code's folder, and scripts with their flags.
 PROGRAM = """import json, runpy, sys
 sys.path[0], *commands = sys.argv[1:]
 for command in commands:
     sys.argv = json.loads(command)
     runpy.run_path(sys.argv[0], run_name="__main__")"""
+
+
+def start(code: Path, *commands: Sequence[object], **how: Any) -> subprocess.Popen:
+    """Run scripts of the folder `code`, each given with its flags, one after the other: torch is imported once."""
+    words = [json.dumps([str(code / script), *map(str, flags)]) for script, *flags in commands]
+    return subprocess.Popen([sys.executable, "-c", PROGRAM, str(code), *words], **how)
 
 
 def names() -> list[str]:
@@ -67,31 +73,30 @@ def apply(name: str, code: Path) -> None:
         raise UserError(f"{name}.diff does not fit your code ({' '.join(done.stderr.split())}); undo your edits")
 
 
-def train(code: Path, command: str, folders: Sequence[Path], seeds: Sequence[int], evaluate: bool = True) -> None:
-    """Run `command` of the scripts in `code` with each seed, and evaluate each run. Exits if a script fails."""
-    (script, *flags), calls = shlex.split(command), []
-    for seed, folder in zip(seeds, folders):
-        calls.append([str(code / script), *flags, "--seed", str(seed), "--output-dir", str(folder)])
-        calls += [[str(code / "evaluate.py"), str(folder)]] if evaluate else []
-    if status := subprocess.run([sys.executable, "-c", PROGRAM, str(code), *map(json.dumps, calls)]).returncode:
+def train(code: Path, command: str, folder: Path, seeds: Sequence[int], flags: Sequence[str] = ()) -> list[Path]:
+    """Train `command` of the scripts in `code` with each seed, and evaluate it; returns the runs, FOLDER-SEED."""
+    script, *own = [*shlex.split(command), *flags]
+    runs, calls = [folder.with_name(f"{folder.name}-{seed}") for seed in seeds], []
+    for seed, run in zip(seeds, runs):
+        calls += [[script, *own, "--seed", seed, "--output-dir", run], ["evaluate.py", run]]
+    if status := start(code, *calls).wait():
         sys.exit(status)
+    return runs
 
 
 def values(code: Path, command: str, measure: str, folder: Path, seeds: Sequence[int]) -> list[float]:
     """The measure after training with each seed."""
-    folders = [folder.with_name(f"{folder.name}-{seed}") for seed in seeds]
-    of_training = measure.startswith("val_")
-    train(code, command, folders, seeds, evaluate=not of_training)
-    if of_training:
-        rows = [list(csv.DictReader((each / "metrics.csv").open()))[-1] for each in folders]
-    else:
-        rows = [json.loads((each / "evaluation" / "metrics.json").read_text()) for each in folders]
-    return [round(float(row[measure]), 6) for row in rows]
+    found = []
+    for run in train(code, command, folder, seeds):
+        last = list(csv.DictReader((run / "metrics.csv").open()))[-1]
+        metrics = {**last, **json.loads((run / "evaluation" / "metrics.json").read_text())}
+        found.append(round(float(metrics[measure]), 6))
+    return found
 
 
 def measure(name: str, folder: Path, seeds: Sequence[int]) -> None:
     """Put an experiment's row into results.json. Rows with the same baseline share its values."""
-    about, rows = read(name), json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    about, rows = read(name), json.loads(RESULTS.read_text())
     code, command, key = folder / "code", about["command"], about["measure"]
     baseline, tree = about.get("baseline", command), ROOT
     if "control" in about:
@@ -108,9 +113,8 @@ def measure(name: str, folder: Path, seeds: Sequence[int]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser("run.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = ArgumentParser("run.py", __doc__)
     parser.add_argument("names", metavar="NAME", nargs="*", help="experiments; without one, list them")
-    parser.add_argument("--seeds", type=int, nargs="+", help="random seeds (default: 0, with --measure 0 1 2)")
     parser.add_argument("--measure", action="store_true", help="compare with the baseline, and write results.json")
     args, flags = parser.parse_known_args()
     for name in [] if args.names else names():
@@ -118,12 +122,10 @@ def main() -> None:
     for name in args.names:
         command, folder = read(name)["command"], new_folder(None, name)
         apply(name, folder / "code")
-        seeds = args.seeds or ([0, 1, 2] if args.measure else [0])
         if args.measure:
-            measure(name, folder, seeds)
+            measure(name, folder, [0, 1, 2])
         else:
-            runs = [folder / f"seed-{seed}" for seed in seeds]
-            train(folder / "code", shlex.join([*shlex.split(command), *flags]), runs, seeds)
+            train(folder / "code", command, folder / "seed", [0], flags)
 
 
 if __name__ == "__main__":
