@@ -85,13 +85,17 @@ def differences(settings: list[Setting]) -> Iterable[str]:
             yield f"{label(runs)}: {' '.join(f'{name}={own[name]}' for name in names)}\n"
 
 
+def points(run: SimpleNamespace, name: str, last: float) -> tuple[list[float], list[float]]:
+    """Epochs up to `last`, and a metric's values there, from the reports within epochs if they have it."""
+    table = run.curve if any(name in row for row in run.curve) else run.history
+    rows = [row for row in table if name in row and row["epoch"] <= last]
+    return [row["epoch"] for row in rows], [row[name] for row in rows]
+
+
 def curves(runs: Setting, name: str) -> tuple[list[float], np.ndarray, np.ndarray]:
     """Epochs, mean seconds and values [runs, points] of a metric, up to the last epoch that all these runs have."""
-    last, each = min(run.history[-1]["epoch"] for run in runs), []
-    for run in runs:
-        table = run.curve if any(name in row for row in run.curve) else run.history
-        rows = [row for row in table if name in row and row["epoch"] <= last]
-        each.append(([row["epoch"] for row in rows], [row[name] for row in rows]))
+    last = min(run.history[-1]["epoch"] for run in runs)
+    each = [points(run, name, last) for run in runs]
     epochs = min((x for x, _ in each), key=len)
     seconds = [np.interp(epochs, range(len(run.seconds)), run.seconds) for run in runs]
     return epochs, np.mean(seconds, axis=0), np.array([np.interp(epochs, *own) for own in each])
@@ -127,14 +131,16 @@ def mean_sd(name: str, values: list[float]) -> str:
     return f"{mean:.{digits}f}{spread}{unit}"
 
 
+def cell(runs: Setting, name: str) -> str:
+    """A metric's or measure's mean_sd; empty unless all runs have it."""
+    values = [run.values[name] for run in runs if name in run.values]
+    return mean_sd(name, values) if len(values) == len(runs) else ""
+
+
 def print_table(settings: list[Setting]) -> None:
-    """A row per setting: each metric and measure that all its runs have."""
+    """A row per setting."""
     names = dict.fromkeys(name for runs in settings for run in runs for name in run.values)
-    table = [["", *names]]
-    for runs in settings:
-        values = [[run.values[name] for run in runs if name in run.values] for name in names]
-        cells = [mean_sd(name, own) if len(own) == len(runs) else "" for name, own in zip(names, values)]
-        table.append([label(runs), *cells])
+    table = [["", *names], *([label(runs), *(cell(runs, name) for name in names)] for runs in settings)]
     widths = [max(map(len, column)) for column in zip(*table)]
     for row in table:
         print("  ".join(map(str.ljust, row, widths)).rstrip())

@@ -16,6 +16,7 @@ import re
 import shlex
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import zlib
@@ -77,20 +78,22 @@ def train(tasks: list[tuple[list[str], int, Path]], args: Namespace) -> list[Row
         own += ["--seed", seed, "--data-dir", args.data_dir, "--output-dir", folder, "--auto-resume"]
         left.append([own, ["evaluate.py", folder]])
     environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.jobs)), **os.environ}
-    while left:
-        processes = [start(ROOT, *calls, env=environment) for calls in left[: args.jobs]]
-        try:
-            failed = [process.wait() for process in processes]
-        except KeyboardInterrupt as stopped:
-            for process in processes if stopped.args != (SIGINT,) else ():  # which a terminal sends to all
-                process.terminate()  # a training saves first
-            for process in processes:
-                process.wait()
-            raise
-        if any(failed):
-            raise UserError("a script stopped; fix what it says, then the same command resumes")
-        del left[: args.jobs]
+    for i in range(0, len(left), args.jobs):
+        wait([start(ROOT, *calls, env=environment) for calls in left[i : i + args.jobs]])
     return [json.loads(file.read_text()) for file in files]
+
+
+def wait(processes: list[subprocess.Popen]) -> None:
+    """Raises UserError if one fails."""
+    try:
+        if any([process.wait() for process in processes]):
+            raise UserError("a script stopped; fix what it says, then the same command resumes")
+    except KeyboardInterrupt as stopped:
+        for process in processes:
+            if stopped.args != (SIGINT,):  # which a terminal sends to all; a training saves first
+                process.terminate()
+            process.wait()
+        raise
 
 
 def run_row(name: str, args: Namespace) -> None:
@@ -106,7 +109,7 @@ def run_row(name: str, args: Namespace) -> None:
     if row := rows.get(name):
         seeds = row.get("seeds", [])
         print("recorded:", accuracy(row) if "test_errors" in row else f"{nats(seeds)} {quality(seeds)}".strip())
-        print(f"published: {row['published']}" if row["published"] else "")
+        print("published:", row["published"] or "-")
     if args.record:
         record(name, metrics, folders)
 
@@ -115,6 +118,18 @@ def folder_name(words: list[str]) -> str:
     """'train_gan.py --lr 1e-3' -> 'gan-lr-1e-3-' and a checksum: another command has another name."""
     name = re.sub(r"[^\w.]+", "-", " ".join(words).removeprefix("train_").replace(".py", "", 1))
     return f"{name[:100]}-{zlib.crc32(shlex.join(words).encode()):08x}"
+
+
+def measured(metrics: list[Row]) -> Row:
+    """What a row keeps of the seeds' metrics.json: accuracies and errors, or everything."""
+    if "test_accuracy" not in metrics[0]:
+        return {"seeds": metrics}
+    accuracies = [seed["test_accuracy"] for seed in metrics]
+    return {
+        "test_accuracy_mean": statistics.mean(accuracies),
+        "test_accuracy_sd": statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0,
+        "test_errors": [seed["test_errors"] for seed in metrics],
+    }
 
 
 def record(name: str, metrics: list[Row], folders: list[Path]) -> None:
@@ -127,14 +142,9 @@ def record(name: str, metrics: list[Row], folders: list[Path]) -> None:
         "epochs_trained": [len(run.history) for run in runs],
         "training_seconds": [round(run.seconds[-1]) for run in runs],
         "epochs_evaluated": [seed["epochs"] for seed in metrics],  # best.pt's, if images are held out
+        **measured(metrics),
         **{key: config[key] for key in PROVENANCE},
     }
-    if accuracies := [seed["test_accuracy"] for seed in metrics if "test_accuracy" in seed]:
-        row["test_accuracy_mean"] = statistics.mean(accuracies)
-        row["test_accuracy_sd"] = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
-        row["test_errors"] = [seed["test_errors"] for seed in metrics]
-    else:
-        row["seeds"] = metrics
     RESULTS.write_text(json.dumps({**rows, name: row}, indent=2) + "\n")
     for asset, (shown, file) in ASSETS.items():
         if shown == name:
