@@ -5,14 +5,12 @@ python benchmarks/reliability.py signals --count 90
 python benchmarks/reliability.py damage --count 1000 --data-dir data
 
 kills, signals: two scripts train for two epochs of three steps and save after each. A process gets SIGKILL, or one or
-two other signals, at a chosen point. It is resumed, and must end as an uninterrupted run does.
+two other signals, at a line of utils.py or engine/. It is resumed, and must end as an uninterrupted run does.
 damage: checkpoints and MNIST's test files are cut short, and one byte at a time is changed.
 With --record, the experiment's row goes into benchmarks/results/reliability.csv.
 """
 
-import contextlib
 import csv
-import io
 import itertools
 import multiprocessing
 import os
@@ -33,134 +31,95 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import matplotlib.figure  # noqa: F401 (as the next two, imported here so that the forked processes need not)
 import sklearn.datasets  # noqa: F401
-import torch
-import torch._dynamo
+import torch._dynamo  # noqa: F401
 from helpers import load, same
 
 import train_classifier
 import train_gan
 import utils
 from datasets import mnist
-from engine import checkpoint, flags
+from engine import flags
+from engine.checkpoint import read_checkpoint
 from engine.errors import DataError, UserError, run_script
 
 RESULTS = ROOT / "benchmarks" / "results" / "reliability.csv"
 FLAGS = "--dataset digits --device cpu --epochs 2 --save-interval 0 --batch-size 500 --log-interval 2"
 SCRIPTS = {
-    "classifier": (train_classifier, "--model mlp --recipe best --val-size 20"),
-    "gan": (train_gan, "--ema 0.9 --val-size 20"),
+    "classifier": (train_classifier.main, "--model mlp --recipe best --val-size 20"),
+    "gan": (train_gan.main, "--ema 0.9 --val-size 20"),
 }
 SIGNALS: dict[str, list[tuple[int, ...]]] = {
     "kills": [(SIGKILL,)],
     "signals": [(SIGINT,), (SIGTERM,), (SIGHUP,), (SIGUSR1,), (SIGINT, SIGINT)],
 }
-UPDATED = "after add"  # the point at which a step has updated the weights
+PLACES = (str(ROOT / "engine"), str(ROOT / "utils.py"))  # where training is interrupted
+STEP = f"meter.py:{utils.Meter.add.__code__.co_firstlineno}"  # which each training step comes to once
 Trials = Iterator[tuple[str, bool]]  # what was done, and whether it passed
 
 
 # Kills and signals ----------------------------------------------------------------------------------------------------
 
 
-class Points:
-    """Lists the points that a process passes, and sends it the signal `at[number]` at each number there."""
+def train_apart(name: str, argv: list[str], at: dict[int, int], stem: str) -> None:
+    """In a process of its own, train, and send it the signal at[number] at the line of this number.
 
-    def __init__(self, at: dict[int, int]):
-        self.at = at
-        self.passed: list[str] = []
-        calls = [
-            (torch.Tensor, "backward"),
-            (utils.Meter, "add"),
-            (utils, "evaluating"),
-            (os, "fsync"),
-            (os, "replace"),
-        ]
-        for owner, name in calls:
-            setattr(owner, name, self.around(getattr(owner, name)))
-        points = self
+    STEM.lines gets the lines of utils.py and engine/ that it came to, STEM.errors what stderr shows.
+    """
+    lines: list[str] = []
 
-        class Halfway(io.FileIO):
-            """A file that passes a point when half of its content is on its way to the disk."""
+    def trace(frame: Any, *_: Any) -> Any:
+        if not frame.f_code.co_filename.startswith(PLACES):
+            return None
+        lines.append(f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}")
+        if len(lines) - 1 in at:
+            os.kill(os.getpid(), at[len(lines) - 1])
+        return trace
 
-            def write(self, content: Any) -> int:
-                half = super().write(content[: len(content) // 2])
-                points.reach("half of a checkpoint" if ".pt" in str(self.name) else "half of a table or plot")
-                return half + super().write(content[len(content) // 2 :])
+    def main() -> None:
+        sys.settrace(trace)
+        try:
+            SCRIPTS[name][0](argv)
+        finally:
+            sys.settrace(None)
 
-        vars(checkpoint)["open"] = Halfway  # write_atomically's
-
-    def reach(self, name: str) -> None:
-        self.passed.append(name)
-        if len(self.passed) - 1 in self.at:
-            os.kill(os.getpid(), self.at[len(self.passed) - 1])
-
-    def around(self, function: Callable) -> Callable:
-        def wrapped(*args, **kwargs):
-            self.reach(f"before {function.__name__}")
-            result = function(*args, **kwargs)
-            self.reach(f"after {function.__name__}")
-            return result
-
-        return wrapped
-
-
-def train_here(name: str, argv: list[str], at: dict[int, int], stem: str) -> None:
-    """In a process of its own: STEM.points gets the names of the points passed, STEM.errors what stderr shows."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.dup2(os.open(f"{stem}.errors", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
-    points = Points(at)
     try:
-        run_script(lambda: SCRIPTS[name][0].main(argv))
+        run_script(main)
     finally:
-        Path(f"{stem}.points").write_text("\n".join(points.passed))
+        Path(f"{stem}.lines").write_text("\n".join(lines))
 
 
-class Whole:
-    """The uninterrupted run of a script: its folder, and the names of the points that it passed."""
+def train(name: str, run: Path, at: dict[int, int], resume: bool = False) -> tuple[int | None, list[str]]:
+    """Train in `run`, in a forked process; its exit status, negative for a signal, and the lines that it came to."""
+    argv = ["--resume", str(run)] if resume else [*FLAGS.split(), *SCRIPTS[name][1].split(), "--output-dir", str(run)]
+    process = multiprocessing.get_context("fork").Process(target=train_apart, args=(name, argv, at, str(run)))
+    process.start()
+    process.join()
+    lines = Path(f"{run}.lines")
+    return process.exitcode, lines.read_text().splitlines() if lines.is_file() else []
 
-    def __init__(self, name: str, folder: Path):
-        self.name, self.folder = name, folder / f"{name}-whole"
-        self.flags = [*FLAGS.split(), *SCRIPTS[name][1].split(), "--output-dir"]
-        assert self.train(self.folder) == 0, Path(f"{self.folder}.errors").read_text()
-        self.points = Path(f"{self.folder}.points").read_text().splitlines()
 
-    def train(self, run: Path, at: dict[int, int] | None = None, resume: bool = False) -> int | None:
-        """The exit status of a forked process that trains in `run`; negative for a signal."""
-        argv = ["--resume", str(run)] if resume else [*self.flags, str(run)]
-        arguments = (self.name, argv, at or {}, str(run))
-        process = multiprocessing.get_context("fork").Process(target=train_here, args=arguments)
-        process.start()
-        process.join()
-        return process.exitcode
+def passes(name: str, whole: Path, number: int, sent: tuple[int, ...], begun: bool) -> bool:
+    """Whether a run that gets these signals at this line ends, once resumed, as the uninterrupted one.
 
-    def chosen(self, end: int) -> Iterator[int]:
-        """The numbers of the points before `end`, a random one of each kind in turn."""
-        kinds: dict[str, list[int]] = {}
-        for number, point in enumerate(self.points[:end]):
-            kinds.setdefault(point, []).append(number)
-        for numbers in kinds.values():
-            random.Random(0).shuffle(numbers)
-        for turn in itertools.zip_longest(*kinds.values()):
-            yield from (number for number in turn if number is not None)
-
-    def passes(self, number: int, sent: tuple[int, ...]) -> bool:
-        """Whether a run that gets these signals at this point ends, once resumed, as the uninterrupted one."""
-        run = self.folder.with_name(f"{self.name}-{number}-{sum(sent)}")
-        status = self.train(run, {number + i: each for i, each in enumerate(sent)})
-        saved = bool(list(run.glob("*.pt")))
-        if SIGKILL in sent:
-            good = status == -SIGKILL
-        else:  # at most one more step, and one line, which says how to resume
-            line = Path(f"{run}.errors").read_text()
-            steps = Path(f"{run}.points").read_text().splitlines()[number + 1 :].count(UPDATED)
-            begun = "before backward" in self.points[:number] and len(sent) == 1
-            good = status == 128 + sent[0] and line.count("\n") == 1 and steps <= 1
-            good &= not begun or (f"--resume {run}" in line and saved)
-        if not saved:
-            shutil.rmtree(run, ignore_errors=True)
-        good &= self.train(run, resume=saved) == 0 and same(contents(self.folder), contents(run))
-        shutil.rmtree(run)
-        return good
+    begun: whether a step was made before.
+    """
+    run = whole.with_name(f"{name}-{number}-{sum(sent)}")
+    status, lines = train(name, run, {number + i: each for i, each in enumerate(sent)})
+    saved = bool(list(run.glob("*.pt")))
+    if SIGKILL in sent:
+        good = status == -SIGKILL
+    else:  # at most one more step, and one line, which says how to resume
+        said = Path(f"{run}.errors").read_text()
+        good = status == 128 + sent[0] and said.count("\n") == 1 and lines[number + 1 :].count(STEP) <= 1
+        good &= not begun or len(sent) > 1 or (f"--resume {run}" in said and saved)
+    if not saved:
+        shutil.rmtree(run, ignore_errors=True)
+    good &= train(name, run, {}, resume=saved)[0] == 0 and same(contents(whole), contents(run))
+    shutil.rmtree(run)
+    return good
 
 
 def contents(run: Path) -> dict[Path, Any]:
@@ -173,12 +132,18 @@ def contents(run: Path) -> dict[Path, Any]:
 
 
 def interruptions(name: str, what: str, folder: Path, count: int) -> list[tuple[str, bool]]:
-    whole = Whole(name, folder)
-    end = len(whole.points)
-    if what == "signals":  # after the last step, nothing is left to stop
-        end -= whole.points[::-1].index(UPDATED)
-    chosen = zip(itertools.islice(whole.chosen(end), count), itertools.cycle(SIGNALS[what]))
-    return [(f"{name}, {whole.points[number]}: {sent}", whole.passes(number, sent)) for number, sent in chosen]
+    """`count` times, at a random line of those that an uninterrupted run comes to, each line once before any twice."""
+    whole = folder / f"{name}-whole"
+    status, lines = train(name, whole, {})
+    assert status == 0, Path(f"{whole}.errors").read_text()
+    last = len(lines) - lines[::-1].index(STEP) if what == "signals" else len(lines)  # then nothing is left to stop
+    order = random.Random(0).sample(range(last), last)
+    first = {lines[number]: number for number in order}
+    chosen = zip(
+        sorted(order, key=lambda number: first[lines[number]] != number)[:count], itertools.cycle(SIGNALS[what])
+    )
+    begun = lines.index(STEP)
+    return [(f"{name}, {lines[n]} ({n}): {sent}", passes(name, whole, n, sent, n > begun)) for n, sent in chosen]
 
 
 # Damage ---------------------------------------------------------------------------------------------------------------
@@ -204,18 +169,12 @@ def damage(path: Path, count: int, read: Callable[[], Any]) -> Trials:
 
 def damaged_files(folder: Path, count: int, data_dir: str) -> Trials:
     """Checkpoints, and copies of MNIST's test files."""
-    run = Whole("classifier", folder).folder
-    previous = checkpoint.read_checkpoint(run / "previous.pt")
+    run = folder / "run"
+    train("classifier", run, {})
     for name in ("checkpoint.pt", "best.pt"):
-        for what, good in damage(run / name, count, partial(checkpoint.read_checkpoint, run / name)):
-            if name == "checkpoint.pt":  # previous.pt must be used instead
-                with contextlib.redirect_stderr(io.StringIO()) as said:
-                    good &= same(checkpoint.load_checkpoint(run), previous)
-                good &= str(run / "previous.pt") in said.getvalue()
-            yield what, good
+        yield from damage(run / name, count, partial(read_checkpoint, run / name))
     for stem in mnist.part_stems("MNIST", "t10k"):
-        source = mnist.find_idx(Path(data_dir), stem)
-        assert source, f"there is no MNIST in {data_dir}"
+        source: Any = mnist.find_idx(Path(data_dir), stem)
         path = folder / source.relative_to(data_dir)
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(source, path)
