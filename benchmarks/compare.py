@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from engine import flags, plots
 from engine.checkpoint import load_checkpoint, load_result
@@ -29,6 +30,7 @@ from engine.table import Table
 
 # Options that make no other setting.
 SAME = ("seed", "classes", "data_dir", "log_interval", "save_interval", "first_stage", "goal")
+LOSS_OPTIONS = ("loss", "label_smoothing")  # which say what the loss is
 MEASURES = ("test_accuracy", "log_likelihood", "parzen_log_likelihood", "fid", "coverage", "conditional_accuracy")
 Setting = list[SimpleNamespace]  # runs that differ only in their seed
 
@@ -109,16 +111,19 @@ def plot(settings: list[Setting], names: list[str]) -> Figure:
         for i, runs in enumerate(settings):
             epochs, seconds, values = curves(runs, name)
             for axis, x in zip(axes, (epochs, seconds)):
-                axis.plot(x, values.mean(0), ".-", color=f"C{i % 10}", lw=1, label=label(runs), ms=4)
+                axis.plot(x, values.mean(0), ".-", color=f"C{i % 10}", lw=1, label=title(runs), ms=4)
                 axis.fill_between(x, values.min(0), values.max(0), color=f"C{i % 10}", alpha=0.2, lw=0)
             ends += values[:, min(len(epochs) // 4, len(epochs) - 2) :].flatten().tolist()
         margin = 0.05 * (max(ends) - min(ends))
+        axes[0].xaxis.set_major_locator(MaxNLocator(integer=True))
         for axis, x in zip(axes, ("epoch", "seconds of training")):
             axis.set(xlabel=x, ylabel=name)
+            axis.set_xlim(left=0)
             if margin:  # not the first quarter of the training, beside which 92 % and 93 % look alike
                 axis.set_ylim(min(ends) - margin, max(ends) + margin)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper left")
-    figure.suptitle("line: mean; band: lowest to highest seed")
+                axis.text(0, 0.03, "//", transform=axis.transAxes, ha="center", va="center", rotation=-60)
+    key = "line: mean; band: lowest to highest seed; //: the axis does not start at 0"
+    figure.legend(*axes[0].get_legend_handles_labels(), title=key, loc="outside upper left")
     return figure
 
 
@@ -137,6 +142,12 @@ def cell(runs: Setting, name: str) -> str:
     return mean_sd(name, values) if len(values) == len(runs) else ""
 
 
+def title(runs: Setting) -> str:
+    """The label of a setting, and what evaluate.py measured, if it has for each run."""
+    measured = [f"{name.replace('_', ' ')} {text}" for name in MEASURES if (text := cell(runs, name))]
+    return f"{label(runs)}{': ' * bool(measured)}{', '.join(measured)}"
+
+
 def print_table(settings: list[Setting]) -> None:
     """A row per setting."""
     names = dict.fromkeys(name for runs in settings for run in runs for name in run.values)
@@ -153,12 +164,17 @@ def get_args_parser() -> flags.ArgumentParser:
     return parser
 
 
+def shared_metrics(runs: list[SimpleNamespace]) -> list[str]:
+    """The metrics that all these runs have; no loss, if they minimise different ones."""
+    shared = set.intersection(*({name for row in run.history for name in row} for run in runs))
+    differ = len({str([run.options.get(name) for name in LOSS_OPTIONS]) for run in runs}) > 1
+    return [name for name in runs[0].values if name in shared and not (differ and "loss" in name)]
+
+
 def main(argv: list[str] | None = None) -> None:
     args = get_args_parser().parse_args(argv)
     settings = read_settings(args.runs)
-    runs = list(itertools.chain(*settings))
-    shared = set.intersection(*({name for row in run.history for name in row} for run in runs))
-    names = [name for name in runs[0].values if name in shared]
+    names = shared_metrics(list(itertools.chain(*settings)))
     if not names:
         raise UserError("these runs have no metric in common; compare runs of one script")
     print_table(settings)

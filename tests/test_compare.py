@@ -86,7 +86,8 @@ def test_other_devices_and_edited_code_are_other_settings(runs):
 
 def fake(accuracies, seconds):
     rows = [{"epoch": i + 1, "accuracy": value} for i, value in enumerate(accuracies)]
-    return compare.SimpleNamespace(folder="run", history=rows, curve=[], seconds=np.cumsum([0, *seconds]).tolist())
+    seconds = np.cumsum([0, *seconds]).tolist()
+    return compare.SimpleNamespace(folder="run", history=rows, curve=[], seconds=seconds, values={})
 
 
 def test_lines_are_means_and_bands_reach_from_the_lowest_to_the_highest():
@@ -119,7 +120,7 @@ def test_the_reports_within_epochs_are_plotted(runs, monkeypatch):
     monkeypatch.setattr(compare.plots, "save_figure", lambda figure, path: plotted.update({path: figure}))
     compare.main(["tanh-0", "tanh-1"])
     (figure,) = plotted.values()
-    assert "tanh (2 seeds): test accuracy" in figure.legends[0].get_texts()[0].get_text()
+    assert "tanh-0 and 1 more: test accuracy" in figure.legends[0].get_texts()[0].get_text()
     loss = figure.axes[0]
     assert loss.get_ylabel() == "loss"
     assert len(loss.lines[0].get_xdata()) > 2
@@ -128,9 +129,9 @@ def test_the_reports_within_epochs_are_plotted(runs, monkeypatch):
 
 
 def test_different_losses_do_not_share_an_axis(runs, monkeypatch):
-    config = json.loads((runs / "tanh-1" / "config.json").read_text())
-    config["options"]["loss"] = "mse"
-    (runs / "tanh-1" / "config.json").write_text(json.dumps(config))
+    checkpoint = load("tanh-1/checkpoint.pt")
+    checkpoint["options"]["loss"] = "mse"
+    save_sealed(checkpoint, runs / "tanh-1" / "checkpoint.pt")
     figures = []
     monkeypatch.setattr(compare.plots, "save_figure", lambda figure, path: figures.append(figure))
     compare.main(["tanh-0", "tanh-1"])

@@ -76,9 +76,9 @@ def test_without_record_the_recorded_value_is_printed_and_kept(args, in_this_pro
 
 @pytest.mark.slow
 def test_a_command_of_ones_own_runs_over_seeds_and_resumes(args, tmp_path, monkeypatch, capfd):
-    words = ["--seeds", "2", "--jobs", "2", "--output-dir", str(tmp_path), "--command", OWN]
+    words = ["--seeds", "2", "--jobs", "2", "--output-dir", str(tmp_path / "runs"), "--command", OWN]
     reproduce.main(words)
-    folders = sorted(tmp_path.iterdir())  # no results.json
+    folders = sorted((tmp_path / "runs").iterdir())
     assert [re.sub("-[0-9a-f]{8}-", "-", folder.name) for folder in folders] == [
         f"classifier-dataset-digits-model-mlp-epochs-1-lr-1e-3-{seed}" for seed in (0, 1)
     ]
