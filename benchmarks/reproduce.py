@@ -170,7 +170,8 @@ def quick(args: Namespace) -> bool:
             band.update(low=min(values) - spread, high=max(values) + spread)
         good &= band["low"] <= values[0] <= band["high"]
         print(f"{name}: {band['metric']} {values[0]:.4f}, band {band['low']:.4f} to {band['high']:.4f}")
-    BANDS.write_text(json.dumps(bands, indent=2) + "\n")
+    if args.record:
+        BANDS.write_text(json.dumps(bands, indent=2) + "\n")
     return good
 
 
