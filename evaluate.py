@@ -169,7 +169,8 @@ def write_samples(network: Any, args: argparse.Namespace, folder: Path) -> None:
     names = network.options["classes"]
     images, labels, z = sample_images(network, spread(args.samples, args.digit or range(len(names))), args.seed)
     arrays: dict[str, Any] = {"images": images[:, 0], "z": z, "labels": labels}
-    asked = "-".join(re.sub(r"[^\w.]", "_", names[digit]) for digit in args.digit or [])
+    plain = all(re.fullmatch(r"[\w.]+", name) for name in names)  # else two requests could have one file name
+    asked = "-".join(names[digit] if plain else str(digit) for digit in args.digit or [])
     suffix = f"-digit{asked}" * bool(asked) + f"-seed{args.seed}"
     packed, name = io.BytesIO(), f"samples-{args.samples}{suffix}"
     np.savez_compressed(packed, **{key: array.numpy() for key, array in arrays.items() if array is not None})

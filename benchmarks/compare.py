@@ -24,7 +24,7 @@ from matplotlib.ticker import MaxNLocator
 
 from engine import flags, plots
 from engine.checkpoint import load_checkpoint, load_result
-from engine.errors import UserError, run_script
+from engine.errors import UserError, command, run_script
 from engine.folder import read_config
 from engine.table import Table
 
@@ -57,12 +57,17 @@ def read_run(folder: Path) -> SimpleNamespace:
 
 
 def read_measures(folder: Path) -> dict[str, float]:
-    """What evaluate.py measured; {} if it has not, or if the run's result has changed since."""
+    """What evaluate.py measured; {} if it has not, or if the run's result has changed since. Raises UserError."""
     path = folder / "evaluation" / "metrics.json"
-    measures = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-    if not measures or measures["epochs"] != load_result(folder)["epoch"]:
+    if not path.is_file():
         return {}
-    return {name: measures[name] for name in MEASURES if name in measures}
+    try:
+        read = json.loads(path.read_text("utf-8"))
+        epochs, measures = read["epochs"], {name: float(read[name]) for name in MEASURES if name in read}
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        remedy = f"write it again: {command('evaluate.py', folder)}"
+        raise UserError(f"{path} is not as evaluate.py wrote it; {remedy}") from error
+    return measures if epochs == load_result(folder)["epoch"] else {}
 
 
 def read_settings(patterns: list[str]) -> list[Setting]:

@@ -154,6 +154,14 @@ def test_a_metric_that_not_every_seed_has_leaves_its_cell_empty(runs, capsys):
         compare.main(["tanh-0", "tanh-1"])
 
 
+@pytest.mark.parametrize("content", ["", "null", "[]", '{"epochs": 2, "fid": "x"}', "[" * 100_000])
+def test_a_metrics_json_that_evaluate_did_not_write_is_one_line_that_names_it(runs, content):
+    (runs / "tanh-0" / "evaluation").mkdir(exist_ok=True)
+    (runs / "tanh-0" / "evaluation" / "metrics.json").write_text(content)
+    with pytest.raises(UserError, match=r"tanh-0.*metrics\.json.*evaluate\.py tanh-0"):
+        compare.main(["tanh-0"])
+
+
 def test_what_is_no_run_or_has_no_epoch_is_one_line(runs):
     (runs / "empty").mkdir()
     save_sealed({**load("relu-0/checkpoint.pt"), "history": []}, runs / "begun" / "checkpoint.pt")
