@@ -11,6 +11,9 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell has it in th
 import pytest
 import torch
 
+import datasets
+from datasets import Batches
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -24,6 +27,9 @@ def data_dir():
 
 
 @pytest.fixture(autouse=True)
-def seed():
-    """Each test draws the same random numbers, whichever tests ran before it."""
+def alone(tmp_path, monkeypatch):
+    """Each test stands in an empty folder and draws the same random numbers, whichever tests ran before it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Batches, "rows", Batches.rows)  # which helpers.act_at replaces
+    monkeypatch.setattr(datasets, "load_digits", datasets.load_digits)  # which helpers.few_digits replaces
     torch.manual_seed(0)

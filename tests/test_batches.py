@@ -4,11 +4,8 @@ import math
 
 import pytest
 import torch
-from helpers import DIGITS, tensors, train
-from helpers import load as load_checkpoint
 
 from datasets import Batches, binarise, distort, load
-from engine.errors import DataError
 
 # Batches --------------------------------------------------------------------------------------------------------------
 
@@ -74,20 +71,6 @@ def test_pixel_means_are_those_of_all_images():
     images = torch.randint(0, 256, (300, 1, 3, 3), dtype=torch.uint8)
     means = Batches(images, torch.arange(300), 7, "cpu").pixel_means()
     torch.testing.assert_close(means, images.float().mean(0) / 255)
-
-
-@pytest.mark.parametrize(
-    ("images", "labels", "words"),
-    [
-        (torch.rand(4, 1, 28, 28), torch.arange(4), r"must be uint8 .* not torch.float32; convert them"),
-        (torch.zeros(4, 28, 28, dtype=torch.uint8), torch.arange(4), r"\[4, 28, 28\]"),
-        (torch.zeros(4, 1, 28, 28, dtype=torch.uint8), torch.arange(5), r"\[5\]"),
-        (torch.zeros(4, 1, 28, 28, dtype=torch.uint8), torch.zeros(4), r"labels must be whole numbers"),
-    ],
-)
-def test_other_images_and_labels_are_an_error(images, labels, words):
-    with pytest.raises(DataError, match=words):
-        Batches(images, labels, 2, "cpu")
 
 
 # Binarised images -----------------------------------------------------------------------------------------------------
@@ -196,14 +179,3 @@ def test_each_image_is_distorted_in_its_own_way_by_torchs_seed():
         results.append(distort(images))
     assert torch.equal(results[0], results[1])
     assert torch.pdist(torch.cat(results[1:]).flatten(1)).min() > 100
-
-
-def test_augment_and_elastic_change_what_the_network_learns(tmp_path):
-    """The MLP of the lecture has no dropout: only other images give it other weights."""
-    found = []
-    for number, flags in enumerate([[], ["--augment"], ["--augment", "--elastic", 2]]):
-        folder = tmp_path / str(number)
-        train(*DIGITS, "--model", "mlp", "--recipe", "lecture", *flags, "--dry-run", "--output-dir", folder)
-        state = load_checkpoint(folder / "checkpoint.pt")["state"]["model"]
-        found.append(torch.cat([tensor.flatten() for _, tensor in tensors(state)]))
-    assert torch.pdist(torch.stack(found)).min() > 0.01

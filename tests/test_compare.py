@@ -30,10 +30,9 @@ def trained(tmp_path_factory):
 
 
 @pytest.fixture
-def runs(trained, tmp_path, monkeypatch):
+def runs(trained, tmp_path):
     """A copy of them in the current folder, which a test may change."""
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
     return tmp_path
 
 

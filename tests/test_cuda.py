@@ -34,11 +34,6 @@ SCRIPTS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def in_tmp_path(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
 @pytest.fixture
 def replays(monkeypatch):
     """Counts the replays of graphs, so that no test compares eager steps with eager steps."""
@@ -98,7 +93,7 @@ def test_every_replay_draws_new_noise(tmp_path, replays):
     assert len(set(drawn.tolist())) == 24
 
 
-def test_what_only_capture_notices_names_its_cause(tmp_path):
+def test_what_only_capture_notices_names_its_cause():
     position = Position().cuda()
 
     def waiting(rows):

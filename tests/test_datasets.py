@@ -139,16 +139,14 @@ LAYOUTS = {  # where people have the files, and how they are called there
 
 @pytest.mark.usefixtures("tiny")
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-@pytest.mark.parametrize("home", [False, True])
-def test_files_are_found_as_people_have_them(tmp_path, layout, home, monkeypatch):
+def test_files_are_found_as_people_have_them(tmp_path, layout, monkeypatch):
     for name in FILES:
         path = tmp_path / layout(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes((TINY_GZ if path.suffix == ".gz" else TINY)[name])
-    monkeypatch.setenv("HOME", str(tmp_path.parent))
-    monkeypatch.setenv("USERPROFILE", str(tmp_path.parent))
-    root = f"~/{tmp_path.name}" if home else tmp_path
-    assert [len(load("mnist", root, train)[0]) for train in (True, False)] == [5, 3]
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(tmp_path))
+    assert [len(load("mnist", root, train)[0]) for root, train in ((tmp_path, True), ("~", False))] == [5, 3]
 
 
 @pytest.mark.usefixtures("tiny")
@@ -271,11 +269,7 @@ def test_downloads_go_over_https_and_are_pinned():
 
 @pytest.mark.parametrize(
     ("how", "reason"),
-    [
-        ("altered", "SHA-256 differs); try again later"),
-        ("broken", "could not be downloaded"),
-        ("silent", "timed out"),
-    ],
+    [("altered", "SHA-256 differs); try again later"), ("broken", "not be downloaded"), ("silent", "timed out")],
 )
 def test_a_failed_download_leaves_only_verified_files(tmp_path, serve, monkeypatch, how, reason):
     serve(how)

@@ -14,6 +14,7 @@ import urllib.parse
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import ROOT
@@ -66,14 +67,9 @@ def page(process):
 
 def image_in(page, name):
     """The pixels of an image of the page, [28, 28] from 0 to 1, once it is there."""
-    from io import BytesIO
-
-    import numpy as np
-    from PIL import Image
-
     source = page.locator(f"#{name} img").get_attribute("src", timeout=60_000)
     content = page.request.get(source).body()
-    return torch.from_numpy(np.asarray(Image.open(BytesIO(content)).convert("L")).copy())[4::8, 4::8] / 255
+    return torch.from_numpy(np.array(Image.open(io.BytesIO(content)).convert("L")))[4::8, 4::8] / 255
 
 
 def drawing_of(page):
@@ -85,7 +81,7 @@ def drawing_of(page):
     pytest.fail("the page has sent no drawing")
 
 
-def test_a_digit_drawn_with_the_mouse_is_classified_as_by_evaluate(page, tmp_path, capsys, monkeypatch):
+def test_a_digit_drawn_with_the_mouse_is_classified_as_by_evaluate(page, capsys):
     box = page.locator("#canvas canvas").first.bounding_box()
     left, top = (box[start] + (box[size] - demo.CANVAS) / 2 for start, size in (("x", "width"), ("y", "height")))
     page.locator("#canvas [aria-label=Brush].selected, #canvas [aria-label=Brush]").first.wait_for()
@@ -101,7 +97,6 @@ def test_a_digit_drawn_with_the_mouse_is_classified_as_by_evaluate(page, tmp_pat
     if "SCREENSHOT" in os.environ:  # for assets/demo.png
         page.screenshot(path=os.environ["SCREENSHOT"], full_page=True)
 
-    monkeypatch.chdir(tmp_path)
     evaluate.main([str(ROOT / "weights" / "cnn.pt"), "--image", drawing_of(page)])
     line = capsys.readouterr().out.splitlines()[1]
     assert [float(value) / 100 for value in re.findall(r"([\d.]+)%", line)] == pytest.approx(shown, abs=1e-4)

@@ -8,16 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from helpers import SHAPES, draw_shapes, load, save_sealed
-from PIL import Image, ImageDraw
+from helpers import SHAPES, assert_one_line, draw_shapes, load, save_sealed
+from PIL import Image
 
 import evaluate
 import train_cgan
 import train_classifier
 import train_gan
 import train_likelihood
-from datasets import class_names, hold_out, read_image, short_name
+from datasets import class_names, hold_out, short_name
 from datasets import load as load_data
 from datasets.folder import list_images
 from engine.errors import DataError
@@ -27,18 +26,16 @@ CPU = ["--device", "cpu", "--model", "mlp"]
 
 
 @pytest.fixture
-def few(tmp_path, monkeypatch):
+def few(tmp_path):
     """In the working directory, `few`: 20 images of each of three classes to train on, and 8 to test with."""
-    monkeypatch.chdir(tmp_path)
     return draw_shapes(tmp_path / "few", {"train": 20, "test": 8})
 
 
 # Training and evaluating ----------------------------------------------------------------------------------------------
 
 
-def test_a_network_learns_three_shapes_and_the_report_names_them(tmp_path, monkeypatch, capsys):
+def test_a_network_learns_three_shapes_and_the_report_names_them(tmp_path, capsys):
     shapes = draw_shapes(tmp_path / "shapes", {"train": 100, "test": 20})
-    monkeypatch.chdir(tmp_path)
     train_classifier.main(["--dataset", str(shapes), *CPU, "--epochs", "12", "--batch-size", "20", "--lr", "1e-3"])
     assert f"{shapes}: 300 training images of 3 classes, each scaled to 28x28 grey pixels" in capsys.readouterr().out
     evaluate.main(["runs/mlp-shapes", "--device", "cpu"])
@@ -98,21 +95,9 @@ def test_the_other_scripts_take_a_folder_too(few, script, name):
 
 
 def test_the_names_of_the_built_in_classes():
-    assert class_names("digits", "") == class_names("mnist", "") == list("0123456789")
-    assert class_names("fashion-mnist", "")[9] == "Ankle boot"
-    assert class_names("kmnist", "")[0] == "o"
-    assert {len(class_names(name, "")) for name in ("digits", "mnist", "fashion-mnist", "kmnist")} == {10}
-
-
-def test_the_home_folder_may_be_written_as_a_tilde(few, monkeypatch):
-    for name in ("HOME", "USERPROFILE"):
-        monkeypatch.setenv(name, str(few.parent))
-    monkeypatch.chdir("/")
-    assert class_names("~/few", "") == class_names("few", "~") == SHAPES
-    assert len(load_data("~/few", "", True)[0]) == 60
-    assert short_name("~/few") == "few"
-    args = evaluate.get_args_parser().parse_args(["~/a", "--data-dir=~/b", "--image=~/c"])
-    assert [args.run, args.data_dir, *args.image] == [str(few.parent / name) for name in "abc"]
+    names = [class_names(name, "") for name in ("digits", "mnist", "fashion-mnist", "kmnist")]
+    assert names[:2] == [list("0123456789")] * 2
+    assert (names[2][9], names[3][0], len(names[2]), len(names[3])) == ("Ankle boot", "o", 10, 10)
 
 
 def test_a_folder_is_named_by_its_own_name_in_runs(tmp_path, monkeypatch):
@@ -209,79 +194,11 @@ def test_every_format_is_read_or_its_ending_is_named_and_counted(few, capsys):
         count(few)
 
 
-def test_a_folder_with_the_name_of_a_dataset_gives_way_to_it(few, monkeypatch):
+def test_a_folder_with_the_name_of_a_dataset_gives_way_to_it(few):
     few.rename("digits")
     assert len(load_data("digits", "", True)[0]) == 1437
     assert class_names("digits", "") == list("0123456789")
     assert len(load_data("./digits", "", True)[0]) == 60
-
-
-# The images -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def seen(tmp_path):
-    """seen(image, ...): the pixels [28, 28] that a network sees of it, after it was saved."""
-
-    def save_and_read(image, name="a.png", **options):
-        image.save(tmp_path / name, **options)
-        pixels = read_image(tmp_path / name)
-        assert pixels.shape == (1, 1, 28, 28)
-        assert pixels.dtype == torch.uint8
-        return pixels[0, 0].float()
-
-    return save_and_read
-
-
-def test_an_image_of_28x28_grey_pixels_stays_as_it_is(seen):
-    array = np.random.default_rng(0).integers(0, 256, (28, 28), np.uint8)
-    assert (seen(Image.fromarray(array)).numpy() == array).all()
-
-
-def left_half(mode):
-    """An image that is dark on the left and light on the right, 50 and 200, in a mode of Pillow's."""
-    array = np.full((60, 60), 50, np.uint8)
-    array[:, 30:] = 200
-    if mode == "I;16":
-        return Image.fromarray(array.astype(np.uint16) * 40)
-    return Image.fromarray(array).convert("RGB").convert(mode)
-
-
-@pytest.mark.parametrize(
-    ("mode", "format"),
-    [("L", "png"), ("RGB", "jpg"), ("CMYK", "jpg"), ("P", "png"), ("RGBA", "webp"), ("LA", "png"), ("I;16", "png"),
-     ("RGB", "bmp"), ("L", "pgm"), ("RGB", "tif")],
-)  # fmt: skip
-def test_every_mode_and_format_becomes_grey(seen, mode, format):
-    pixels = seen(left_half(mode), f"a.{format}")
-    left, right = (0, 255) if mode == "I;16" else (50, 200)
-    assert pixels[:, :12].mean() == pytest.approx(left, abs=4)
-    assert pixels[:, 16:].mean() == pytest.approx(right, abs=4)
-
-
-def test_the_aspect_ratio_stays_and_margins_continue_the_border(seen):
-    assert (seen(Image.new("L", (3000, 1), 77)) == 77).all()
-    image = Image.new("RGB", (200, 100), (90, 90, 90))
-    ImageDraw.Draw(image).rectangle([60, 10, 139, 89], fill=(250, 250, 250))
-    pixels = seen(image)
-    assert (pixels[[*range(7), *range(-7, 0)]] == 90).all()
-    bright = pixels > 170
-    assert bright.any(0).sum() == bright.any(1).sum()  # a square is still one
-
-
-def test_a_camera_that_was_held_upright_is_heeded(seen):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees clockwise: left becomes top
-    pixels = seen(left_half("RGB"), "a.jpg", exif=exif)
-    assert pixels[:12].mean() < 60 < 190 < pixels[16:].mean()
-
-
-@pytest.mark.parametrize(("ink", "paper"), [(20, 255), (235, 0)])
-def test_what_is_drawn_on_transparency_stays_visible(seen, ink, paper):
-    image = Image.new("RGBA", (40, 40), (127, 127, 127, 0))
-    ImageDraw.Draw(image).rectangle([10, 10, 29, 29], fill=(ink, ink, ink, 255))
-    pixels = seen(image)
-    assert (pixels[0, 0], pixels[14, 14]) == (paper, ink)
 
 
 # What can be wrong ----------------------------------------------------------------------------------------------------
@@ -303,13 +220,10 @@ def cut_off(*names):
     return cut
 
 
-def not_finite(value):
-    def write(few):
-        pixels = np.zeros((9, 9), np.float32)
-        pixels[3, 3] = value
-        Image.fromarray(pixels).save(few / "train" / "circle" / "1.tif")
-
-    return write
+def not_finite(few):
+    pixels = np.zeros((9, 9), np.float32)
+    pixels[3, 3:5] = np.nan, np.inf
+    Image.fromarray(pixels).save(few / "train" / "circle" / "1.tif")
 
 
 def deny(few):
@@ -337,8 +251,7 @@ def deny(few):
         (cut_off("train/circle/3.png"), ["few/train/circle/3.png cannot be read", "remove"]),
         (cut_off("train/circle/3.png", "train/square/5.png", "train/square/7.png"),
          ["3 of 60 images cannot be read, such as", "circle/3.png", "square/5.png", "square/7.png"]),
-        (not_finite(np.nan), ["1.tif cannot be read as an image (not all of its pixels are finite)"]),
-        (not_finite(np.inf), ["1.tif cannot be read as an image (not all of its pixels are finite)"]),
+        (not_finite, ["1.tif cannot be read as an image (not all of its pixels are finite)"]),
         (deny, ["few/train/circle cannot be read (Permission denied); allow reading it"]),
         (lambda few: (few / "train" / "circle" / "a.png").symlink_to("nowhere"), ["circle/a.png is not a file"]),
         (lambda few: (few / "train" / "circle" / "3.png").write_bytes(POSTSCRIPT), ["circle/3.png", "cannot identify"]),
@@ -349,10 +262,7 @@ def test_a_folder_that_cannot_be_trained_on_is_one_line(few, spoil, parts, monke
     spoil(few)
     with pytest.raises(DataError) as caught:
         train_classifier.main(["--dataset", "few", *CPU])
-    message = str(caught.value)
-    assert len(message.splitlines()) == 1
-    for part in parts:
-        assert part in message
+    assert_one_line(f"{caught.value}\n", *parts)
     assert not (few.parent / "runs").exists()
 
 
@@ -372,21 +282,16 @@ def begun(few):
     return few
 
 
-def resume(*flags):
-    train_classifier.main(["--resume", "runs/mlp-few", "--epochs", "2", *flags])
+def resume():
+    train_classifier.main(["--resume", "runs/mlp-few", "--epochs", "2"])
 
 
-def evaluate_it(*flags):
-    evaluate.main(["runs/mlp-few", *flags])
-
-
-def test_changed_classes_are_one_line(begun):
+@pytest.mark.parametrize("call", [resume, lambda: evaluate.main(["runs/mlp-few"])], ids=["resume", "evaluate"])
+def test_changed_classes_are_one_line(begun, call):
     for part in ("train", "test"):
         (begun / part / "square").rename(begun / part / "star")
-    for call in (resume, evaluate_it):
-        with pytest.raises(DataError, match=r"few has other classes .*missing: square; new: star.*new run") as caught:
-            call()
-        assert len(str(caught.value).splitlines()) == 1
+    with pytest.raises(DataError, match=r"^few has other classes .*missing: square; new: star.*new run.*$"):
+        call()
 
 
 def add(few):
@@ -403,28 +308,20 @@ def repaint(few):
     Image.new("L", (28, 28)).save(few / "train" / "circle" / "3.png")
 
 
-@pytest.mark.parametrize("change", [add, relabel, repaint])
-def test_other_training_images_are_noticed_by_resuming_and_by_evaluating(begun, change, monkeypatch, capsys):
+def test_other_training_images_are_noticed_by_evaluating(few, monkeypatch, capsys):
     train_gan.main(["--dataset", "few", "--device", "cpu", "--dry-run", "--output-dir", "runs/gan-few"])
-    change(begun)
-    with pytest.raises(DataError, match=r"^few has other training images than runs/mlp-few was .*--start-from runs/"):
-        resume()
+    repaint(few)
     monkeypatch.setattr(evaluate, "SAMPLES", 100)
     evaluate.main(["runs/gan-few"])
     assert "warning: few has other training images than runs/gan-few was trained on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", [add, relabel, repaint])
+def test_other_training_images_are_noticed_by_resuming(begun, change):
+    change(begun)
+    with pytest.raises(DataError, match=r"^few has other training images than runs/mlp-few was .*--start-from runs/"):
+        resume()
     checkpoint = load("runs/mlp-few/checkpoint.pt")
     del checkpoint["options"]["dataset_digest"]  # as older runs
     save_sealed(checkpoint, begun.parent / "runs" / "mlp-few" / "checkpoint.pt")
     resume()
-
-
-@pytest.mark.slow
-def test_a_folder_that_was_moved_is_found_in_the_data_dir(begun):
-    (begun.parent / "moved").mkdir()
-    begun.rename(begun.parent / "moved" / "few")
-    for call in (evaluate_it, resume):
-        with pytest.raises(DataError, match=r"no dataset few.* data;.*") as caught:
-            call()
-        assert len(str(caught.value).splitlines()) == 1
-        call("--data-dir", "moved")
-    assert load("runs/mlp-few/checkpoint.pt")["epoch"] == 2

@@ -2,15 +2,14 @@
 
 import ctypes
 import shutil
+import subprocess
 import sys
 
 import pytest
 import torch
-from helpers import DIGITS, PROCESSES, act_at, assert_one_line, run, train
+from helpers import DIGITS, ROOT, act_at, assert_one_line, run, train
 
-from datasets import Batches
 from engine.errors import UserError
-from models.vae import VAE
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits a process as Linux does")
 
@@ -55,8 +54,7 @@ def test_no_right_to_make_a_folder_is_one_line(tmp_path):
     assert_one_line(errors, "cannot be created (Permission denied)", "allow writing", "run")
 
 
-def test_a_folder_that_vanishes_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(Batches, "rows", Batches.rows)  # restored at the end
+def test_a_folder_that_vanishes_is_named(tmp_path):
     act_at((1, 0), lambda: shutil.rmtree(tmp_path / "run"))
     with pytest.raises(UserError, match=r"run/metrics\.csv could not be written \(No such file or directory\)"):
         train(*FLAGS, "--epochs", 2, "--output-dir", tmp_path / "run")
@@ -97,15 +95,12 @@ def test_the_last_checkpoint_stays_and_can_be_resumed_once_the_reason_is_gone(be
     assert (begun / "metrics.csv").read_bytes() == (begun.parent / "whole" / "metrics.csv").read_bytes()
 
 
-def score_with_little_memory(block):
-    leave_memory()
-    images = torch.zeros(10, 1, 28, 28)
-    VAE(hidden=20, latent=5).log_likelihood(images, block=block)
-
-
-@pytest.mark.parametrize(("block", "code"), [(1000, 0), (10**6, 1)])
-def test_the_bound_of_five_thousand_samples_is_computed_in_blocks(block, code):
-    process = PROCESSES.Process(target=score_with_little_memory, args=(block,))
-    process.start()
-    process.join(60)
-    assert process.exitcode == code
+@pytest.mark.slow
+@pytest.mark.parametrize(  # damage: two checkpoints and two files of MNIST, cut short or changed
+    ("what", "count", "trials"), [("kills", 8, 8), ("signals", 4, 4), ("damage", 8, 32)]
+)
+def test_a_run_survives(what, count, trials, data_dir, tmp_path):
+    """The short forms of benchmarks/reliability.py."""
+    script = [sys.executable, str(ROOT / "benchmarks" / "reliability.py"), what, "--count", str(count)]
+    done = subprocess.run([*script, "--data-dir", data_dir], cwd=tmp_path, capture_output=True, text=True, timeout=900)
+    assert (done.returncode, done.stdout) == (0, f"{what},{trials},{trials}\n"), done.stdout + done.stderr

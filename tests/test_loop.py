@@ -9,7 +9,7 @@ import signal
 import pytest
 import torch
 from helpers import load
-from PIL import Image
+from PIL import Image, ImageSequence
 
 import utils
 from datasets import Batches
@@ -78,26 +78,13 @@ def test_best_pt_is_the_best_epoch_and_the_run_ends_when_it_should_stop(tmp_path
 
 def test_every_schedule_and_every_ema_in_the_state_is_updated_once_a_step(tmp_path):
     network = torch.nn.Linear(1, 1)
-    optimizer = torch.optim.SGD(network.parameters(), lr=1.0)
-    schedule = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1000)
-    optimizer.step()  # before the schedule's, as torch asks
-    state = {"network": network, "ema": EMA(network, decay=0.9), "slow": EMA(network, decay=0.99)}
-    expected = {name: network.weight.detach().clone() for name in ("ema", "slow")}
-    run = start(tmp_path / "run", {**state, "schedule": schedule})
-
-    def train_step(images, labels):
-        torch.nn.init.normal_(network.weight)
-        steps = 5 * run.epoch + run.batch
-        for name in expected:
-            decay = min(state[name].decay, (1 + steps) / (10 + steps))
-            expected[name] = decay * expected[name] + (1 - decay) * network.weight.detach()
-        return {}
-
-    utils.train(run, train_step, ten_images(batch_size=2))
-    assert schedule.last_epoch == 10
-    for name in expected:
-        assert state[name].updates == 10
-        torch.testing.assert_close(state[name].model.weight, expected[name])
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    schedules = [torch.optim.lr_scheduler.StepLR(optimizer, step_size=1000) for _ in range(2)]
+    emas = [EMA(network, decay) for decay in (0.9, 0.99)]
+    state = {"network": network, "optimizer": optimizer, "a": emas[0], "b": emas[1], "c": schedules[0]}
+    run = start(tmp_path / "run", {**state, "d": schedules[1]})
+    utils.train(run, fit(network, optimizer), ten_images(batch_size=2))
+    assert [schedule.last_epoch for schedule in schedules] == [ema.updates for ema in emas] == [10, 10]
 
 
 @pytest.mark.parametrize(
@@ -184,11 +171,6 @@ def test_sums_keep_growing_in_bfloat16(tmp_path):
     assert run.history[0]["one"] == 1
 
 
-def test_a_metric_with_more_than_one_value_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"train_step returns label with shape \[2\]; return its mean"):
-        utils.train(start(tmp_path / "run", {}), lambda images, labels: {"label": labels}, ten_images(batch_size=2))
-
-
 def test_a_stopped_run_leaves_its_plots_and_resumes_even_with_other_metrics(tmp_path):
     """The run is stopped after 3 of 5 batches of the second epoch."""
     folder = tmp_path / "run"
@@ -232,21 +214,13 @@ def test_rank_0_continues_with_all_sums_when_several_ranks_become_one():
 # The mode of the network, the clock, signals, and the files -----------------------------------------------------------
 
 
-def test_training_goes_on_in_train_mode_after_a_validation_in_eval_mode(tmp_path):
-    network = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Dropout())
-    network[0].eval()  # as a user may hold a layer's statistics fixed
-    modes = []
-
-    def train_step(images, labels):
-        modes.append((network.training, network[0].training))
-        return {}
-
-    def validate():
-        modes.append((network.training, network[0].training))
-        return {}
-
-    utils.train(start(tmp_path / "run", {"network": network}), train_step, ten_images(batch_size=10), validate)
-    assert modes == [(True, False), (False, False)] * 2
+@pytest.mark.parametrize("mode", [True, False])
+def test_a_network_is_evaluated_in_eval_mode_and_has_its_own_mode_afterwards(mode):
+    network = torch.nn.Dropout().train(mode)
+    with utils.evaluating(network):
+        assert not network.training
+        assert not torch.is_grad_enabled()
+    assert network.training == mode
 
 
 def test_the_loop_saves_every_so_many_seconds_since_the_last_save(tmp_path, monkeypatch):
@@ -308,17 +282,14 @@ def test_a_grid_shows_pixels_as_they_are_row_by_row(tmp_path):
     assert [image.getpixel(place) for place in places] == [0, 64, 128, 191, 128, 0]
 
 
-def test_the_gif_goes_through_the_epochs_and_ends_with_the_last(tmp_path):
-    for epoch in range(1, 8):
-        image = torch.full((1, 1, 28, 28), epoch / 10)
-        plots.save_grid(image, tmp_path / "samples" / f"epoch-{epoch:04d}.png", columns=1)
-    plots.save_gif(tmp_path, most=4)
-    with Image.open(tmp_path / "samples.gif") as gif:
-        shown = []
-        for frame in range(gif.n_frames):
-            gif.seek(frame)
-            shown.append(round(gif.convert("L").getpixel((0, 0)) / 25.5))
-    assert shown == [1, 3, 5, 7]
+@pytest.mark.parametrize(("first", "last", "shown"), [(1, 94, [*range(1, 95, 3)]), (9998, 10_000, [1, 2, 3])])
+def test_the_gif_shows_evenly_spaced_epochs_in_their_order_up_to_the_last(tmp_path, first, last, shown):
+    (tmp_path / "samples").mkdir()
+    for epoch in range(first, last + 1):
+        Image.new("L", (8, 8), epoch - first + 1).save(tmp_path / "samples" / f"epoch-{epoch:04d}.png")
+    plots.save_gif(tmp_path)
+    frames = ImageSequence.Iterator(Image.open(tmp_path / "samples.gif"))
+    assert [frame.convert("L").getpixel((0, 0)) for frame in frames] == shown
 
 
 def test_images_from_a_file_are_read_outside_the_captured_step(tmp_path, monkeypatch):

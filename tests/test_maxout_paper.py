@@ -16,9 +16,8 @@ def second(*flags):
 
 
 @pytest.fixture
-def first(tmp_path, monkeypatch):
+def first(tmp_path):
     """The run folder of a first stage of one epoch: 1,300 images in 13 steps."""
-    monkeypatch.chdir(tmp_path)
     train(*DIGITS, "--recipe", "paper", "--epochs", 1, "--output-dir", "first")
     return tmp_path / "first"
 

@@ -1,4 +1,4 @@
-"""models/: the lecture's networks, the paper's Maxout, and the registries."""
+"""models/: the lecture's networks and arithmetic, the paper's Maxout, and the registries."""
 
 import math
 
@@ -6,7 +6,11 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from helpers import DIGITS
 
+import train_classifier
+from datasets import Batches
+from engine.flags import parse_args
 from models import ACTIVATIONS, CLASSIFIERS, build, build_network
 from models.cnn import CNN, conv_output_size
 from models.maxout import Maxout, MaxoutMLP, limit_column_norms, linear_layers
@@ -52,14 +56,8 @@ LECTURE = {"mlp": LectureMLP, "cnn": LectureCNN}
 
 def options_of(model, **options):
     """The options of a classifier's run."""
-    return {
-        "kind": "classifier",
-        "model": model,
-        "activation": None,
-        "batch_norm": False,
-        "classes": "0123456789",
-        **options,
-    }
+    defaults = {"activation": None, "batch_norm": False, "classes": "0123456789"}
+    return {"kind": "classifier", "model": model, **defaults, **options}
 
 
 @pytest.mark.parametrize(("model", "count"), [(MLP, 242_762), (CNN, 410_634)])
@@ -92,6 +90,48 @@ def test_the_residual_network_is_its_definition():
         y = F.batch_norm(y, mean, variance, scale, shift).relu()
         x = y if stride == 2 else x + y
     torch.testing.assert_close(network(images), x.mean((2, 3)) @ parts[-2].T + parts[-1])
+
+
+# One step of train_classifier.py, by hand -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def step():
+    """The MLP, its train_step with plain SGD at rate rho = 0.1, and one batch."""
+    flags = [*DIGITS, "--model", "mlp", "--optimizer", "sgd", "--lr", "0.1"]
+    args = parse_args(train_classifier.get_args_parser(), train_classifier.RECIPES, argv=flags)
+    batches = Batches(torch.zeros(4, 1, 28, 28, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64), 4, "cpu")
+    _, train_step, model = train_classifier.build(args, torch.device("cpu"), batches)
+    images, labels = torch.rand(4, 1, 28, 28) * 2 - 1, torch.tensor([3, 1, 4, 1])
+    return model, train_step, images, labels
+
+
+def test_forward_pass_loss_backward_pass_and_update_are_the_slides(step):
+    model, train_step, images, labels = step
+    w = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    # Forward pass: each layer's output is relu(W x + b); L = -sum_k t_k log Z_k with Z = softmax.
+    h1 = (images.flatten(1) @ w["linear1.weight"].T + w["linear1.bias"]).clamp(min=0)
+    h2 = (h1 @ w["linear2.weight"].T + w["linear2.bias"]).clamp(min=0)
+    h3 = (h2 @ w["linear3.weight"].T + w["linear3.bias"]).clamp(min=0)
+    y = h3 @ w["linear4.weight"].T + w["linear4.bias"]
+    z = y.exp() / y.exp().sum(1, keepdim=True)
+    t = torch.eye(10)[labels]
+    loss = -(t * z.log()).sum(1).mean()
+
+    # Backward pass: dL/dW = dL/dY dY/dW. For softmax and cross-entropy dL/dY = (Z - t) / N, and dY/dW is the input.
+    dy4 = (z - t) / len(images)
+    dy3 = (dy4 @ w["linear4.weight"]) * (h3 > 0)
+
+    metrics = train_step(images, labels)
+    torch.testing.assert_close(metrics["loss"], loss)
+    torch.testing.assert_close(model.linear4.weight.grad, dy4.T @ h3)
+    torch.testing.assert_close(model.linear3.weight.grad, dy3.T @ h2)
+    torch.testing.assert_close(model.linear3.bias.grad, dy3.sum(0))
+
+    # Update: W = W - rho dL/dW.
+    for name in ("linear3.weight", "linear4.weight", "linear4.bias"):
+        torch.testing.assert_close(model.state_dict()[name], w[name] - 0.1 * model.get_parameter(name).grad)
 
 
 # Convolution ----------------------------------------------------------------------------------------------------------
@@ -140,8 +180,7 @@ def test_batch_norm_is_three_layers_between_layer_and_activation(model):
 @pytest.mark.parametrize("name", CLASSIFIERS)
 def test_every_classifier_gives_a_logit_for_each_class_and_takes_each_image_alone(name):
     network, images = build_network(options_of(name, classes="abc")), torch.randn(7, 1, 28, 28)
-    assert network.train()(images).shape == (7, 3)
-    assert network.eval()(images).shape == (7, 3)
+    assert network.train()(images).shape == network.eval()(images).shape == (7, 3)
     torch.testing.assert_close(network(images[2:3]), network(images)[2:3], rtol=1e-4, atol=1e-5)
 
 

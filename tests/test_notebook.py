@@ -110,8 +110,7 @@ def test_errors_and_stops_are_shown_as_their_message():
     assert Stopped(2, "stopped and saved")._render_traceback_() == ["Stopped: stopped and saved"]
 
 
-def test_training_works_in_a_thread_and_returns_its_folder_and_last_metrics(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_training_works_in_a_thread_and_returns_its_folder_and_last_metrics():
     results = []
     flags = [*DIGITS, "--model", "mlp", "--epochs", "2", "--output-dir", "run"]
     thread = threading.Thread(target=lambda: results.append(train_classifier.main(flags)))

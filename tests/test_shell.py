@@ -1,6 +1,7 @@
 """What shells, terminals and batch systems do to a run: paths, printed commands, signals, output nobody reads."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,16 +11,16 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
 from helpers import DIGITS, ROOT, act_at, assert_close, assert_one_line, load, run, train
 
+import evaluate
 import train_classifier
-from datasets import Batches
+import train_likelihood
 from engine import compiler, errors, flags
 from engine.checkpoint import write_atomically
 from engine.errors import Stopped, UserError, shell
 from engine.folder import new_folder
-from engine.plots import save_gif, save_grid
+from engine.run import Run
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="POSIX shells, signals and links")
 
@@ -29,12 +30,6 @@ NAMES = ["my runs/first", "-x", "$HOME", "a'b\"c", "`date`", "a\\n\tb", "*", "#1
 
 def parse(words):
     return flags.parse_args(train_classifier.get_args_parser(), train_classifier.RECIPES, None, words)
-
-
-@pytest.fixture(autouse=True)
-def in_tmp_path(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(Batches, "rows", Batches.rows)  # restored at the end
 
 
 # Folders and files ----------------------------------------------------------------------------------------------------
@@ -71,13 +66,40 @@ def test_a_link_to_a_folder_is_a_folder(tmp_path):
     assert new_folder("mine", "mlp") == Path("mine")
 
 
-@pytest.mark.parametrize("name", ["config.json", ".lock", "checkpoint.pt.mine.tmp"])
-def test_a_file_of_theirs_is_not_taken_for_one_of_a_run_that_never_started(tmp_path, name):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / name).write_text('{"options": 5}')
-    with pytest.raises(UserError, match=r"--output-dir run is not empty; name a new folder$"):
-        train(*MLP, "--output-dir", "run")
-    assert (tmp_path / "run" / name).read_text() == '{"options": 5}'
+FOREIGN = [
+    *((name, [], "not empty; name a new folder$") for name in ("config.json", ".lock", "checkpoint.pt.mine.tmp")),
+    ("theirs.txt", ["--auto-resume"], "not empty"),
+    ("checkpoint.pt", ["--auto-resume"], "damaged"),
+]
+
+
+@pytest.mark.parametrize(("name", "flags", "words"), FOREIGN)
+def test_files_of_theirs_are_not_taken_for_those_of_a_run(name, flags, words):
+    Path("run").mkdir()
+    Path("run", name).write_text('{"options": 5}')
+    with pytest.raises(UserError, match=f"run.* is {words}"):
+        train(*MLP, *flags, "--output-dir", "run")
+    assert [path.name for path in Path("run").iterdir()] == [name]
+    assert Path("run", name).read_text() == '{"options": 5}'
+
+
+def test_a_folder_of_a_run_that_ended_before_its_first_step_can_be_used_again(monkeypatch):
+    words = [*MLP, "--dry-run", "--output-dir", "run"]
+    with monkeypatch.context() as patched:
+        patched.setattr(Run, "save", lambda self: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(*words)
+    assert {path.name for path in Path("run").iterdir()} == {".lock", "config.json"}
+    Path("run/checkpoint.pt.0123abcd.tmp").write_bytes(b"killed while writing")
+    train(*words)
+    assert load("run/checkpoint.pt")["epoch"] == 1
+
+
+def test_new_runs_take_the_next_free_folder_even_in_the_same_moment():
+    with ThreadPoolExecutor(8) as pool:
+        folders = list(pool.map(new_folder, [None] * 8, ["cnn-mnist"] * 8))
+    assert {str(path) for path in folders} == {"runs/cnn-mnist", *(f"runs/cnn-mnist-{i}" for i in range(2, 9))}
+    assert all(path.is_dir() for path in folders)
 
 
 def test_processes_that_write_the_same_file_do_not_meet(tmp_path):
@@ -96,23 +118,12 @@ def test_paths_of_the_home_folder_and_files_of_a_run(tmp_path, monkeypatch):
         (tmp_path / "home" / "mine" / "best.pt").touch()
         assert parse([f"--resume={name}"]).resume == str(tmp_path / "home" / "mine")
     assert parse(["--start-from=~/mine"]).start_from == str(tmp_path / "home" / "mine")
-    assert parse(["--data-dir=~/data", "--dataset=~/few"]).data_dir == str(tmp_path / "home" / "data")
+    args = parse(["--data-dir=~/data", "--dataset=~/few"])
+    assert [args.data_dir, args.dataset] == [str(tmp_path / "home" / name) for name in ("data", "few")]
+    args = evaluate.get_args_parser().parse_args(["~/a", "--data-dir=~/b", "--image=~/c"])
+    assert [args.run, args.data_dir, *args.image] == [str(tmp_path / "home" / name) for name in "abc"]
     with pytest.raises(SystemExit, match="2"):
         parse(["--resume="])  # "$RUN", which is not set: not a new run
-
-
-def test_the_gif_shows_the_epochs_in_their_order(tmp_path):
-    for epoch in (9998, 9999, 10000):
-        (tmp_path / "samples").mkdir(exist_ok=True)
-        save_grid(torch.full((1, 1, 4, 4), (epoch - 9997) / 4), tmp_path / "samples" / f"epoch-{epoch:04d}.png", 1)
-    save_gif(tmp_path)
-    from PIL import Image
-
-    gif, shades = Image.open(tmp_path / "samples.gif"), []
-    for i in range(3):
-        gif.seek(i)
-        shades.append(gif.convert("L").getpixel((0, 0)))
-    assert shades == sorted(shades)
 
 
 # Commands -------------------------------------------------------------------------------------------------------------
@@ -127,20 +138,16 @@ def test_a_printed_path_is_one_line_and_reaches_a_program_as_it_is(name):
     assert subprocess.run(["sh", "-c", line], capture_output=True, text=True, check=True).stdout == "found"
 
 
-def signalled(number):
+def hang_up():
     sys.argv[0] = "repo/train_classifier.py"
-    signal.raise_signal(number)
+    signal.raise_signal(signal.SIGHUP)
 
 
-@pytest.mark.parametrize(
-    ("number", "name"),
-    [(signal.SIGHUP, "-my $runs"), pytest.param(signal.SIGUSR1, "it's", marks=pytest.mark.slow)],
-)
-def test_the_printed_commands_work_from_where_the_user_stands(tmp_path, number, name):
+def test_the_printed_commands_work_from_where_the_user_stands(tmp_path):
     """The scripts are called by a relative path from another folder."""
     (tmp_path / "repo").symlink_to(ROOT)
-    before = partial(act_at, (0, 3), partial(signalled, number))
-    _, errors = run("train_classifier.py", *MLP, f"--output-dir={name}", cwd=tmp_path, code=128 + number, before=before)
+    name, code, before = "-my $runs", 128 + signal.SIGHUP, partial(act_at, (0, 3), hang_up)
+    _, errors = run("train_classifier.py", *MLP, f"--output-dir={name}", cwd=tmp_path, code=code, before=before)
     assert_one_line(errors, "resume with: ", " repo/train_classifier.py ")
     line = errors.partition("resume with: ")[2]
     for _ in range(2):  # resume, then evaluate
@@ -150,7 +157,7 @@ def test_the_printed_commands_work_from_where_the_user_stands(tmp_path, number, 
     assert (tmp_path / name / "evaluation" / "metrics.json").is_file()
 
 
-def test_remedies_can_be_pasted_too(tmp_path):
+def test_remedies_can_be_pasted_too():
     train(*MLP, "--schedule", "cosine", "--output-dir", "my run")
     with pytest.raises(UserError, match="not empty; name a new folder, or use --resume 'my run'"):
         train(*MLP, "--output-dir", "my run")
@@ -166,7 +173,7 @@ def test_remedies_can_be_pasted_too(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU])
-def test_a_signal_that_comes_twice_saves_the_last_step(tmp_path, number):
+def test_a_signal_that_comes_twice_saves_the_last_step(number):
     act_at((0, 3), lambda: [signal.raise_signal(number) for _ in range(2)])
     with pytest.raises(Stopped) as caught:
         train(*MLP, "--output-dir", "run")
@@ -175,7 +182,7 @@ def test_a_signal_that_comes_twice_saves_the_last_step(tmp_path, number):
 
 
 @pytest.mark.parametrize(("torchrun", "epochs"), [(False, 2), (True, 0)])
-def test_a_hangup_that_nohup_ignores_stays_ignored(tmp_path, monkeypatch, torchrun, epochs):
+def test_a_hangup_that_nohup_ignores_stays_ignored(monkeypatch, torchrun, epochs):
     """torchrun does not ignore it: it sends it to its processes, and kills them when they do not end."""
     monkeypatch.setattr(errors.dist, "is_torchelastic_launched", lambda: torchrun)
     monkeypatch.setattr("engine.distributed.join", lambda device: device)
@@ -210,7 +217,7 @@ def test_output_that_nobody_reads_does_not_end_a_training(tmp_path, before):
 
 
 @pytest.mark.slow
-def test_what_the_terminal_cannot_show_is_escaped(tmp_path, monkeypatch):
+def test_what_the_terminal_cannot_show_is_escaped(monkeypatch):
     monkeypatch.setenv("PYTHONIOENCODING", "cp1252")
     script = [sys.executable, str(ROOT / "train_classifier.py"), *MLP, "--dry-run", "--output-dir", "数"]
     done = subprocess.run(script, capture_output=True)
@@ -233,7 +240,7 @@ def test_ctrl_c_while_the_step_is_compiled_gives_it_up_and_saves(tmp_path, monke
     assert_close(tmp_path / "whole", tmp_path / "run")
 
 
-def test_ctrl_c_while_torch_is_imported_is_one_line(tmp_path):
+def test_ctrl_c_while_torch_is_imported_is_one_line():
     command = [sys.executable, "-X", "importtime", str(ROOT / "train_gan.py"), "--help"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in process.stderr:
@@ -248,25 +255,9 @@ def test_ctrl_c_while_torch_is_imported_is_one_line(tmp_path):
 # Words ----------------------------------------------------------------------------------------------------------------
 
 
-def test_utils_says_that_it_is_no_script():
-    done = subprocess.run([sys.executable, str(ROOT / "utils.py")], capture_output=True, text=True)
-    assert done.returncode == 1
-    assert_one_line(done.stderr, "run a script instead: python train_classifier.py")
-
-
 @pytest.mark.parametrize(("words", "value"), [("--black -5e-1", -0.5), ("--black -1E0", -1), ("--black=-.5", -0.5)])
 def test_a_negative_number_is_a_value(words, value):
     assert parse(words.split()).black == value
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [("--lr -inf", "must be a number of at least 0, not -inf"), ("--local-rank=0", "use torchrun, not torch.distr")],
-)
-def test_usage_errors_name_the_remedy(words, message, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        parse(words.split())
-    assert_one_line(capsys.readouterr().err, message)
 
 
 @pytest.mark.parametrize("name", ["SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "WORLD_SIZE"])
@@ -279,8 +270,43 @@ def test_tasks_that_each_train_a_run_of_their_own_are_told_so(name, monkeypatch,
     assert not capsys.readouterr().err
 
 
-def test_no_remedy_names_a_recipe_that_may_have_been_given():
-    from measures.watch import failure_signs
+@pytest.mark.parametrize(
+    ("script", "words", "parts"),
+    [
+        (train_classifier, ["--model", "vgg"], ["--model", "vgg", "cnn"]),
+        (train_classifier, ["--batch-size", "0"], ["--batch-size", "whole number from 1"]),
+        (train_classifier, ["--lr", "nan"], ["--lr"]),
+        (train_classifier, ["--lr", "-inf"], ["must be a number of at least 0, not -inf"]),
+        (train_classifier, ["--local-rank=0"], ["use torchrun, not torch.distr"]),
+        (train_classifier, ["--learning-rat", "1"], ["--learning-rat"]),
+        *((train_classifier, ["--device", name], [f"must be auto, cpu, cuda, cuda:1, ... or mps, not {name}"])
+          for name in ("gpu", "cuda:x", "cpu:0")),
+        (train_classifier, [*DIGITS, "--auto-resume"], ["--auto-resume", "--output-dir"]),
+        (train_classifier, [*DIGITS, "--schedule", "maxout"], ["--schedule maxout", "--optimizer sgd"]),
+        (train_classifier, [*DIGITS, "--val-size", "5000"], ["--val-size", "1437"]),
+        (train_classifier, [*DIGITS, "--patience", "3"], ["--patience", "--val-size"]),
+        (train_classifier, [*DIGITS, "--model", "maxout", "--batch-norm"], ["maxout", "--batch-norm"]),
+        (train_likelihood, ["--importance-samples", "0"], ["--importance-samples", "at least 1"]),
+        (train_likelihood, [*DIGITS, "--model", "hmm", "--hidden", "5"], ["hmm", "--hidden"]),
+    ],
+)  # fmt: skip
+def test_bad_flags_get_one_line_and_leave_nothing(tmp_path, capsys, script, words, parts):
+    with pytest.raises((UserError, OSError, SystemExit)) as caught:
+        script.main(words)
+    error = caught.value
+    assert_one_line(capsys.readouterr().err if isinstance(error, SystemExit) else f"{error}\n", *parts)
+    assert list(tmp_path.iterdir()) == []
 
-    ones = torch.ones(10, dtype=torch.long)
-    assert not any("recipe" in sign for sign in failure_signs({"loss_d": 0.0}, ones, 0 * ones))
+
+@pytest.mark.parametrize(
+    ("script", "words", "code", "said"),
+    [
+        ("train_gan.py", ["--batchsize", "8"], 2, "train_gan.py: error: .*--batchsize.*did you mean --batch-size?"),
+        ("train_gan.py", ["--resume", "nowhere"], 1, "train_gan.py: error: .*nowhere.*this is not a run"),
+        ("utils.py", [], 1, "run a script instead: python train_classifier.py"),
+    ],
+)
+def test_a_process_says_it_in_one_line_too_and_exits_with_a_status(tmp_path, script, words, code, said):
+    _, errors = run(script, *words, cwd=tmp_path, code=code)
+    assert_one_line(errors)
+    assert re.search(said, errors)

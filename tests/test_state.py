@@ -178,12 +178,19 @@ def test_an_optimizer_that_state_lacks_is_refused_at_its_first_step(tmp_path):
     step(*ten_images(batch_size=2).take(torch.arange(2)))  # the check ends with the training
 
 
-def test_an_optimizer_whose_weights_get_no_gradient_is_named(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("held", "train_step", "warning"),
+    [
+        ("weight", lambda *_: {}, "optimizer trains nothing: after the first step, its weights"),
+        ("bias", None, "1 weights are not trained: no optimizer holds layer.weight\n"),
+    ],
+)
+def test_weights_that_are_not_trained_are_named(tmp_path, capsys, held, train_step, warning):
     layer = torch.nn.Linear(1, 1)
-    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD([getattr(layer, held)], lr=0.1)
     run = start(tmp_path / "run", {"layer": layer, "optimizer": optimizer})
-    utils.train(run, lambda images, labels: {}, ten_images(batch_size=2))
-    assert capsys.readouterr().out.count("warning: optimizer trains nothing: after the first step, its weights") == 1
+    utils.train(run, train_step or fit(layer, optimizer), ten_images(batch_size=2))
+    assert capsys.readouterr().out.count(f"warning: {warning}") == 1
 
 
 @pytest.mark.parametrize("callback", ["validate", "sample", "after_epoch"])
@@ -198,14 +205,6 @@ def test_a_network_left_in_eval_mode_trains_on_in_train_mode(tmp_path, callback)
 
     utils.train(run, train_step, ten_images(10), **{callback: lambda *_: layer.eval() and returned})
     assert modes == [True, True]
-
-
-def test_weights_that_no_optimizer_trains_are_named(tmp_path, capsys):
-    layer = torch.nn.Linear(1, 1)
-    optimizer = torch.optim.SGD([layer.bias], lr=0.1)
-    run = start(tmp_path / "run", {"layer": layer, "optimizer": optimizer})
-    utils.train(run, fit(layer, optimizer), ten_images(batch_size=2))
-    assert capsys.readouterr().out.count("warning: 1 weights are not trained: no optimizer holds layer.weight\n") == 1
 
 
 # Schedules -----------------------------------------------------------------------------------------------------------

@@ -8,21 +8,19 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import DIGITS, ROOT, act_at, assert_one_line, assert_same_run, killed_at, load, run, save_sealed, train
+from helpers import DIGITS, ROOT, act_at, assert_same_run, few_digits, killed_at, load, run, save_sealed, train
 
+import datasets
 import evaluate
 import train_cgan
 import train_classifier
 import train_gan
 import train_likelihood
-from datasets import load as load_images
 from engine import flags, folder, provenance
 from engine import run as run_module
 from engine.checkpoint import load_checkpoint, write_atomically
@@ -36,11 +34,6 @@ MLP = [*DIGITS, "--model", "mlp"]
 EVERYTHING = [*MLP, "--recipe", "best", "--epochs", "3", "--val-size", "137"]
 
 
-@pytest.fixture(autouse=True)
-def in_tmp_path(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
@@ -51,9 +44,7 @@ def undisturbed(tmp_path_factory):
 # Killed, stopped, resumed ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("at", "save_interval"), [((0, 1), 0), pytest.param((2, 10), 0, marks=pytest.mark.slow), ((1, 4), 1000)]
-)
+@pytest.mark.parametrize(("at", "save_interval"), [((0, 1), 0), ((1, 4), 1000)])
 def test_killed_at_a_step_and_resumed_gives_the_same_run(undisturbed, tmp_path, at, save_interval):
     with killed_at(at):
         train(*EVERYTHING, "--output-dir", "run", "--save-interval", save_interval)
@@ -80,25 +71,33 @@ def test_a_process_that_is_killed_resumes_with_the_same_command(undisturbed, tmp
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
+def test_ctrl_c_saves_says_how_to_resume_and_loses_nothing(undisturbed, tmp_path):
+    act_at((1, 4), partial(signal.raise_signal, signal.SIGINT))
+    with pytest.raises(Stopped, match=r"train_classifier\.py --resume run"):
+        train(*EVERYTHING, "--output-dir", "run")
+    assert load("run/checkpoint.pt")["batch"] == 5
+    train("--resume", "run")
+    assert_same_run(undisturbed, tmp_path / "run")
+
+
 OTHERS = {
-    "rbm": (train_likelihood, ["--model", "rbm", "--hidden", "16", "--batch-size", "100"]),  # with persistent chains
+    "rbm": (train_likelihood, ["--model", "rbm", "--hidden", "16"]),  # with persistent chains
     "hmm": (train_likelihood, ["--model", "hmm", "--states", "56", "--binarise", "fixed"]),
 }
 LONG = {
-    "gan lecture": (train_gan, ["--batch-size", "100", "--ema", "0.99", "--val-size", "937"]),
-    "maxout paper": (train_classifier, ["--recipe", "paper"]),
-    "cnn with amp": (train_classifier, ["--model", "cnn", "--amp", "--batch-size", "200", "--val-size", "37"]),
-    "gan paper with amp": (train_gan, ["--recipe", "paper", "--val-size", "137", "--amp"]),
-    "cgan paper": (train_cgan, ["--recipe", "paper", "--val-size", "137"]),
     "vae": (train_likelihood, ["--model", "vae", "--importance-samples", "3", "--ema", "0.9"]),
-    "rnn": (train_likelihood, ["--model", "rnn", "--val-size", "37", "--amp"]),
+    "maxout paper": (train_classifier, ["--recipe", "paper", "--val-size", "10"]),
+    "cgan": (train_cgan, ["--ema", "0.99"]),
+    "gan paper with amp": (train_gan, ["--recipe", "paper", "--val-size", "10", "--amp"]),
+    "rnn": (train_likelihood, ["--model", "rnn", "--val-size", "10"]),
 }
 
 
 @pytest.mark.parametrize("name", [*OTHERS, *(pytest.param(name, marks=pytest.mark.slow) for name in LONG)])
 def test_other_networks_resume_exactly_too(tmp_path, name):
+    few_digits(110)
     script, words = {**OTHERS, **LONG}[name]
-    words = [*DIGITS, "--epochs", "2", *words]
+    words = [*DIGITS, "--epochs", "2", "--batch-size", "20", *words]
     script.main([*words, "--output-dir", "whole"])
     with killed_at((1, 3)):
         script.main([*words, "--output-dir", "run", "--save-interval", "0"])
@@ -106,43 +105,6 @@ def test_other_networks_resume_exactly_too(tmp_path, name):
     assert_same_run(tmp_path / "whole", tmp_path / "run")
     for image in (tmp_path / "whole").glob("**/epoch-*.png"):
         assert image.read_bytes() == (tmp_path / "run" / "samples" / image.name).read_bytes()
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
-def test_a_signal_saves_says_how_to_resume_and_loses_nothing(undisturbed, tmp_path, number):
-    command = [sys.executable, str(ROOT / "train_classifier.py"), *EVERYTHING]
-    command += ["--output-dir", "run", "--save-interval", "0"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "run" / "previous.pt").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 128 + number
-    assert_one_line(errors, "train_classifier.py --resume run")
-    assert load(tmp_path / "run" / "checkpoint.pt")["epoch"] < 3
-    train("--resume", "run")
-    assert_same_run(undisturbed, tmp_path / "run")
-
-
-def test_a_generator_stopped_in_its_first_epoch_says_how_to_resume_and_can_be_sampled_from(tmp_path, monkeypatch):
-    monkeypatch.setattr(train_gan.Batches, "rows", train_gan.Batches.rows)  # restored at the end
-    act_at((0, 0), partial(signal.raise_signal, signal.SIGINT))
-    with pytest.raises(Stopped, match="--resume run"):
-        train_gan.main([*DIGITS, "--output-dir", "run"])
-    assert load(tmp_path / "run" / "checkpoint.pt")["batch"] == 1
-    evaluate.main(["run", "--samples", "4"])
-    assert (tmp_path / "run" / "evaluation" / "samples-4-seed0.npz").exists()
-
-
-def test_a_finished_run_resumes_with_more_epochs(tmp_path, capsys):
-    train(*MLP, "--epochs", 1, "--output-dir", "a")
-    train("--resume", "a")
-    assert "finished" in capsys.readouterr().out
-    train("--resume", "a", "--epochs", 2)
-    train(*MLP, "--epochs", 2, "--output-dir", "b")
-    assert (tmp_path / "a" / "metrics.csv").read_bytes() == (tmp_path / "b" / "metrics.csv").read_bytes()
-    assert json.loads((tmp_path / "a" / "config.json").read_text())["options"]["epochs"] == 2
 
 
 # What may change on resume --------------------------------------------------------------------------------------------
@@ -160,10 +122,7 @@ def test_the_page_lists_the_flags_that_may_change_on_resume():
     [
         ("--model cnn", "--model cnn: .* was trained with model=mlp; omit --model cnn"),
         ("--recipe lecture", "--recipe lecture: .*recipe=best"),
-        ("--batch-size 32", "--batch-size 32: .*batch_size=64"),
         ("--ema 0.9", "--ema 0.9: .*ema=0.999"),
-        ("--seed 1", "--seed 1: .*seed=0"),
-        ("--optimizer sgd", "--optimizer sgd: .*optimizer=adamw"),
         ("--no-augment", "--no-augment: .*augment=True"),
         ("--epochs 9", "--epochs 9: this run's learning rate ends with its last epoch; .* --start-from"),
         ("--output-dir other", "--resume names the run folder; omit --output-dir"),
@@ -175,7 +134,7 @@ def test_any_other_flag_is_refused_on_resume(undisturbed, words, message):
         train("--resume", undisturbed, *words.split())
 
 
-def test_auto_resume_refuses_other_options(undisturbed):
+def test_auto_resume_refuses_other_options_too(undisturbed):
     with pytest.raises(UserError, match=r"--lr 0\.5: .* was trained with lr=0\.002"):
         train(*EVERYTHING, "--lr", "0.5", "--auto-resume", "--output-dir", undisturbed)
 
@@ -184,17 +143,6 @@ def changed_run(undisturbed, tmp_path, change):
     checkpoint = load(undisturbed / "checkpoint.pt")
     change(checkpoint)
     save_sealed(checkpoint, tmp_path / "run" / "checkpoint.pt")
-
-
-def test_a_run_resumes_without_compile(undisturbed, tmp_path):
-    changed_run(undisturbed, tmp_path, lambda checkpoint: checkpoint["options"].update(compile=True))
-    train("--resume", "run", "--no-compile")
-
-
-def test_a_change_of_the_code_is_a_warning_when_a_run_is_resumed(undisturbed, tmp_path, capsys):
-    changed_run(undisturbed, tmp_path, lambda checkpoint: checkpoint["code"].update({"models/mlp.py": "another"}))
-    train("--resume", "run")
-    assert_one_line(capsys.readouterr().err, "warning: models/mlp.py changed since run was saved")
 
 
 def test_resume_after_the_network_was_edited_is_refused(undisturbed, tmp_path):
@@ -216,94 +164,30 @@ def test_resume_from_previous_pt_keeps_it_until_a_valid_checkpoint_is_there(undi
 # The run folder -------------------------------------------------------------------------------------------------------
 
 
-def test_run_folder_holds_what_is_promised(undisturbed):
-    names = {".lock", "config.json", "metrics.csv", "curve.csv", "seconds.csv", "curves.png"}
-    names |= {"checkpoint.pt", "previous.pt", "best.pt"}
-    assert {path.name for path in undisturbed.iterdir()} == names
-    config = json.loads((undisturbed / "config.json").read_text())
-    assert config["options"]["epochs"] == 3
-    assert config["torch"] == torch.__version__
-    rows = list(csv.DictReader((undisturbed / "metrics.csv").open()))
-    assert [row["epoch"] for row in rows] == ["1", "2", "3"]
-    assert set(rows[0]) == {"epoch", "loss", "accuracy", "val_loss", "val_accuracy"}
-
-
-@pytest.mark.parametrize(
-    ("script", "recipe"), [pytest.param(train_gan, "paper", marks=pytest.mark.slow), (train_cgan, "lecture")]
-)
-def test_a_dry_run_of_a_generator_writes_everything(tmp_path, script, recipe):
-    script.main([*DIGITS, "--recipe", recipe, "--dry-run", "--output-dir", "run"])
-    expected = {".lock", "config.json", "metrics.csv", "curves.png", "checkpoint.pt", "previous.pt", "samples"}
-    expected |= {"samples.gif", "curve.csv", "seconds.csv"}
-    validated = recipe == "paper"
-    assert {path.name for path in (tmp_path / "run").iterdir()} == expected | ({"best.pt"} if validated else set())
-    assert [path.name for path in (tmp_path / "run" / "samples").iterdir()] == ["epoch-0001.png"]
-    (row,) = csv.DictReader((tmp_path / "run" / "metrics.csv").open())
-    columns = {"epoch", "loss_d", "loss_g", "D(x)", "D(G(z))"}
-    assert set(row) == columns | ({"val_log_likelihood"} if validated else set())
-
-
-def test_a_dry_run_takes_a_few_steps_and_writes_everything(tmp_path, capsys):
+def test_a_dry_run_takes_a_few_steps_and_writes_all_files_of_a_run(tmp_path, capsys):
     train(*EVERYTHING, "--dry-run")
     folder = tmp_path / "runs" / "dry-run-mlp-digits"
+    names = {".lock", "config.json", "metrics.csv", "curve.csv", "seconds.csv", "curves.png"}
+    assert {path.name for path in folder.iterdir()} == names | {"checkpoint.pt", "previous.pt", "best.pt"}
     assert load(folder / "checkpoint.pt")["state"]["schedule"]["last_epoch"] == 8
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["options"]["epochs"], config["torch"]) == (3, torch.__version__)
+    (row,) = csv.DictReader((folder / "metrics.csv").open())
+    assert set(row) == {"epoch", "loss", "accuracy", "val_loss", "val_accuracy"}
     output = capsys.readouterr().out
     assert "whose results mean nothing; to train, omit --dry-run" in output
     assert "evaluate" not in output
-    for name in ("best.pt", "metrics.csv", "curves.png", "config.json"):
-        assert (folder / name).stat().st_size > 0
 
 
-def test_new_runs_take_the_next_free_folder_even_in_the_same_moment():
-    with ThreadPoolExecutor(8) as pool:
-        folders = list(pool.map(folder.new_folder, [None] * 8, ["cnn-mnist"] * 8))
-    assert {str(path) for path in folders} == {"runs/cnn-mnist", *(f"runs/cnn-mnist-{i}" for i in range(2, 9))}
-    assert all(path.is_dir() for path in folders)
-
-
-def test_a_folder_that_holds_something_is_not_touched(undisturbed):
-    before = {path.name: path.read_bytes() for path in undisturbed.iterdir()}
-    with pytest.raises(UserError, match=f"{undisturbed} is not empty; .*--resume"):
-        train(*DIGITS, "--output-dir", undisturbed)
-    assert {path.name: path.read_bytes() for path in undisturbed.iterdir()} == before
-
-
-@pytest.mark.parametrize(("name", "words"), [("theirs.txt", "is not empty"), ("checkpoint.pt", "is damaged")])
-def test_auto_resume_changes_nothing_that_is_no_run(tmp_path, name, words):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / name).write_text("theirs")
-    with pytest.raises(UserError, match=f"run.* {words}"):
-        train(*DIGITS, "--auto-resume", "--output-dir", "run")
-    assert [path.name for path in (tmp_path / "run").iterdir()] == [name]
-    assert (tmp_path / "run" / name).read_text() == "theirs"
-
-
-def test_a_folder_of_a_run_that_ended_before_its_first_step_can_be_used_again(tmp_path, monkeypatch):
-    words = [*MLP, "--dry-run", "--output-dir", "run"]
-
-    def killed(self, name="checkpoint.pt"):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(run_module.Run, "save", killed)
-        with pytest.raises(KeyboardInterrupt):
-            train(*words)
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock", "config.json"}
-    (tmp_path / "run" / "checkpoint.pt.0123abcd.tmp").write_bytes(b"killed while writing")
-    train(*words)
-    assert load(tmp_path / "run" / "checkpoint.pt")["epoch"] == 1
-
-
-def test_a_run_that_is_being_trained_is_not_resumed_a_second_time(tmp_path):
-    train(*MLP, "--epochs", 1, "--output-dir", "run")
-    lock = folder.lock(tmp_path / "run")
-    with pytest.raises(UserError, match="another process is training in run"):
-        train("--resume", "run", "--epochs", 2)
+def test_a_run_that_is_being_trained_is_not_resumed_a_second_time(undisturbed):
+    lock = folder.lock(undisturbed)
+    with pytest.raises(UserError, match=r"another process is training in .*run"):
+        train("--resume", undisturbed)
     lock.release()
-    train("--resume", "run", "--epochs", 2)
+    train("--resume", undisturbed)
 
 
-def test_resume_reads_what_another_process_saved_before_it_released_the_lock(tmp_path, monkeypatch, capsys):
+def test_resume_reads_what_another_process_saved_before_it_released_the_lock(monkeypatch, capsys):
     train(*MLP, "--epochs", 1, "--output-dir", "run")
 
     def late(folder, *, lock=run_module.lock):
@@ -353,32 +237,18 @@ def test_without_a_terminal_each_report_and_each_epoch_is_one_line(capsys):
     assert "\r" not in errors  # no progress bar
 
 
-def test_the_ema_is_what_is_validated_on_the_last_images(tmp_path):
-    train(
-        *DIGITS,
-        "--model",
-        "mlp",
-        "--val-size",
-        "137",
-        "--ema",
-        "0.9",
-        "--lr",
-        "0.01",
-        "--dry-run",
-        "--output-dir",
-        "run",
-    )
-    checkpoint = load(Path("run") / "checkpoint.pt")
-    images, labels = load_images("digits", "")
-    losses = {}
-    for name, state in (("ema", checkpoint["state"]["ema"]["model"]), ("raw", checkpoint["state"]["model"])):
-        network = mlp.MLP()
-        network.load_state_dict(state)
-        with torch.no_grad():
-            logits = network(images[-137:] / 255 * 2 - 1)
-        losses[name] = torch.nn.functional.cross_entropy(logits, labels[-137:]).item()
-    assert checkpoint["history"][0]["val_loss"] == pytest.approx(losses["ema"], rel=1e-4)
-    assert losses["raw"] != pytest.approx(losses["ema"], rel=2e-3)
+def test_the_ema_is_what_is_validated_on_the_last_images():
+    train(*MLP, "--val-size", 137, "--ema", 0.9, "--lr", 0.01, "--dry-run", "--output-dir", "run")
+    checkpoint = load("run/checkpoint.pt")
+    (images, labels), network = datasets.load("digits", ""), mlp.MLP()
+
+    def loss(weights):
+        network.load_state_dict(weights)
+        return torch.nn.functional.cross_entropy(network(images[-137:] / 255 * 2 - 1), labels[-137:]).item()
+
+    expected = loss(checkpoint["state"]["ema"]["model"])
+    assert checkpoint["history"][0]["val_loss"] == pytest.approx(expected, rel=1e-4)
+    assert loss(checkpoint["state"]["model"]) != pytest.approx(expected, rel=2e-3)
 
 
 @pytest.mark.parametrize("ema", [[], ["--ema", "0.9"]])
@@ -404,14 +274,14 @@ def test_a_new_run_starts_from_the_shipped_weights():
         train(*DIGITS, "--start-from", "nowhere")
 
 
-def test_a_gpu_that_does_not_exist_is_named(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserError, match=r"--device cuda: .*--device auto"):
-        pick_device("cuda")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(UserError, match=r"--device cuda:2: the last GPU of this machine is cuda:1"):
-        pick_device("cuda:2")
+@pytest.mark.parametrize(
+    ("name", "gpus", "words"), [("cuda", 0, ".*--device auto"), ("cuda:2", 2, "the last GPU of this machine is cuda:1")]
+)
+def test_a_gpu_that_does_not_exist_is_named(monkeypatch, name, gpus, words):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    with pytest.raises(UserError, match=f"--device {name}: {words}"):
+        pick_device(name)
 
 
 @pytest.mark.parametrize("slower", [1, 3])
@@ -427,9 +297,7 @@ def test_a_cpu_that_emulates_bfloat16_is_a_warning(slower, monkeypatch, capsys):
 
 def test_a_flag_beats_the_recipe_and_is_shown(capsys):
     words = [*DIGITS, "--recipe", "best", "--lr", "0.5"]
-    args = flags.parse_args(
-        train_classifier.get_args_parser(), train_classifier.RECIPES, train_classifier.VARIANTS, words
-    )
+    args = flags.parse_args(train_classifier.get_args_parser(), train_classifier.RECIPES, argv=words)
     assert (args.lr, args.weight_decay) == (0.5, 0.05)
     shown = capsys.readouterr().out.split()
     assert shown[:2] == ["recipe", "best"]
@@ -438,7 +306,8 @@ def test_a_flag_beats_the_recipe_and_is_shown(capsys):
 
 
 def test_batch_norm_of_one_image_is_refused_where_it_cannot_train():
-    lone = [*DIGITS, "--batch-norm", "--batch-size", "1436", "--dry-run"]  # of 1,437 images
+    few_digits(41)
+    lone = [*DIGITS, "--batch-norm", "--batch-size", "40", "--dry-run"]
     with pytest.raises(UserError, match=r"batch norm of the model: one image .*; change --batch-size"):
         train(*lone, "--model", "mlp")
     train(*lone, "--model", "cnn")  # it has several pixels
@@ -449,47 +318,6 @@ def test_batch_norm_of_one_image_is_refused_where_it_cannot_train():
 @pytest.mark.parametrize("recipe", ["best", "paper"])  # `lecture` is every other test's
 def test_every_recipe_runs_on_every_model(model, recipe):
     train(*DIGITS, "--recipe", recipe, "--model", model, "--dry-run")
-
-
-# What a user can do wrong ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("script", "words", "parts"),
-    [
-        (train_classifier, ["--model", "vgg"], ["--model", "vgg", "cnn"]),
-        (train_classifier, ["--batch-size", "0"], ["--batch-size", "whole number from 1"]),
-        (train_classifier, ["--lr", "nan"], ["--lr"]),
-        (train_classifier, ["--learning-rat", "1"], ["--learning-rat"]),
-        *((train_classifier, ["--device", name], [f"must be auto, cpu, cuda, cuda:1, ... or mps, not {name}"])
-          for name in ("gpu", "cuda:x", "cpu:0")),
-        (train_classifier, [*DIGITS, "--auto-resume"], ["--auto-resume", "--output-dir"]),
-        (train_classifier, [*DIGITS, "--schedule", "maxout"], ["--schedule maxout", "--optimizer sgd"]),
-        (train_classifier, [*DIGITS, "--val-size", "5000"], ["--val-size", "1437"]),
-        (train_classifier, [*DIGITS, "--patience", "3"], ["--patience", "--val-size"]),
-        (train_classifier, [*DIGITS, "--model", "maxout", "--batch-norm"], ["maxout", "--batch-norm"]),
-        (train_likelihood, ["--importance-samples", "0"], ["--importance-samples", "at least 1"]),
-        (train_likelihood, [*DIGITS, "--model", "hmm", "--hidden", "5"], ["hmm", "--hidden"]),
-    ],
-)  # fmt: skip
-def test_bad_flags_get_one_line_and_leave_nothing(tmp_path, capsys, script, words, parts):
-    with pytest.raises((UserError, OSError, SystemExit)) as caught:
-        script.main(words)
-    error = caught.value
-    assert_one_line(capsys.readouterr().err if isinstance(error, SystemExit) else f"{error}\n", *parts)
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("words", "code", "parts"),
-    [
-        (["--batchsize", "8"], 2, ["--batchsize", "did you mean --batch-size?"]),
-        (["--resume", "nowhere"], 1, ["nowhere", "this is not a run"]),
-    ],
-)
-def test_a_process_says_it_in_one_line_too_and_exits_with_a_status(tmp_path, words, code, parts):
-    _, errors = run("train_classifier.py", *words, cwd=tmp_path, code=code)
-    assert_one_line(errors, "train_classifier.py: error: ", *parts)
 
 
 # On real MNIST --------------------------------------------------------------------------------------------------------
@@ -512,14 +340,3 @@ print("peak", 1024 * int(status.split("VmHWM:")[1].split()[0]))
     evaluate.main(["runs/mlp-mnist"])
     metrics = json.loads((tmp_path / "runs" / "mlp-mnist" / "evaluation" / "metrics.json").read_text())
     assert metrics["test_accuracy"] > 0.90
-
-
-def test_nothing_slow_is_imported_before_it_is_used():
-    """--help and usage errors cost what torch costs."""
-    slow = {"torchvision", "torchmetrics", "sklearn", "scipy", "matplotlib", "PIL", "sympy", "torch._dynamo"}
-    code = (
-        "import sys, evaluate, train_cgan, train_classifier, train_gan, train_likelihood\n"
-        f"print({slow | {'engine.compiler'}} & sys.modules.keys())"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout == "set()\n"

@@ -1,0 +1,240 @@
+"""The captured step as a CUDA graph, on the CPU: replayed, compared, captured again, refused."""
+
+import contextlib
+import itertools
+import re
+from unittest.mock import MagicMock
+
+import pytest
+import torch
+from test_loop import Position, start, ten_images
+
+import utils
+from engine import captured
+from engine.captured import COMPARED, CapturedStep
+from engine.errors import UserError
+
+
+class FakeGraph:
+    """Repeats the function that was captured. Capturing, as on CUDA, executes nothing: what it did is undone."""
+
+    captures, replays = 0, 0
+
+    def replay(self):
+        FakeGraph.replays += 1
+        self.step()
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    """CUDA's graphs on the CPU. A step under test is `position.steps += 1` and whatever it writes down."""
+    FakeGraph.captures, FakeGraph.replays = 0, 0
+
+    def graph_of(graphed, position):
+        @contextlib.contextmanager
+        def graph(fake):
+            before = position.steps.clone()
+            yield
+            position.steps.copy_(before)
+            fake.step = lambda: graphed.step(*graphed.inputs)
+            FakeGraph.captures += 1
+
+        return graph
+
+    for name in ("Stream", "current_stream", "stream"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    return lambda graphed, position: monkeypatch.setattr(torch.cuda, "graph", graph_of(graphed, position))
+
+
+def graphed_step(step, optimizer, begun=False, **state):
+    state, how = {"optimizer": optimizer, **state}, {"compiled": False, "graph": True, "begun": begun}
+    return CapturedStep(step, state, 2, torch.device("cpu"), **how)
+
+
+def graphed_counter(fake_cuda, optimizer, begun=False):
+    position, seen = Position(), []
+
+    def step(rows):
+        position.steps += 1
+        seen.append(rows.tolist())
+
+    graphed = graphed_step(step, optimizer, begun, position=position)
+    fake_cuda(graphed, position)
+    return graphed, position, seen
+
+
+def call(graphed, times):
+    for _ in range(times):
+        graphed(torch.zeros(2, dtype=torch.int64))
+
+
+def sgd():
+    return torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1, momentum=0.5)
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_every_call_is_one_step_on_its_own_rows_and_all_but_a_runs_first_are_replays(fake_cuda, begun):
+    """A short last batch, here number 10, runs eagerly."""
+    graphed, position, seen = graphed_counter(fake_cuda, sgd(), begun)
+    batches = [[i] * (1 if i == 10 else 2) for i in range(20)]
+    for rows in batches:
+        graphed(torch.tensor(rows))
+    assert position.steps == 20
+    assert (FakeGraph.captures, FakeGraph.replays) == (1, 18 + begun)
+    first = 1 - begun
+    del seen[first : first + COMPARED + 1]  # the warm-up check and the capture
+    assert seen == batches
+
+
+def test_the_warm_up_check_leaves_no_trace(fake_cuda):
+    """Weights, averages of the optimizer and of batch norm, overlapping views and random numbers are as before."""
+    weight, memory, norm = torch.ones(4, requires_grad=True), torch.arange(6.0), torch.nn.BatchNorm1d(3)
+    optimizer, own = torch.optim.Adam([weight], lr=0.1, fused=True), torch.Generator()
+    drawn = []
+
+    def step(rows):
+        drawn.append(norm(torch.rand(2, 3) + torch.rand(2, 3, generator=own)))
+        memory[1:4].add_(1)
+        memory[:3].mul_(2)
+        optimizer.zero_grad()
+        (weight * memory[:4]).sum().backward()
+        optimizer.step()
+
+    def everything():
+        state = [weight.detach(), memory, *optimizer.state[weight].values(), *norm.state_dict().values()]
+        return [each.clone() for each in (*state, torch.get_rng_state(), own.get_state())]
+
+    graphed = graphed_step(step, optimizer, own=own)
+    graphed.record_graph = lambda function: lambda *inputs: None
+    call(graphed, 1)
+    before = everything()
+    call(graphed, 1)
+    assert len(drawn) == 1 + COMPARED
+    assert all(map(torch.equal, before, everything()))
+
+
+@pytest.mark.parametrize(
+    ("epochs", "compiled"), [((10, 10, 10), False), ((3, 10, 10), False), ((10, 10, 10), True)],
+    ids=["from the start", "resumed just before a change", "where the compiler fails"],
+)  # fmt: skip
+def test_a_momentum_that_changes_once_per_epoch_is_captured_again(fake_cuda, monkeypatch, capsys, epochs, compiled):
+    monkeypatch.setattr("engine.compiler.compile_step", lambda *_: 1 / 0)
+    optimizer = sgd()
+    graphed, position, _ = graphed_counter(fake_cuda, optimizer)
+    graphed.compiled = compiled
+    for epoch, steps in enumerate(epochs):
+        optimizer.param_groups[0]["momentum"] = 0.5 + epoch / 10
+        call(graphed, steps)
+    assert position.steps == sum(epochs)
+    assert (FakeGraph.captures, FakeGraph.replays) == (3, sum(epochs) - 1)
+    assert re.findall("not compiled: .*", capsys.readouterr().out) == ["not compiled: division by zero"] * compiled
+
+
+def test_a_momentum_that_changes_in_every_step_runs_eagerly_and_is_said_once(fake_cuda, capsys):
+    optimizer = sgd()
+    graphed, position, _ = graphed_counter(fake_cuda, optimizer)
+    for i in range(20):
+        optimizer.param_groups[0]["momentum"] = i / 100
+        call(graphed, 1)
+    assert position.steps == 20
+    assert FakeGraph.replays == 2
+    assert capsys.readouterr().out.count("every step runs eagerly") == 1
+
+
+def test_a_changing_step_is_one_line(fake_cuda):
+    calls = itertools.count(1)
+    graphed = graphed_step(lambda rows: torch.zeros(1).mul_(next(calls)), sgd())
+    fake_cuda(graphed, Position())
+    with pytest.raises(UserError, match=r"^[^\n]*not do the same in every step[^\n]*--no-cuda-graph[^\n]*$"):
+        call(graphed, 20)
+
+
+def test_a_step_that_changes_in_a_later_epoch_is_captured_again(fake_cuda, capsys):
+    """As when `after_epoch` unfreezes a layer: the first step of each epoch runs eagerly and is compared."""
+    layers, calls, position = [torch.nn.Linear(1, 1)], [], Position()
+    layers[0].weight.requires_grad_(False)
+
+    def step(rows):
+        position.steps += 1
+        layers[0](torch.ones(2, 1)).sum().backward()
+        layers[0].zero_grad()
+
+    graphed = graphed_step(step, sgd(), position=position, layer=layers[0])
+    graphed.is_first = lambda: len(calls) % 10 == 0
+    fake_cuda(graphed, position)
+    for epoch in range(4):
+        for _ in range(10):
+            call(graphed, 1)
+            calls.append(0)
+        if epoch == 1:
+            layers[0].weight.requires_grad_(True)
+    assert position.steps == 40
+    assert (FakeGraph.captures, FakeGraph.replays) == (2, 36)
+    assert capsys.readouterr().out.count("capturing the training step again: tests/test_graph.py:") == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: torch.manual_seed(0), "it seeds the random numbers anew in each step"),
+        (lambda state: state.update(count=state["count"] + 1), r"it changes state\['count'\], a Python value"),
+    ],
+)
+def test_what_a_captured_step_would_leave_out_is_refused(change, message):
+    state, how = {"count": 0}, {"compiled": True, "graph": False, "begun": True}
+    step = CapturedStep(lambda rows: change(state) and torch.rand(()), state, 2, torch.device("cpu"), **how)
+    words = f"train_step cannot be compiled: {message}.*; omit --compile to run it eagerly"
+    with pytest.raises(UserError, match=words):
+        call(step, 1)
+
+
+def test_a_failed_capture_names_its_cause(fake_cuda, monkeypatch):
+    graphed, _, _ = graphed_counter(fake_cuda, sgd())
+
+    def failing(graph):
+        try:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore lines")
+        except RuntimeError:
+            raise RuntimeError("operation failed due to a previous error during capture")  # noqa: B904
+
+    replaced = []
+    monkeypatch.setattr(torch.cuda, "graph", failing)
+    monkeypatch.setattr("engine.captured.replace_generator", lambda device, state: replaced.append(device))
+    with pytest.raises(UserError, match="not permitted when stream is capturing; add --no-cuda-graph"):
+        call(graphed, 20)
+    assert replaced == [torch.device("cpu")]
+
+
+def test_a_run_on_cuda_is_captured_when_dry_and_when_resumed(fake_cuda, tmp_path, monkeypatch):
+    folder, position = tmp_path / "run", Position()
+
+    class Graphed(CapturedStep):
+        def __init__(self, step, state, batch_size, device, **how):
+            super().__init__(step, state, batch_size, torch.device("cpu"), **how)
+            fake_cuda(self, position)
+
+    def train_step(images, labels):
+        position.steps += 1
+        return {"loss": torch.zeros(())}
+
+    monkeypatch.setattr(captured, "CapturedStep", Graphed)
+    monkeypatch.setattr(utils, "Meter", lambda device, meter=utils.Meter: meter("cpu"))
+    for options in ({"dry_run": True}, {"resume": str(folder), "epochs": 2}):
+        weight = torch.zeros(1, requires_grad=True)
+        optimizer = torch.optim.Adam([weight], lr=0.1, fused=True)
+        state = {"position": position, "weight": weight, "optimizer": optimizer}
+        run = start(folder, state, batch_size=1, **options)
+        run.device = lambda: torch.device("cuda")  # which `capture` asks
+        utils.train(run, train_step, ten_images(batch_size=1))
+        assert isinstance(optimizer.param_groups[0]["lr"], torch.Tensor)
+    assert position.steps == 18
+    assert (FakeGraph.captures, FakeGraph.replays) == (2, 16)  # the first step of each epoch runs eagerly
+
+
+def test_an_optimizer_that_cannot_be_captured_runs_eagerly_and_is_said(tmp_path, capsys):
+    weight = torch.zeros(1, requires_grad=True)
+    run = start(tmp_path / "run", {"weight": weight, "optimizer": torch.optim.Adagrad([weight], lr=0.1)})
+    run.device, run.meter = lambda: torch.device("cuda"), utils.Meter()
+    utils.make_step(run, lambda images, labels: {}, ten_images(batch_size=2))(torch.tensor([1, 2]))
+    assert capsys.readouterr().out.count("every step runs eagerly: Adagrad") == 1
