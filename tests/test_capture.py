@@ -109,14 +109,6 @@ def test_the_step_is_the_same_operations_on_the_same_tensors(build, name):
 
 # Faults that a graph would repeat -------------------------------------------------------------------------------------
 
-KEPT = [torch.zeros((), device=META)]
-
-
-def replaced(loss):
-    KEPT[0] = KEPT[0] + loss
-    return KEPT[0]
-
-
 FAULTS = {  # what a user might do with the loss of call number i, and what is said of it
     "a Python number": (lambda i, loss: loss / i, 'gets the number 2, then 3; compute it from state["step"]'),
     "read on the host": (lambda i, loss: loss * loss.item(), "waits for a value on the device, as .item()"),
@@ -124,7 +116,6 @@ FAULTS = {  # what a user might do with the loss of call number i, and what is s
     "a distribution": (lambda i, loss: loss + Normal(loss, 1).mean, "build distributions before the first step"),
     "on the CPU": (lambda i, loss: loss * torch.rand(()), "uses a tensor on the cpu in aten.rand"),
     "copied to the CPU": (lambda i, loss: torch.zeros(()).copy_(loss), "make it with device=images.device"),
-    "a tensor that is replaced": (lambda i, loss: replaced(loss), "reads a tensor that was replaced; update"),
     "every other step": (lambda i, loss: loss.exp() if i % 2 else loss, "does not do the same in every step, as after"),
 }
 

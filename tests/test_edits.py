@@ -154,15 +154,6 @@ class Fourier(MLP):
         return super().forward((x.flatten(1) @ self.features).view(x.shape))
 
 
-class InAList(MLP):
-    def __init__(self, **options):
-        super().__init__(**options)
-        self.heads = [torch.nn.Linear(10, 10)]
-
-    def forward(self, x):
-        return self.heads[0](super().forward(x))
-
-
 class MadeInForward(MLP):
     def forward(self, x):
         return torch.nn.Linear(10, 10)(super().forward(x))
@@ -193,7 +184,6 @@ class Softmax(MLP):
     ("network", "part"),
     [
         (Fourier, "evaluate.py would measure another network: state_dict() lacks a part"),
-        (InAList, "evaluate.py would measure another network"),
         (MadeInForward, "forward makes a layer (Linear), which is never trained; make it in __init__"),
         (MadeAtFirst, "make every layer in __init__"),
         (Annealed, "evaluate.py would measure another network"),

@@ -59,12 +59,9 @@ def test_arrays_of_the_usual_shapes_and_ranges_are_the_same_images(images, shape
         (np.full((28, 28), 300.0), "pixels from 300 to 300"),
         (np.array([-1.0, 255.0] * 392), "pixels from -1 to 255"),
         (np.full((28, 28), np.nan), "pixels from nan"),
-        (np.array([0, np.nan] * 392), "pixels from nan"),
         (np.array([0, np.inf] * 392), "pixels from 0 to inf"),
         (np.array([0, 16] * 392, np.uint8), "pixels from 0 to 16; scale"),  # 0 to 255 or 0 to 16?
         (np.array([-0.02, 1.03] * 392), "pixels from -0.02 to 1.03"),  # interpolated
-        (np.array([0, 1.03] * 392), "pixels from 0 to 1.03"),
-        (np.array([-0.02, 1] * 392), "pixels from -0.02 to 1"),
         (np.array([-0.42, 2.82] * 392), "pixels from -0.42 to 2.82"),  # normalised by mean and deviation
         (np.array([0, 65535] * 392, np.uint16), r"pixels from 0 to 6.55e\+04"),
         (np.zeros((6, 3, 28, 28)), r"images of shape \[6, 3, 28, 28\]"),  # in colour
