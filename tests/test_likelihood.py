@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from helpers import DIGITS
 
-import datasets
 import evaluate
 import train_likelihood
 from datasets import binarise, load
@@ -129,20 +128,6 @@ def test_every_model_is_trained_and_validated_by_the_script(model, tmp_path, mon
     expected = network.log_likelihood(unseen, **getattr(network, "quick", {})).mean().item()
     assert result["val_log_likelihood"] == pytest.approx(expected, rel=0.02 if model == "vae" else 1e-5)
     assert -784 < expected < -50
-
-
-@pytest.mark.parametrize("how", ["dynamic", "fixed", "none"])
-def test_pixels_are_sampled_black_or_white_at_each_visit_or_once_or_not(how, monkeypatch):
-    grey, seen = torch.full((32, 1, 28, 28), 102, dtype=torch.uint8), []  # 0.4
-    monkeypatch.setattr(datasets, "load", lambda *_: (grey, torch.zeros(32, dtype=torch.int64)))
-    monkeypatch.setattr(RBM, "loss", lambda self, images: seen.append(images.clone()) or self.visible_bias.sum())
-    train_likelihood.main([*DIGITS, "--model", "rbm", "--binarise", how, "--batch-size", "32", "--epochs", "2"])
-    if how == "none":
-        assert seen[0].unique().tolist() == pytest.approx([0.4])
-        return
-    assert seen[0].unique().tolist() == [0, 1]
-    assert seen[0].mean() == pytest.approx(0.4, abs=0.02)  # not a threshold
-    assert torch.equal(*(images.sum(0) for images in seen[-2:])) == (how == "fixed")
 
 
 # VAE ------------------------------------------------------------------------------------------------------------------

@@ -6,9 +6,12 @@ import pytest
 import torch
 from helpers import DIGITS, load, train
 
+import datasets
 import train_classifier
+import train_likelihood
 from engine import optim
 from engine.optim import EMA, MaxoutSchedule
+from models.vae import VAE
 
 
 def test_ema_follows_its_formula():
@@ -114,3 +117,22 @@ def test_every_flag_changes_the_weights(tmp_path):
 def test_max_norm_limits_the_norm_of_each_units_incoming_weights(tmp_path):
     weights = weights_after(tmp_path, "--max-norm", "0.1", "--lr", "0.01")
     assert weights["linear1.weight"].norm(dim=1).max() <= 0.1001
+
+
+@pytest.mark.parametrize("how", ["dynamic", "fixed", "none"])
+def test_pixels_are_sampled_black_or_white_at_each_visit_or_once_or_not(how, monkeypatch):
+    grey, seen = torch.full((32, 1, 28, 28), 102, dtype=torch.uint8), []  # 0.4
+    monkeypatch.setattr(datasets, "load", lambda *_: (grey, torch.zeros(32, dtype=torch.int64)))
+
+    def loss(self, images):
+        seen.extend([images.clone()] * self.training)
+        return self.decoder[-1].bias.sum()
+
+    monkeypatch.setattr(VAE, "loss", loss)
+    train_likelihood.main([*DIGITS, "--hidden", "8", "--binarise", how, "--batch-size", "32", "--epochs", "2"])
+    if how == "none":
+        assert seen[0].unique().tolist() == pytest.approx([0.4])
+        return
+    assert seen[0].unique().tolist() == [0, 1]
+    assert seen[0].mean() == pytest.approx(0.4, abs=0.02)  # not a threshold
+    assert torch.equal(*(images.sum(0) for images in seen[-2:])) == (how == "fixed")
