@@ -214,13 +214,13 @@ def test_rank_0_continues_with_all_sums_when_several_ranks_become_one():
 # The mode of the network, the clock, signals, and the files -----------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", [True, False])
-def test_a_network_is_evaluated_in_eval_mode_and_has_its_own_mode_afterwards(mode):
-    network = torch.nn.Dropout().train(mode)
+def test_a_network_is_evaluated_in_eval_mode_and_each_layer_has_its_own_mode_afterwards():
+    network = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Dropout())
+    network[0].eval()  # as a user may hold a layer's statistics fixed
     with utils.evaluating(network):
-        assert not network.training
+        assert not any(layer.training for layer in network.modules())
         assert not torch.is_grad_enabled()
-    assert network.training == mode
+    assert [layer.training for layer in network.modules()] == [True, False, True]
 
 
 def test_the_loop_saves_every_so_many_seconds_since_the_last_save(tmp_path, monkeypatch):

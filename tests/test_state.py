@@ -194,7 +194,7 @@ def test_weights_that_are_not_trained_are_named(tmp_path, capsys, held, train_st
 
 
 @pytest.mark.parametrize("callback", ["validate", "sample", "after_epoch"])
-def test_a_network_left_in_eval_mode_trains_on_in_train_mode(tmp_path, callback):
+def test_networks_are_in_eval_mode_in_each_callback_and_in_train_mode_in_the_next_step(tmp_path, callback):
     layer, modes = torch.nn.Linear(1, 1), []
     returned = {"validate": {}, "sample": torch.zeros(1, 1, 2, 2)}.get(callback)
     run = start(tmp_path / "run", {"layer": layer})
@@ -203,8 +203,8 @@ def test_a_network_left_in_eval_mode_trains_on_in_train_mode(tmp_path, callback)
         modes.append(layer.training)
         return {}
 
-    utils.train(run, train_step, ten_images(10), **{callback: lambda *_: layer.eval() and returned})
-    assert modes == [True, True]
+    utils.train(run, train_step, ten_images(10), **{callback: lambda *_: modes.append(layer.training) or returned})
+    assert modes == [True, False] * 2
 
 
 # Schedules -----------------------------------------------------------------------------------------------------------
