@@ -109,7 +109,7 @@ class CapturedStep:
         """Capture the step again. If that is due for the third time within a few steps, run all steps eagerly."""
         self.short_lived = self.short_lived + 1 if changed and self.calls <= COMPARED else 0
         if self.short_lived == 2:  # the first may belong to a run that was resumed just before a change
-            print(f"every step runs eagerly: {reason} too often", flush=True)
+            print(f"every step runs eagerly: {reason} too often")
             self.eager = True
         self.calls, self.captured, self.recorded = 0, None, None
 
@@ -123,7 +123,7 @@ class CapturedStep:
         except NotCapturable as error:
             raise UserError(self.refusal(error)) from error
         if reason := difference(self.recorded, recorder):
-            print(f"capturing the training step again: {reason.partition(';')[0]}", flush=True)
+            print(f"capturing the training step again: {reason.partition(';')[0]}")
             self.renew(True, "the step changes")
 
     def capture(self, inputs: Sequence[torch.Tensor]) -> Callable:
@@ -146,7 +146,7 @@ class CapturedStep:
         self.recorded = recorders[0]
         if (reason := unsaved(self.recorded, self.state)) != self.warning:
             self.warning = reason
-            print(f"{WARNING}: {reason}", flush=True)
+            print(f"{WARNING}: {reason}")
         return self.record_graph(function) if self.graph else function
 
     def warm_up(self, recorders: list[Recorder]) -> None:
@@ -168,7 +168,7 @@ class CapturedStep:
     def compile(self) -> Callable:
         from engine.compiler import compile_step  # imports torch's compiler, which takes a second
 
-        print("compiling the training step", flush=True)
+        print("compiling the training step")
         started = time.monotonic()
         pairs = zip(self.groups(), self.momenta)
         momenta = {parameter.data_ptr(): momentum for group, momentum in pairs for parameter in group["params"]}
@@ -179,13 +179,13 @@ class CapturedStep:
             function = compile_step(self.step, self.inputs, momenta, counts)
             function(*self.inputs)
         except (Exception, KeyboardInterrupt) as error:  # no compiler, no Triton, another torch, Ctrl-C
-            print(f"not compiled: {reason_of(error)}", flush=True)
+            print(f"not compiled: {reason_of(error)}")
             self.compiled, self.eager = False, not self.graph
             self.settings = self.recorded_settings()  # now with the momentum
             return self.step
         finally:
             AT_ONCE.clear()
-        print(f"compiled in {time.monotonic() - started:.0f} s", flush=True)
+        print(f"compiled in {time.monotonic() - started:.0f} s")
         return function
 
     def record_graph(self, function: Callable) -> Callable:

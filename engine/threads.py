@@ -54,7 +54,7 @@ def choose(seconds: dict[int, float], run: "Run") -> None:
     for threads, own in seconds.items():
         best = threads if own < WORTH * seconds[best] else best
     listed = ", ".join(f"{1000 * own:.2f} ms with {threads}" for threads, own in seconds.items())
-    print(f"threads: {best} (a step takes {listed})", flush=True)
+    print(f"threads: {best} (a step takes {listed})")
     torch.set_num_threads(best)
     run.args.threads = run.options["threads"] = best
     run.write_config()
