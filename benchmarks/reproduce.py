@@ -35,7 +35,7 @@ from engine.errors import UserError, command, run_script
 from engine.folder import read_config
 from engine.provenance import warn_if_code_changed
 from experiments.run import start
-from tables import accuracy, nats, quality
+from tables import MEASURES, accuracy, measures, nats
 
 RESULTS = ROOT / "benchmarks" / "results" / "results.json"
 BANDS = ROOT / "benchmarks" / "results" / "quick.json"  # short forms: command, what is compared, and its band
@@ -107,8 +107,9 @@ def run_row(name: str, args: Namespace) -> None:
     print_table([[read_run(folder) for folder in folders]])
     print(f"plot: {command('benchmarks/compare.py', *folders)}")
     if row := rows.get(name):
-        seeds = row.get("seeds", [])
-        print("recorded:", accuracy(row) if "test_errors" in row else f"{nats(seeds)} {quality(seeds)}".strip())
+        seeds = row.get("seeds")
+        of_samples = ", ".join(map(" ".join, zip(MEASURES, measures(seeds)))) if seeds else ""
+        print("recorded:", f"{nats(seeds)} {of_samples}".strip() if seeds else accuracy(row))
         print("published:", row["published"] or "-")
     if args.record:
         record(name, metrics, folders)

@@ -111,7 +111,7 @@ def test_other_networks_resume_exactly_too(tmp_path, name):
 
 
 def test_the_page_lists_the_flags_that_may_change_on_resume():
-    text = (ROOT / "docs" / "reliability.md").read_text()
+    text = (ROOT / "docs" / "how.md").read_text()
     listed = re.findall(r"`--([a-z-]+)`", text.partition("You may change")[2].partition("\n\n")[0])
     where = {"resume", "output_dir", "auto_resume"}  # of the run itself
     assert {flag.replace("-", "_") for flag in listed} == flags.FREE_ON_RESUME - where
