@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     train_set, val_set = split(args)
     batches = Batches(*train_set, args.batch_size, device, black=0.0, seed=args.seed)
     state, train_step, sampler = build(args, device, batches)
-    watch = Watch(sampler, val_set[0], args.seed, digits=args.dataset in SHOW_DIGITS)
+    watch = Watch(sampler, val_set[0], args.seed, digits=args.dataset in SHOW_DIGITS and not args.dry_run)
     run = utils.Run(args, state, name=f"gan-{short_name(args.dataset)}")
     check = partial(check_rebuilt, run, sampler, batches)
     return utils.train(
