@@ -86,7 +86,7 @@ def test_a_command_of_ones_own_runs_over_seeds_and_resumes(args, tmp_path, monke
     assert [(each["seed"], each["lr"], each["model"]) for each in options] == [(0, 1e-3, "mlp"), (1, 1e-3, "mlp")]
 
     # The command that it prints plots the runs.
-    (printed,) = re.findall("python benchmarks/compare.py (.*)", capfd.readouterr().out)
+    (printed,) = re.findall("benchmarks/compare.py (.*)", capfd.readouterr().out)
     compare.main([*shlex.split(printed), "--output", str(tmp_path / "plot.png")])
     assert f"{folders[0]} and 1 more" in capfd.readouterr().out
 
