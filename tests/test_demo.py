@@ -32,7 +32,10 @@ SEVEN = [(70, 80), (260, 80), (210, 160), (150, 290)]  # corners of the drawn 7,
 
 @pytest.fixture(scope="module")
 def process(tmp_path_factory):
-    """demo.py with the shipped weights on a free port, from another working directory; its address."""
+    """demo.py with the shipped weights on a free port, from another working directory; its address.
+
+    After the tests, Ctrl-C ends it on one line, without a traceback of theirs, and no drawing stays.
+    """
     pytest.importorskip("gradio", reason="pip install -r requirements-demo.txt")
     weights = ["weights/cnn.pt", "weights/mlp.pt", "weights/cgan.pt"]
     command = [sys.executable, str(ROOT / "demo.py"), *weights, "--port", "0"]
@@ -42,7 +45,11 @@ def process(tmp_path_factory):
     process.folder = folder
     process.address = re.search(r"http://127\.0\.0\.1:\d+", process.stdout.readline()).group()
     yield process
-    process.kill()
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert errors.splitlines() == ["demo.py: interrupted"]
+    assert not list(folder.iterdir())
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +179,7 @@ def bomb():
     ],
 )
 def test_what_cannot_be_drawn_is_a_message_in_the_page(process, values, words):
-    """And no traceback: the last test reads the errors."""
+    """And no traceback: the fixture reads the errors."""
     if isinstance(values, bytes):
         path = json.loads(upload(process, values)[1])[0]
         values = [{"background": None, "layers": [], "composite": {"path": path, "meta": {"_type": "gradio.FileData"}}}]
@@ -189,14 +196,6 @@ def test_what_cannot_be_drawn_is_a_message_in_the_page(process, values, words):
 def test_the_page_asks_no_other_machine(page):
     elsewhere = [url for url in page.asked if not url.startswith(("http://127.0.0.1", "data:", "blob:"))]
     assert elsewhere == []
-
-
-def test_ctrl_c_stops_it_in_one_line(process):
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
-    assert process.returncode == 130
-    assert errors.splitlines() == ["demo.py: interrupted"]
-    assert not list(process.folder.iterdir())  # no drawing stays
 
 
 def drawing(*rows):
