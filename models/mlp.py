@@ -1,4 +1,4 @@
-"""The lecture's multi-layer perceptron (slides "Forward path" and "Code snippet")."""
+"""The lecture's multi-layer perceptron (slide "Code snippet")."""
 
 from collections.abc import Callable
 

@@ -340,3 +340,8 @@ print("peak", 1024 * int(status.split("VmHWM:")[1].split()[0]))
     evaluate.main(["runs/mlp-mnist"])
     metrics = json.loads((tmp_path / "runs" / "mlp-mnist" / "evaluation" / "metrics.json").read_text())
     assert metrics["test_accuracy"] > 0.90
+
+
+def test_a_dry_run_does_not_warn_of_samples_that_eight_steps_cannot_make(capsys):
+    train_gan.main([*DIGITS, "--dry-run"])
+    assert "warning" not in capsys.readouterr().out
