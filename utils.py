@@ -2,23 +2,23 @@
 
 From a batch to a number on the screen:
 
-    rows         which images: row numbers, shuffled by the seed and the epoch             batches.rows
+    rows         which images: their row numbers, shuffled by the seed and the epoch       batches.rows
     take         their pixels and labels, on the device                                    batches.take
     train_step   forward pass, backward pass, update; returns metrics                      the script's
     meter        sums the metrics, on the device                                           engine/meter.py
-    report       every --log-interval steps, reads their means and adds a row to the curve below
-    progress     shows that row in a progress bar, or on a line                            below
+    report       every --log-interval steps and after the last one, reads their means, a point of the curve; below
+    progress     shows that point in a progress bar, or on a line; below
 
-After each step the loop updates every EMA, advances every schedule, and adds 1 to `run.state["step"]`. An epoch ends
-when every image has been seen once: the network is validated, samples are saved, and a row of metrics and a checkpoint
-are written. `--resume RUN` continues with the batch after the last checkpoint.
+After each step the loop updates every EMA, adds 1 to `run.state["step"]`, and advances every schedule. An epoch ends
+when every image has been seen once: the network is validated, samples and the best checkpoint are saved, and a row of
+metrics and a checkpoint are written. `--resume RUN` continues with the batch after the last checkpoint.
 
-Edit a train_step as you like. What it keeps from step to step lies in `state`: networks, optimizers, tensors,
+Edit a train_step as you like. Keep what must survive a step or a resume in `state`: networks, optimizers, tensors,
 generators, plain values. To anneal a number, compute it from the tensor `state["step"]`. On a GPU, or with --compile,
 the step is captured, which means recorded once and replayed without Python. So it must stay on the device and do the
 same in every step: no `.item()`, no `print` of a tensor, no `images[mask]`, no `if` on a tensor, no Python number that
-changes. Random numbers, and an `if` on an option, are fine. What cannot be captured is named, with its line; with
-`--no-cuda-graph` and without `--compile`, the step runs eagerly, and these limits do not apply.
+changes. Random numbers, and an `if` on an option, are fine. A step that cannot be captured ends the training at once,
+with a message that names the line; with `--no-cuda-graph` and without `--compile`, it runs eagerly, without limits.
 """
 
 import itertools
@@ -63,7 +63,7 @@ def train(
     score: the metric to maximise: best.pt is saved whenever it beats all earlier epochs. Without a validation split
         there is no best.pt, and the last epoch is the result.
     should_stop: gets the last row, on every rank; training ends once it returns True.
-    check: runs likewise, before the first step and after the last; measures.trained.check_rebuilt is one.
+    check: runs on rank 0 in eval mode, before the first step and after the last, as measures.trained.check_rebuilt.
 
     Saves checkpoint.pt before the first step, every --save-interval seconds, after each epoch, and on a signal,
     after which it raises Stopped. Raises UserError if a metric or a weight is not finite. Returns the run
@@ -133,7 +133,7 @@ def make_step(run: Run, train_step: TrainStep, batches: Any) -> Callable[[torch.
     device = run.device()
     emas = [item for item in run.state.values() if isinstance(item, optim.EMA)]
     schedules = optim.schedules(run.state, per_epoch=False).values()
-    sizes = [len(rows) for rows in batches.rows(run.epochs)]  # the same in each epoch
+    sizes = [len(rows) for rows in batches.rows(0)]  # the same in each epoch
     require_batches_for_norm(run.networks(), min(sizes) // world_size())
 
     def train_on(images: torch.Tensor, labels: torch.Tensor) -> None:
@@ -154,7 +154,7 @@ def make_step(run: Run, train_step: TrainStep, batches: Any) -> Callable[[torch.
     def run_step(rows: torch.Tensor) -> None:
         if len(rows) >= world_size():  # else a last batch with fewer images than processes is skipped
             part = rows.tensor_split(world_size())[rank()]  # all rows, unless torchrun started several processes
-            run.fraction = len(part) / len(rows)  # by which engine/distributed.py weights this rank's gradients
+            run.fraction = len(part) / len(rows)  # the weight of this rank's gradients in their sum
             captured(part)
         else:
             run.state["step"].add_(1)
@@ -168,7 +168,7 @@ def make_step(run: Run, train_step: TrainStep, batches: Any) -> Callable[[torch.
 
 
 def report(run: Run, steps: int) -> None:
-    """Every --log-interval steps, and at the end of the epoch: append the means since the last report to the curve."""
+    """Every --log-interval steps, and after the last: append the metrics' means since the last report to the curve."""
     if run.batch % run.args.log_interval == 0 or run.batch == steps:
         means = run.meter.report()
         run.require_finite(means)
@@ -179,7 +179,7 @@ def report(run: Run, steps: int) -> None:
 def finish_epoch(
     run: Run, validate: Callable | None, score: str | None, sample: Callable | None, after_epoch: Callable | None
 ) -> None:
-    """Validate, print a row of metrics and append it to the history, save samples, and best.pt if it is the best."""
+    """Validate, append a row of metrics to the history, save samples, and best.pt if it is the best; print the row."""
     metrics = {**run.meter.epoch_means(), **(broadcast(lambda: validated(validate)) if validate else {})}
     run.count_seconds()
     run.seconds.append(0.0)
