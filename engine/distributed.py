@@ -1,11 +1,11 @@
 """Several processes that torchrun started: each computes its shard of every batch, rank 0 prints and saves.
 
-All ranks keep the same weights: gradients are summed before each update. A single process needs none of this.
+All ranks keep the same weights: each backward pass sums their gradients. A single process needs none of this.
 """
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -92,15 +92,18 @@ def sync_flags(signals: list[int], due: bool) -> tuple[int, bool]:
     return tuple(flags.tolist())
 
 
-def sum_gradients(optimizer: torch.optim.Optimizer, fraction: float) -> None:
-    """Before an update: the gradient of the whole batch's mean loss. fraction: of the batch, which this rank computed.
+def sum_gradients(parameters: Iterable[torch.Tensor], fraction: Callable[[], float]) -> None:
+    """Have each backward pass end with the gradient of the whole batch's mean loss, the same on every rank.
 
-    Not DistributedDataParallel, which does not support `create_graph=True`, as the R1 penalty needs it.
+    fraction: of the batch, which this rank computes. Not DistributedDataParallel, which does not support
+    `create_graph=True`, as the R1 penalty needs it.
     """
-    if world_size() > 1:
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        total = torch.cat([gradient.flatten() for gradient in gradients]) * fraction
+
+    def total(gradient: torch.Tensor) -> torch.Tensor:
+        gradient = gradient * fraction()
         with collective():
-            dist.all_reduce(total)
-        for gradient, part in zip(gradients, total.split([gradient.numel() for gradient in gradients])):
-            gradient.copy_(part.view_as(gradient))  # in place: a fused update needs the weights' memory layout
+            dist.all_reduce(gradient)
+        return gradient
+
+    for parameter in parameters if world_size() > 1 else ():
+        parameter.register_hook(total)

@@ -182,7 +182,12 @@ print([open(file).read() for file in glob.glob("/proc/self/task/*/comm")])
 
 @pytest.mark.parametrize("name", ["mlp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gan", "cnn"))])
 def test_two_processes_end_with_the_weights_and_metrics_of_one(tmp_path, name):
+    """Also where an edited step reads the gradients between backward() and step(): the MLP's are clipped."""
     script, words = SCRIPTS[name]
+    if name == "mlp":
+        text, backward = (ROOT / script).read_text(), "loss.backward()"
+        script = tmp_path / script
+        script.write_text(text.replace(backward, f"{backward}; nn.utils.clip_grad_norm_(model.parameters(), 0.1)"))
     for processes, folder in ((1, "one"), (2, "two")):
         run(processes, script, *words, "--output-dir", folder, cwd=tmp_path, first=[without_chance])
     assert_close(tmp_path / "one", tmp_path / "two")
