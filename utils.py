@@ -133,7 +133,7 @@ def make_step(run: Run, train_step: TrainStep, batches: Any) -> Callable[[torch.
     device = run.device()
     emas = [item for item in run.state.values() if isinstance(item, optim.EMA)]
     schedules = optim.schedules(run.state, per_epoch=False).values()
-    sizes = [len(rows) for rows in batches.rows(0)]  # the same in each epoch
+    sizes = [len(rows) for rows in batches.rows(run.epochs)]  # as in every other epoch
     require_batches_for_norm(run.networks(), min(sizes) // world_size())
 
     def train_on(images: torch.Tensor, labels: torch.Tensor) -> None:
