@@ -9,11 +9,13 @@ if it has changed, the step is captured again.
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.optim import Optimizer
 
+from engine import products
 from engine.device import random_state, set_random_state
 from engine.distributed import world_size
 from engine.errors import AT_ONCE, UserError
@@ -48,6 +50,7 @@ def captured_or_watched(step: Callable, run: "Run", batch_size: int) -> Callable
     return CapturedStep(
         step, run.state, batch_size, device,
         compiled=args.compile, graph=graph, begun=run.begun, is_first=lambda: run.batch == 0,
+        choose_products=partial(products.choose, run=run),
     )  # fmt: skip
 
 
@@ -67,7 +70,7 @@ class CapturedStep:
     state: the run's; what it holds may change from step to step.
     compiled: by Inductor (--compile). graph: as a CUDA graph, of the compiled step if there is one.
     begun: whether the run has made a step. If not, the first one runs eagerly: it allocates the optimizer's state.
-    is_first: whether the step is the first of an epoch.
+    is_first: whether the step is the first of an epoch. choose_products: as in `compile_step`.
 
     A short last batch runs eagerly. When a setting of an optimizer changes that the recording holds, the step is
     captured again; if one keeps changing within a few steps, all steps run eagerly. Raises UserError if the step
@@ -77,7 +80,9 @@ class CapturedStep:
     def __init__(
         self, step: Callable, state: dict[str, Any], batch_size: int, device: torch.device, *,
         compiled: bool, graph: bool, begun: bool, is_first: Callable[[], bool] = lambda: False,
+        choose_products: Callable[[Any], None] = lambda graph: None,
     ):  # fmt: skip
+        self.choose_products = choose_products
         self.step, self.state, self.batch_size, self.device = step, state, batch_size, device
         self.compiled, self.graph, self.begun, self.is_first, self.eager = compiled, graph, begun, is_first, False
         self.captured: Callable | None = None
@@ -176,7 +181,7 @@ class CapturedStep:
         counts = {state["step"].data_ptr(): state["step"].item() for state in states if "step" in state}
         AT_ONCE.append(True)
         try:
-            function = compile_step(self.step, self.inputs, momenta, counts)
+            function = compile_step(self.step, self.inputs, momenta, counts, self.choose_products)
             function(*self.inputs)
         except (Exception, KeyboardInterrupt) as error:  # no compiler, no Triton, another torch, Ctrl-C
             print(f"not compiled: {reason_of(error)}")

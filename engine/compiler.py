@@ -21,7 +21,11 @@ OPTIONS = {
 
 
 def compile_step(
-    step: Callable, inputs: Sequence[torch.Tensor], momenta: dict[int, torch.Tensor], counts: dict[int, float]
+    step: Callable,
+    inputs: Sequence[torch.Tensor],
+    momenta: dict[int, torch.Tensor],
+    counts: dict[int, float],
+    choose_products: Callable[[Graph], None] = lambda graph: None,
 ) -> Callable:
     """Compile `step(*inputs)`, which must be the same operations on the same tensors in every call.
 
@@ -29,6 +33,7 @@ def compile_step(
     graph. Tensors that it finds, such as weights, become inputs of the graph.
     momenta: address of a parameter -> SGD's momentum, as a tensor that may change between calls.
     counts: address of Adam's step count of a parameter -> its value.
+    choose_products: may replace the matrix products of the graph; engine/products.py has one.
     """
     updates: dict[Any, Callable] = {
         torch.ops.aten._fused_adam_.tensor_lr: partial(adam, counts=counts),
@@ -37,6 +42,7 @@ def compile_step(
         torch.ops.aten.bernoulli_.float: partial(bernoulli_, in_memory_order=fills_in_memory_order(inputs[0].device)),
     }
     traced = make_fx(step, decomposition_table=updates)(*inputs)
+    choose_products(traced.graph)
     found = lift_tensors(traced)
     fake = FakeTensorMode(shape_env=ShapeEnv())  # without shapes that it knows, Inductor does not use its cache
     examples: list[Any] = [fake.from_tensor(tensor, static_shapes=True) for tensor in (*inputs, *found)]

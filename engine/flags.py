@@ -23,7 +23,7 @@ Recipes = dict[str, dict[str, Any]]
 Variants = dict[tuple[str, str], dict[str, Any]]  # (recipe; model, networks or dataset) -> what the recipe sets then
 
 # A resumed run may differ in these. Any other change would make it another run.
-WHERE_TO_COMPUTE = {"data_dir", "device", "threads", "cuda_graph", "compile"}
+WHERE_TO_COMPUTE = {"data_dir", "device", "threads", "products", "cuda_graph", "compile"}
 FREE_ON_RESUME = {*WHERE, *WHERE_TO_COMPUTE, "epochs", "log_interval", "save_interval"}
 
 
@@ -125,6 +125,8 @@ def training_parser(kind: str, script: str, doc: str, recipes: Recipes, datasets
     add = parser.group("where to compute")
     add("--device", type=device_name, default="auto", help="auto, cpu, cuda, cuda:1, ... or mps")
     add("--threads", type=number(int, 1), help="of the CPU (none: as many as are fastest in the first steps)")
+    library = "of the compiled step's matrix products on a CPU (none: the faster one)"
+    add("--products", choices=["torch", "onednn"], help=library)
     compiler = "compile the whole step (needs a C++ compiler; Triton on CUDA)"
     add("--cuda-graph", action=BooleanOptionalAction, help="on CUDA, replay the step as one graph")
     add("--compile", action=BooleanOptionalAction, help=compiler)

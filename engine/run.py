@@ -29,7 +29,7 @@ WHERE = dict(resume=None, output_dir=None, auto_resume=False)  # options that ar
 # The options that the loop reads, and their defaults. engine/flags.py has a flag for each.
 DEFAULTS: dict[str, Any] = dict(
     epochs=1, batch_size=32, seed=0, cuda_graph=True, compile=False, amp=False, log_interval=100, save_interval=60,
-    start_from=None, dry_run=False, threads=None, **WHERE,
+    start_from=None, dry_run=False, threads=None, products=None, **WHERE,
 )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ multiplies such differences: where a gradient is nothing but rounding errors, Ad
 two are therefore compared in double precision.
 """
 
+import argparse
 import itertools
 import os
 from functools import partial
@@ -12,6 +13,7 @@ from functools import partial
 import pytest
 import torch
 from helpers import DIGITS, assert_same_run, killed_at, run, tensors, train
+from helpers import load as load_checkpoint
 from test_loop import Position, fit, start, ten_images
 
 import train_cgan
@@ -20,7 +22,7 @@ import train_gan
 import train_likelihood
 import utils
 from datasets import Batches, load
-from engine import captured, compiler, flags
+from engine import captured, compiler, flags, products
 from engine.errors import UserError
 
 CASES = {  # each has operations that no other has
@@ -167,6 +169,42 @@ def test_dropout_within_attention_uses_the_eager_steps_random_numbers(monkeypatc
     torch.manual_seed(3)
     order = compiler.fills_in_memory_order(torch.device("cpu"))
     assert torch.equal(compiler.bernoulli_(torch.empty_like(x), 0.5, in_memory_order=order), eager)
+
+
+def products_of(layer, x, out):
+    """Products with and without a bias, of matrices in other memory orders, expanded ones, and a bias that is none."""
+    y = torch.addmm(layer.bias, x, layer.weight.t())
+    z = y.t() @ y + y.mean().expand(6, 6) @ layer.weight[:, :6]
+    out.copy_(torch.addmm(z, layer.weight, layer.weight.t()) + torch.addmm(layer.bias, z, z, beta=0.5))
+
+
+def test_products_by_onednn_are_torchs_but_for_rounding(monkeypatch):
+    monkeypatch.setattr(torch._inductor, "compile", lambda graph, *_, **__: graphs.append(graph) or graph)
+    layer, x, out, graphs = torch.nn.Linear(7, 6), torch.rand(5, 7), torch.empty(6, 6), []
+    options = argparse.Namespace(products="onednn")
+    choose = partial(products.choose, run=argparse.Namespace(args=options, device=lambda: torch.device("cpu")))
+    with torch.no_grad():
+        compiler.compile_step(partial(products_of, layer), [x, out], {}, {}, choose)(x, out)
+        products_of(layer, x, expected := torch.empty(6, 6))
+    torch.testing.assert_close(out, expected)
+    operations = [str(node.target) for node in graphs[0].graph.nodes if node.op == "call_function"]
+    assert sum("onednn_products.mm" in name for name in operations) == 3
+    assert sum("aten.addmm" in name for name in operations) == 2  # whose biases are a matrix, and scaled
+
+
+@pytest.mark.slow
+def test_a_compiled_run_chooses_the_faster_products_and_a_resumed_run_keeps_them(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(products, "seconds", lambda products, by: 0.001 if by is torch.mm else 0.0005)
+    test_a_compiled_run_that_was_killed_within_an_epoch_resumes_exactly(tmp_path, (1, 4))
+    output = capsys.readouterr().out
+    assert output.count("products: onednn (torch's own take 1.00 ms a step, oneDNN's 0.50 ms)") == 2
+    assert load_checkpoint(tmp_path / "run" / "checkpoint.pt")["options"]["products"] == "onednn"
+    losses = {}
+    for name in ("torch", "onednn"):
+        train(*MLP, "--products", name, "--output-dir", tmp_path / name)
+        losses[name] = [row["loss"] for row in load_checkpoint(tmp_path / name / "checkpoint.pt")["history"]]
+    assert losses["torch"] == pytest.approx(losses["onednn"], abs=0.01)  # Adam multiplies rounding
+    assert losses["torch"] != losses["onednn"]
 
 
 def set_environment(settings):
