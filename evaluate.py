@@ -169,9 +169,7 @@ def write_samples(network: Any, args: argparse.Namespace, folder: Path) -> None:
     names = network.options["classes"]
     images, labels, z = sample_images(network, spread(args.samples, args.digit or range(len(names))), args.seed)
     arrays: dict[str, Any] = {"images": images[:, 0], "z": z, "labels": labels}
-    plain = all(re.fullmatch(r"[\w.]+", name) for name in names)  # else two requests could have one file name
-    asked = "-".join(names[digit] if plain else str(digit) for digit in args.digit or [])
-    suffix = f"-digit{asked}" * bool(asked) + f"-seed{args.seed}"
+    suffix = f"{asked(args.digit, names)}-seed{args.seed}"
     packed, name = io.BytesIO(), f"samples-{args.samples}{suffix}"
     np.savez_compressed(packed, **{key: array.numpy() for key, array in arrays.items() if array is not None})
     write_atomically(folder / f"{name}.npz", packed.getvalue())
@@ -181,6 +179,12 @@ def write_samples(network: Any, args: argparse.Namespace, folder: Path) -> None:
     shown = images[:: -(-len(images) // 2500)]
     grids = {f"{name}.png": (shown, args.columns or math.ceil(len(shown) ** 0.5)), **walk_plots(network, args, suffix)}
     save(grids, folder, f"{name}.npz", *[f"{name}/"] * args.separate)
+
+
+def asked(digits: list[int] | None, names: list[str]) -> str:
+    """The classes that --digit asks for, as a part of a file's name."""
+    plain = all(re.fullmatch(r"[\w.]+", name) for name in names)  # else two requests could have one file name
+    return f"-digit{'-'.join(names[digit] if plain else str(digit) for digit in digits)}" if digits else ""
 
 
 def evaluate_generator(network: Any, args: argparse.Namespace, device: torch.device) -> tuple[dict[str, Any], Plots]:

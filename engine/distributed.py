@@ -5,7 +5,7 @@ All ranks keep the same weights: each backward pass sums their gradients. A sing
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -92,7 +92,7 @@ def sync_flags(signals: list[int], due: bool) -> tuple[int, bool]:
     return tuple(flags.tolist())
 
 
-def sum_gradients(parameters: Iterable[torch.Tensor], fraction: Callable[[], float]) -> None:
+def sum_gradients(optimizers: list[torch.optim.Optimizer], fraction: Callable[[], float]) -> None:
     """Have each backward pass end with the gradient of the whole batch's mean loss, the same on every rank.
 
     fraction: of the batch, which this rank computes. Not DistributedDataParallel, which does not support
@@ -105,5 +105,6 @@ def sum_gradients(parameters: Iterable[torch.Tensor], fraction: Callable[[], flo
             dist.all_reduce(gradient)
         return gradient
 
-    for parameter in parameters if world_size() > 1 else ():
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    for parameter in {parameter for group in groups for parameter in group["params"]} if world_size() > 1 else ():
         parameter.register_hook(total)

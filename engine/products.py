@@ -39,18 +39,26 @@ def choose(graph: Graph, run: "Run") -> None:
     if run.device().type != "cpu" or not products or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return
     if not run.args.products:
-        ms = {name: 1000 * seconds(products, by) for name, by in (("torch", torch.mm), ("onednn", onednn))}
-        best = "onednn" if ms["onednn"] < WORTH * ms["torch"] else "torch"
-        print(f"products: {best} (torch's own take {ms['torch']:.2f} ms a step, oneDNN's {ms['onednn']:.2f} ms)")
-        run.args.products = run.options["products"] = best
+        run.args.products = run.options["products"] = faster(products)
         run.write_config()
-    for node in products if run.args.products == "onednn" else ():
-        a, b, bias = arguments(node)
-        with graph.inserting_before(node):
-            new = graph.call_function(torch.ops.onednn_products.mm.default, (a, b, bias))
-        new.meta.update(node.meta)
-        node.replace_all_uses_with(new)
-        graph.erase_node(node)
+    if run.args.products == "onednn":
+        for node in products:
+            replace(node, graph)
+
+
+def faster(products: list[Node]) -> str:
+    ms = {name: 1000 * seconds(products, by) for name, by in (("torch", torch.mm), ("onednn", onednn))}
+    best = "onednn" if ms["onednn"] < WORTH * ms["torch"] else "torch"
+    print(f"products: {best} (torch's own take {ms['torch']:.2f} ms a step, oneDNN's {ms['onednn']:.2f} ms)")
+    return best
+
+
+def replace(product: Node, graph: Graph) -> None:
+    with graph.inserting_before(product):
+        new = graph.call_function(torch.ops.onednn_products.mm.default, arguments(product))
+    new.meta.update(product.meta)
+    product.replace_all_uses_with(new)
+    graph.erase_node(product)
 
 
 def is_product(node: Node) -> bool:

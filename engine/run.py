@@ -64,8 +64,7 @@ class Run:
         self.begun = False  # whether this process continues a run whose first step was made by the same code
         self.meter: Any = None  # sums of the current epoch's metrics; utils.train sets it
         self.fraction = 1.0  # fraction of the batch that this rank computes
-        groups = [group for optimizer in self.optimizers() for group in optimizer.param_groups]
-        sum_gradients({parameter for group in groups for parameter in group["params"]}, lambda: self.fraction)
+        sum_gradients(self.optimizers(), lambda: self.fraction)
         name = f"dry-run-{name}" if self.args.dry_run else name  # a later command is not to find it
         self.folder = Path(self.args.resume or broadcast(lambda: str(new_folder(self.args.output_dir, name))))
         self.lock = lock(self.folder)
