@@ -17,8 +17,7 @@ if TYPE_CHECKING:
 
 WORTH = 0.9  # of MKL's time, which oneDNN must not exceed: the choice is the same on a busy day
 MM, ADDMM = torch.ops.aten.mm.default, torch.ops.aten.addmm.default
-OPERATIONS = torch.library.Library("onednn_products", "DEF")  # Inductor would ask for constant weights in oneDNN's own
-OPERATIONS.define("mm(Tensor a, Tensor b, Tensor? bias) -> Tensor")
+OPERATION = "onednn_products::mm"  # of our own, because Inductor would ask for constant weights in oneDNN's
 
 
 def onednn(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -26,8 +25,10 @@ def onednn(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")
 
 
-OPERATIONS.impl("mm", onednn, "CPU")
-OPERATIONS.impl("mm", lambda a, b, bias=None: a.new_empty(len(a), b.shape[1]), "Meta")
+if not hasattr(torch.ops.onednn_products, "mm"):  # this module may be imported again, as by importlib.reload
+    torch.library.define(OPERATION, "(Tensor a, Tensor b, Tensor? bias) -> Tensor")
+    torch.library.impl(OPERATION, "cpu", onednn)
+    torch.library.register_fake(OPERATION, lambda a, b, bias=None: a.new_empty(len(a), b.shape[1]))
 
 
 def choose(graph: Graph, run: "Run") -> None:
