@@ -7,8 +7,6 @@ import torch
 
 from datasets import Batches, binarise, distort, load
 
-# Batches --------------------------------------------------------------------------------------------------------------
-
 
 def numbered(n, **options):
     """Batches of `n` images, the i-th of them filled with i and labelled i."""
@@ -73,9 +71,6 @@ def test_pixel_means_are_those_of_all_images():
     torch.testing.assert_close(means, images.float().mean(0) / 255)
 
 
-# Binarised images -----------------------------------------------------------------------------------------------------
-
-
 def test_a_pixel_is_white_with_the_probability_of_its_grey_value():
     grey = torch.tensor([0, 64, 128, 200, 255], dtype=torch.uint8).expand(2400, 1, 28, 5)
     white = binarise(grey, seed=0)
@@ -93,8 +88,6 @@ def test_a_seed_names_the_same_binarised_images_on_every_machine():
     assert (binarise(grey, seed=1) // 255).flatten().tolist() == [0, 1, 1, 0, 1, 0, 1, 0, 0, 1, 0, 0]
     assert not torch.equal(binarise(grey, seed=1), binarise(grey, seed=2))
 
-
-# Distortions ----------------------------------------------------------------------------------------------------------
 
 STILL = {"degrees": 0, "scale": 0, "shear": 0, "shift": 0}
 

@@ -90,10 +90,7 @@ def fake(accuracies, seconds):
 
 
 def test_lines_are_means_and_bands_reach_from_the_lowest_to_the_highest():
-    settings = [
-        [fake([0.2, 0.6, 0.8], [1, 1, 1]), fake([0.4, 0.8], [3, 3])],
-        [fake([0.5, 0.7, 0.9], [1, 1, 1])],
-    ]
+    settings = [[fake([0.2, 0.6, 0.8], [1, 1, 1]), fake([0.4, 0.8], [3, 3])], [fake([0.5, 0.7, 0.9], [1, 1, 1])]]
     figure = compare.plot(settings, ["accuracy"])
     over_epochs, over_seconds = figure.axes
     line, other = over_epochs.lines
@@ -114,27 +111,21 @@ def test_92_and_93_percent_lie_apart():
         assert 0.01 / (high - low) > 0.1
 
 
-def test_the_reports_within_epochs_are_plotted(runs, monkeypatch):
-    plotted = {}
-    monkeypatch.setattr(compare.plots, "save_figure", lambda figure, path: plotted.update({path: figure}))
-    compare.main(["tanh-0", "tanh-1"])
-    (figure,) = plotted.values()
-    assert "tanh-0 and 1 more: test accuracy" in figure.legends[0].get_texts()[0].get_text()
-    loss = figure.axes[0]
-    assert loss.get_ylabel() == "loss"
-    assert len(loss.lines[0].get_xdata()) > 2
-    assert max(loss.lines[0].get_xdata()) == 2
-    assert [axis.get_xlabel() for axis in figure.axes] == ["epoch"] * 2 + ["seconds of training"] * 2
-
-
-def test_different_losses_do_not_share_an_axis(runs, monkeypatch):
-    checkpoint = load("tanh-1/checkpoint.pt")
-    checkpoint["options"]["loss"] = "mse"
-    save_sealed(checkpoint, runs / "tanh-1" / "checkpoint.pt")
+def test_the_reports_within_epochs_are_plotted_and_different_losses_share_no_axis(runs, monkeypatch):
     figures = []
     monkeypatch.setattr(compare.plots, "save_figure", lambda figure, path: figures.append(figure))
     compare.main(["tanh-0", "tanh-1"])
-    assert {axis.get_ylabel() for axis in figures[0].axes} == {"accuracy"}
+    assert "tanh-0 and 1 more: test accuracy" in figures[0].legends[0].get_texts()[0].get_text()
+    loss = figures[0].axes[0]
+    assert loss.get_ylabel() == "loss"
+    assert len(loss.lines[0].get_xdata()) > 2
+    assert max(loss.lines[0].get_xdata()) == 2
+    assert [axis.get_xlabel() for axis in figures[0].axes] == ["epoch"] * 2 + ["seconds of training"] * 2
+    checkpoint = load("tanh-1/checkpoint.pt")
+    checkpoint["options"]["loss"] = "mse"
+    save_sealed(checkpoint, runs / "tanh-1" / "checkpoint.pt")
+    compare.main(["tanh-0", "tanh-1"])
+    assert {axis.get_ylabel() for axis in figures[1].axes} == {"accuracy"}
 
 
 def test_a_metric_that_not_every_seed_has_leaves_its_cell_empty(runs, capsys):

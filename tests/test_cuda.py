@@ -136,11 +136,6 @@ def test_any_optimizer_trains_alike_with_and_without_a_graph(tmp_path, capsys, n
     assert ("every step runs eagerly" in capsys.readouterr().out) == (name in ("SGD", "Adagrad"))
 
 
-def test_a_dry_run_captures_and_replays(replays):
-    train_classifier.main([*CUDA, "--model", "mlp", "--dry-run"])
-    assert len(replays) == 7  # of 8 steps
-
-
 def test_a_gpu_run_resumes_on_the_cpu_and_back_without_graphs_with_new_noise(tmp_path):
     train_gan.main([*CUDA, "--recipe", "best", "--epochs", "1", "--output-dir", "run"])
     first = load(tmp_path / "run" / "checkpoint.pt")["ranks"][0]["random"]["cuda"]

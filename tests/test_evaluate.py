@@ -81,10 +81,7 @@ def test_a_script_of_ones_own_is_evaluated_by_the_kind_of_its_runs(small_run, tm
     assert call(tmp_path / "mine") == metrics_of(small_run)
 
 
-# Files that are not what they should be -------------------------------------------------------------------------------
-
-
-def test_every_changed_or_missing_byte_of_a_checkpoint_is_detected(small_run, tmp_path):
+def test_every_changed_or_missing_byte_of_a_checkpoint_is_detected_and_what_is_none(small_run, tmp_path):
     whole = (small_run / "checkpoint.pt").read_bytes()
     copy = tmp_path / "copy.pt"
     for place in [*range(10), *range(len(whole) - 40, len(whole)), *torch.randint(len(whole), (50,)).tolist()]:
@@ -93,6 +90,10 @@ def test_every_changed_or_missing_byte_of_a_checkpoint_is_detected(small_run, tm
             load_checkpoint(copy)
     for length in [0, len(whole) // 2, len(whole) - 1]:
         copy.write_bytes(whole[:length])
+        with pytest.raises(UserError, match=r"copy\.pt"):
+            load_checkpoint(copy)
+    for content in (5, {"options": 1}, [torch.zeros(2)]):  # with a valid SHA-256 of their own
+        save_sealed(content, copy)
         with pytest.raises(UserError, match=r"copy\.pt"):
             load_checkpoint(copy)
 
@@ -117,21 +118,6 @@ def test_nothing_in_a_foreign_file_is_executed(tmp_path, sealed):
         with pytest.raises(UserError, match=r"run/\w+\.pt "):
             command()
     assert not (tmp_path / "executed").exists()
-
-
-def test_what_is_no_checkpoint_and_one_of_another_network_get_one_line(small_run, tmp_path):
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"empty.* does not exist"):
-        call(tmp_path / "empty")
-    for content in (5, {"options": 1}, [torch.zeros(2)]):  # with a valid SHA-256 of their own
-        save_sealed(content, tmp_path / "other.pt")
-        with pytest.raises(UserError, match=r"other\.pt"):
-            load_checkpoint(tmp_path / "other.pt")
-    checkpoint = load(small_run / "checkpoint.pt")
-    checkpoint["options"]["model"] = "cnn"
-    save_sealed(checkpoint, tmp_path / "run" / "checkpoint.pt")
-    with pytest.raises(UserError, match=r"run .*models/"):
-        call("run")
 
 
 def test_a_table_of_predictions_begins_with_the_most_confident_mistakes(small_run):
@@ -216,25 +202,20 @@ def test_samples_come_from_the_seed_alone_and_as_raw_values(generators):
     assert not (folder / "samples-20-digit7-seed3").exists()
 
 
-def test_samples_are_also_written_one_by_one(generators, capsys):
-    folder = generators / "cgan" / "evaluation"
-    call(generators / "cgan", "--samples", "12", "--separate")
-    assert "samples-12-seed0/" in capsys.readouterr().out.splitlines()[-1]
-    images = numpy.load(folder / "samples-12-seed0.npz")["images"]
-    paths = sorted((folder / "samples-12-seed0").iterdir())
-    assert [path.name for path in paths] == [f"{i:05}.png" for i in range(12)]
-    assert (numpy.stack([Image.open(path) for path in paths]) == numpy.round(images * 255)).all()
-
-
 @pytest.mark.parametrize(
     ("flags", "labels", "columns"),
-    [(["--digit", "7", "8", "--columns", "2"], [7, 7, 7, 8, 8, 8], 2), ([], [0, 1, 3, 5, 6, 8], 3)],
+    [(["--digit", "7", "8", "--columns", "2", "--separate"], [7, 7, 7, 8, 8, 8], 2), ([], [0, 1, 3, 5, 6, 8], 3)],
 )
-def test_samples_are_of_the_classes_asked_for_in_so_many_columns(generators, flags, labels, columns):
+def test_samples_are_of_the_classes_asked_for_in_so_many_columns_or_one_by_one(generators, flags, labels, columns):
     call(generators / "cgan", "--samples", "6", *flags)
     name = f"samples-6{'-digit7-8' if flags else ''}-seed0"
-    assert numpy.load(generators / "cgan" / "evaluation" / f"{name}.npz")["labels"].tolist() == labels
+    samples = numpy.load(generators / "cgan" / "evaluation" / f"{name}.npz")
+    assert samples["labels"].tolist() == labels
     assert Image.open(generators / "cgan" / "evaluation" / f"{name}.png").width == columns * 56
+    paths = sorted((generators / "cgan" / "evaluation" / name).glob("*"))
+    assert [path.name for path in paths] == [f"{i:05}.png" for i in range(6 if flags else 0)]
+    for path, image in zip(paths, samples["images"]):
+        assert (numpy.asarray(Image.open(path)) == numpy.round(image * 255)).all()
 
 
 def test_the_plane_of_a_vae_with_two_latent_dimensions_is_mapped(tmp_path, monkeypatch):

@@ -14,8 +14,6 @@ from datasets import load as load_data
 from datasets import read_image
 from photos import read
 
-# What a network sees --------------------------------------------------------------------------------------------------
-
 
 @pytest.fixture
 def seen(tmp_path):
@@ -80,9 +78,6 @@ def test_what_is_drawn_on_transparency_stays_visible(seen, ink, paper):
     ImageDraw.Draw(image).rectangle([10, 10, 29, 29], fill=(ink, ink, ink, 255))
     pixels = seen(image)
     assert (pixels[0, 0], pixels[14, 14]) == (paper, ink)
-
-
-# What evaluate.py says about them -------------------------------------------------------------------------------------
 
 
 def write_page(path, image):

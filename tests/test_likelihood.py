@@ -59,8 +59,6 @@ def randomise(model, scale=1.0):
 
 
 # The contract of all four ---------------------------------------------------------------------------------------------
-
-
 @each_model
 def test_samples_are_probabilities_that_the_generator_decides_as_are_the_models_own_images(build):
     images = striped_images(20)
@@ -114,8 +112,6 @@ def test_the_measures_are_the_mean_and_its_error_of_the_models_own_log_likelihoo
 
 
 # Training and evaluating ----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("model", LIKELIHOOD_MODELS)
 def test_every_model_is_trained_and_validated_by_the_script(model, tmp_path, monkeypatch):
     """validate() gives the quick log-likelihood of the held-out images, the last ones, of the EMA."""
@@ -131,8 +127,6 @@ def test_every_model_is_trained_and_validated_by_the_script(model, tmp_path, mon
 
 
 # VAE ------------------------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def small_vae():
     """A VAE whose one latent number is integrated over exactly, and images [3, 1, 28, 28]."""
@@ -188,8 +182,6 @@ def test_vae_more_samples_tighten_the_bound(small_vae):
 
 
 # RBM ------------------------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def small_rbm():
     """12 visible and 8 hidden units, and the exact log Z."""
@@ -262,8 +254,6 @@ def test_rbm_log_z_of_the_authors_network(data_dir):
 
 
 # RNN ------------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("depth", [1, 3])
 def test_rnn_probabilities_sum_to_1(depth):
     rnn = randomise(RNN(hidden=5, units=3, depth=depth, pixel_means=grey(3, 3)))
@@ -296,8 +286,6 @@ def test_rnn_samples_its_own_distribution():
 
 
 # HMM ------------------------------------------------------------------------------------------------------------------
-
-
 def path_likelihoods(hmm, images):
     """log P(x, s) of each image and each of all state paths, float64 [N, paths], and the paths [paths, T]."""
     parts = hmm.initial.softmax(0), hmm.transition.softmax(1), hmm.emission.sigmoid()

@@ -97,7 +97,7 @@ def test_the_last_checkpoint_stays_and_can_be_resumed_once_the_reason_is_gone(be
 
 @pytest.mark.slow
 @pytest.mark.parametrize(  # damage: two checkpoints and two files of MNIST, cut short or changed
-    ("what", "count", "trials"), [("kills", 8, 8), ("signals", 4, 4), ("damage", 8, 32)]
+    ("what", "count", "trials"), [("kills", 4, 4), ("signals", 2, 2), ("damage", 8, 32)]
 )
 def test_a_run_survives(what, count, trials, data_dir, tmp_path):
     """The short forms of benchmarks/reliability.py."""

@@ -130,9 +130,6 @@ def test_amp_runs_the_step_in_bfloat16_and_sees_weights_updated_within_it(tmp_pa
     assert seen[0].dtype == (torch.bfloat16 if amp else torch.float32)
 
 
-# Metrics --------------------------------------------------------------------------------------------------------------
-
-
 def mean_of(labels):
     return labels.float().mean()
 
@@ -203,17 +200,6 @@ def test_a_stopped_run_leaves_its_plots_and_resumes_even_with_other_metrics(tmp_
     assert (rows[0]["new"], rows[2]["old"]) == ("", "")
 
 
-def test_rank_0_continues_with_all_sums_when_several_ranks_become_one():
-    meter = utils.Meter()
-    ranks = [{"x": (10.0, 9), "y": (1.0, 1)}, {"x": (4.0, 1)}]
-    meter.load([{"since_report": since, "epoch": {"x": (86.0, 90)}} for since in ranks])
-    assert meter.report() == {"x": 1.4, "y": 1}
-    assert meter.epoch_means() == {"x": 1.0, "y": 1}
-
-
-# The mode of the network, the clock, signals, and the files -----------------------------------------------------------
-
-
 def test_a_network_is_evaluated_in_eval_mode_and_each_layer_has_its_own_mode_afterwards():
     network = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Dropout())
     network[0].eval()  # as a user may hold a layer's statistics fixed
@@ -240,22 +226,14 @@ def test_the_loop_saves_every_so_many_seconds_since_the_last_save(tmp_path, monk
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_after_the_step_and_a_second_one_ends_at_once(tmp_path, number):
-    def interrupted(images, labels):
-        signal.raise_signal(number)
-        return {}
-
-    with pytest.raises(Stopped, match="--resume"):
-        utils.train(start(tmp_path / "run", {}), interrupted, ten_images(batch_size=2))
-    assert load(tmp_path / "run" / "checkpoint.pt")["batch"] == 1
-
+def test_a_second_signal_ends_at_once(tmp_path, number):
     def impatient(images, labels):
         signal.raise_signal(number)
         signal.raise_signal(number)
         raise AssertionError("the second signal was ignored")
 
     with pytest.raises(KeyboardInterrupt):
-        utils.train(start(tmp_path / "other", {}), impatient, ten_images(batch_size=2))
+        utils.train(start(tmp_path / "run", {}), impatient, ten_images(batch_size=2))
 
 
 def test_a_checkpoint_is_on_the_disk_before_its_name_points_to_it(tmp_path, monkeypatch):
@@ -271,15 +249,6 @@ def test_a_checkpoint_is_on_the_disk_before_its_name_points_to_it(tmp_path, monk
     watch("replace", os.replace)
     checkpoint.write_atomically(tmp_path / "file", b"content")
     assert done == [("fsync", 7), ("replace", 7)]
-
-
-def test_a_grid_shows_pixels_as_they_are_row_by_row(tmp_path):
-    images = torch.tensor([0.0, 0.25, 0.5, 0.75, 0.5]).view(5, 1, 1, 1).expand(5, 1, 28, 28)
-    plots.save_grid(images, tmp_path / "grid.png", columns=3)
-    image = Image.open(tmp_path / "grid.png")
-    assert image.size == (3 * 56, 2 * 56)
-    places = [(0, 0), (56, 0), (112, 0), (0, 56), (56, 56), (112, 56)]
-    assert [image.getpixel(place) for place in places] == [0, 64, 128, 191, 128, 0]
 
 
 @pytest.mark.parametrize(("first", "last", "shown"), [(1, 94, [*range(1, 95, 3)]), (9998, 10_000, [1, 2, 3])])

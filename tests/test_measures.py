@@ -22,9 +22,8 @@ from measures.generator import (
 from measures.parzen import SIGMAS, parzen_log_likelihood, parzen_measures
 from measures.reference import load_reference
 
+
 # Parzen ---------------------------------------------------------------------------------------------------------------
-
-
 def test_parzen_is_scikit_learns_kernel_density_in_double():
     samples, images = torch.rand(50, 1, 4, 4), torch.rand(30, 1, 4, 4)
     ours = parzen_log_likelihood(samples, images, SIGMAS, block=7)
@@ -47,8 +46,6 @@ def test_parzen_chooses_sigma_on_the_validation_images_and_scores_the_test_image
 
 
 # Distances, neighbours and classes ------------------------------------------------------------------------------------
-
-
 def test_fid_and_kid_are_their_formulas():
     """FID: the distance of two Gaussians. KID: unbiased MMD with the kernel (x y / d + 1)^3, here of all features."""
     a, b = torch.randn(500, 3).double(), torch.randn(500, 3).double() * torch.tensor([1.0, 2, 3]) + 1
@@ -152,8 +149,6 @@ def test_too_few_images_are_refused():
 
 
 # The reference classifier ---------------------------------------------------------------------------------------------
-
-
 def test_features_are_the_last_convolutions_averaged_outputs():
     classifier, images = load_reference("cpu"), torch.rand(3, 1, 28, 28)
     features, digits = classifier.read(images, block=2)
@@ -165,12 +160,9 @@ def test_features_are_the_last_convolutions_averaged_outputs():
     assert torch.equal(digits, classifier.fc(x.flatten(1)).argmax(1))
 
 
-def test_the_reference_classifier_refuses_pixels_outside_0_to_1():
+def test_another_reference_classifier_and_pixels_outside_0_to_1_are_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"pixels from -1 to 1; the reference classifier takes .* in \[0, 1\]"):
         load_reference("cpu").read(torch.linspace(-1, 1, 784).view(1, 1, 28, 28))
-
-
-def test_another_reference_classifier_is_refused(tmp_path, monkeypatch):
     changed = bytearray(reference_module.WEIGHTS.read_bytes())
     changed[1000] ^= 1
     (tmp_path / "cnn.pt").write_bytes(changed)
@@ -180,8 +172,6 @@ def test_another_reference_classifier_is_refused(tmp_path, monkeypatch):
 
 
 # Classifiers ----------------------------------------------------------------------------------------------------------
-
-
 def test_a_classifiers_measures_agree_with_a_count_by_hand():
     logits, labels = torch.randn(500, 10), torch.randint(10, (500,))
     metrics = classification_measures(logits, labels)
@@ -211,23 +201,18 @@ def test_the_mistakes_shown_are_the_most_confident_ones_in_order():
     assert axes[0].get_title() == f"9 ({confidence:.0%})\ntrue 8"
 
 
-def test_the_confusion_matrix_has_a_row_for_each_true_class():
-    axis = plot_confusion([[5, 1], [0, 7]], names=["a", "b"]).axes[0]
-    assert axis.images[0].get_array().tolist() == [[5, 1], [0, 7]]
-    assert (axis.get_xlabel(), axis.get_ylabel()) == ("Predicted label", "True label")
-
-
 @pytest.mark.filterwarnings("error")  # as matplotlib gives for glyphs that its font lacks
 def test_names_of_classes_are_shown_whatever_they_hold(capsys):
     names = ["$x", "a$\\frac$", "a class with quite a long name", "犬", "naïve", "3", "a\U0001f408"]
     logits, labels = torch.eye(7), torch.arange(7).roll(1)
-    figures = [
-        plot_confusion(torch.eye(7).tolist(), names),
-        plot_mistakes(torch.zeros(7, 1, 28, 28, dtype=torch.uint8), logits, labels, names),
-    ]
+    matrix, images = torch.arange(49).view(7, 7).tolist(), torch.zeros(7, 1, 28, 28, dtype=torch.uint8)
+    figures = [plot_confusion(matrix, names), plot_mistakes(images, logits, labels, names)]
     for figure in figures:
         figure.savefig(io.BytesIO())  # an error if $ started a formula
-    shown = [label.get_text() for label in figures[0].axes[0].get_yticklabels()]
+    axis = figures[0].axes[0]
+    assert axis.images[0].get_array().tolist() == matrix  # a row for each true class
+    assert (axis.get_xlabel(), axis.get_ylabel()) == ("Predicted label", "True label")
+    shown = [label.get_text() for label in axis.get_yticklabels()]
     assert shown == ["\\$x", "a\\$\\frac\\$", "a class with quite …", "#3", "naïve", "3", "#6"]
     metrics = classification_measures(logits, labels, names)
     assert list(metrics["per_class"]) == names

@@ -41,9 +41,6 @@ def find(pattern, texts=None):
     return list(dict.fromkeys(match for text in texts for match in re.findall(pattern, text, flags=re.MULTILINE)))
 
 
-# Tables ---------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.name)
 def test_tables_are_the_measured_results(page):
     assert tables.fill(page) == page.read_text()
@@ -71,9 +68,6 @@ def test_rows_were_made_with_the_options_of_their_commands_and_with_five_seeds()
         assert expected == {key: options[key] for key in expected}, name
         assert len(row.get("test_errors", row.get("seeds"))) == FEWER_SEEDS.get(name, 5), name
         assert not (row["commit"] or "").endswith("-dirty"), name
-
-
-# Commands -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -147,8 +141,6 @@ def test_every_row_that_a_command_reproduces_exists():
     names = find(r"python benchmarks/reproduce\.py ([a-z][\w -]*?)(?: --|`|$)")
     assert set(" ".join(names).split()) <= reproduce.ROWS.keys()
 
-
-# Flags, messages, files and links -------------------------------------------------------------------------------------
 
 SCRIPTS = (train_classifier, train_gan, train_cgan, train_likelihood, evaluate, compare, demo, reproduce)
 PARSERS = [script.get_args_parser() for script in SCRIPTS]

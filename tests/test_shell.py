@@ -1,7 +1,6 @@
 """What shells, terminals and batch systems do to a run: paths, printed commands, signals, output nobody reads."""
 
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from helpers import DIGITS, ROOT, act_at, assert_close, assert_one_line, load, r
 
 import evaluate
 import train_classifier
+import train_gan
 import train_likelihood
 from engine import compiler, errors, flags
 from engine.checkpoint import write_atomically
@@ -25,7 +25,6 @@ from engine.run import Run
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="POSIX shells, signals and links")
 
 MLP = [*DIGITS, "--model", "mlp", "--epochs", "2"]
-NAMES = ["my runs/first", "-x", "$HOME", "a'b\"c", "`date`", "a\\n\tb", "*", "#1", "é"]
 
 
 def parse(words):
@@ -33,26 +32,19 @@ def parse(words):
 
 
 # Folders and files ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("wanted", "words"),
-    [
+def test_a_link_that_leads_nowhere_is_named_with_its_target(tmp_path):
+    links = {"runs": "/scratch/gone", "link": "elsewhere", "loop": "loop"}
+    for name, target in links.items():
+        (tmp_path / name).symlink_to(target)
+    (tmp_path / "file").touch()
+    for wanted, words in (
         (None, r"runs is a link to /scratch/gone, which is missing\); create that"),
         ("runs/mine", "runs is a link to /scratch/gone, which is missing"),
-        ("link", "link is a link to elsewhere, which is missing"),
-        ("loop", "loop is a link to loop, which is missing"),
-        ("file", "file is a file"),
-        ("file/mine", "file is a file"),
-    ],
-)
-def test_a_link_that_leads_nowhere_is_named_with_its_target(tmp_path, wanted, words):
-    (tmp_path / "runs").symlink_to("/scratch/gone")
-    (tmp_path / "link").symlink_to("elsewhere")
-    (tmp_path / "loop").symlink_to("loop")
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=words):
-        new_folder(wanted, "mlp-digits")
+        *((name, f"{name} is a link to {target}, which is missing") for name, target in links.items()),
+        *((name, "file is a file") for name in ("file", "file/mine")),
+    ):
+        with pytest.raises(UserError, match=words):
+            new_folder(wanted, "mlp-digits")
 
 
 def test_a_link_to_a_folder_is_a_folder(tmp_path):
@@ -68,8 +60,7 @@ def test_a_link_to_a_folder_is_a_folder(tmp_path):
 
 FOREIGN = [
     *((name, [], "not empty; name a new folder$") for name in ("config.json", ".lock", "checkpoint.pt.mine.tmp")),
-    ("theirs.txt", ["--auto-resume"], "not empty"),
-    ("checkpoint.pt", ["--auto-resume"], "damaged"),
+    *((name, ["--auto-resume"], words) for name, words in (("theirs.txt", "not empty"), ("checkpoint.pt", "damaged"))),
 ]
 
 
@@ -127,9 +118,7 @@ def test_paths_of_the_home_folder_and_files_of_a_run(tmp_path, monkeypatch):
 
 
 # Commands -------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["my runs/first", "-x", "$HOME", "a'b\"c", "`date`", "a\\n\tb", "*", "#1", "é"])
 def test_a_printed_path_is_one_line_and_reaches_a_program_as_it_is(name):
     line = shell("cat", Path(name))
     assert "\n" not in line
@@ -158,20 +147,14 @@ def test_the_printed_commands_work_from_where_the_user_stands(tmp_path):
 
 
 def test_remedies_can_be_pasted_too():
-    train(*MLP, "--schedule", "cosine", "--output-dir", "my run")
+    train(*MLP, "--dry-run", "--output-dir", "my run")
     with pytest.raises(UserError, match="not empty; name a new folder, or use --resume 'my run'"):
         train(*MLP, "--output-dir", "my run")
-    with pytest.raises(UserError, match="to train longer, start a new run with --start-from 'my run'"):
-        train("--resume", "my run", "--epochs", 80)
-    import train_gan
-
     with pytest.raises(UserError, match=r"classifier; resume it with: .*train_classifier\.py --resume 'my run'"):
         train_gan.main(["--resume", "my run"])
 
 
 # Signals and output ---------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU])
 def test_a_signal_that_comes_twice_saves_the_last_step(number):
     act_at((0, 3), lambda: [signal.raise_signal(number) for _ in range(2)])
@@ -253,8 +236,6 @@ def test_ctrl_c_while_torch_is_imported_is_one_line():
 
 
 # Words ----------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("words", "value"), [("--black -5e-1", -0.5), ("--black -1E0", -1), ("--black=-.5", -0.5)])
 def test_a_negative_number_is_a_value(words, value):
     assert parse(words.split()).black == value
@@ -298,15 +279,10 @@ def test_bad_flags_get_one_line_and_leave_nothing(tmp_path, capsys, script, word
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("script", "words", "code", "said"),
-    [
-        ("train_gan.py", ["--batchsize", "8"], 2, "train_gan.py: error: .*--batchsize.*did you mean --batch-size?"),
-        ("train_gan.py", ["--resume", "nowhere"], 1, "train_gan.py: error: .*nowhere.*this is not a run"),
-        ("utils.py", [], 1, "run a script instead: python train_classifier.py"),
-    ],
-)
-def test_a_process_says_it_in_one_line_too_and_exits_with_a_status(tmp_path, script, words, code, said):
-    _, errors = run(script, *words, cwd=tmp_path, code=code)
-    assert_one_line(errors)
-    assert re.search(said, errors)
+def test_a_process_says_it_in_one_line_too_and_exits_with_a_status(tmp_path):
+    for command, code, said in (
+        (["train_gan.py", "--batchsize", "8"], 2, ["train_gan.py: error: ", "--batchsize", "mean --batch-size?"]),
+        (["train_gan.py", "--resume", "nowhere"], 1, ["train_gan.py: error: ", "nowhere", "this is not a run"]),
+        (["utils.py"], 1, ["run a script instead: python train_classifier.py"]),
+    ):
+        assert_one_line(run(*command, cwd=tmp_path, code=code)[1], *said)

@@ -1,6 +1,7 @@
 """What a step may keep, and what is detected if a resumed run would lose it."""
 
 import random
+from itertools import count
 
 import numpy as np
 import pytest
@@ -12,8 +13,6 @@ import utils
 from engine.device import seed_all
 from engine.errors import UserError
 from engine.optim import EMA
-
-# Whatever lies in `state` continues ----------------------------------------------------------------------------------
 
 # How much noise a step adds to its images, and what `state` holds for it.
 KEPT = {
@@ -53,14 +52,9 @@ def test_what_state_holds_continues_exactly_and_without_a_warning(tmp_path, caps
 
 @pytest.mark.parametrize(
     ("item", "part"),
-    [
-        (object(), "a object"),
-        (np.random.default_rng(0), "a Generator"),
-        ({1, 2}, "a set"),
-        ([torch.nn.Linear(1, 1)], "a list that holds a Linear"),
-        (np.float64(0.5), "a float64"),
-    ],
-)
+    [(object(), "a object"), (np.random.default_rng(0), "a Generator"), ({1, 2}, "a set"),
+     ([torch.nn.Linear(1, 1)], "a list that holds a Linear"), (np.float64(0.5), "a float64")],
+)  # fmt: skip
 def test_what_cannot_be_saved_is_named_before_the_first_step(tmp_path, item, part):
     with pytest.raises(UserError) as caught:
         start(tmp_path / "run", {"own": item})
@@ -73,54 +67,29 @@ def test_the_name_of_the_step_number_is_the_loops(tmp_path):
         start(tmp_path / "run", {"step": torch.zeros(())})
 
 
-# What `state` lacks is named -----------------------------------------------------------------------------------------
+LACKING = {  # what a step adds to its images from `own`, which it keeps outside `state`; and what is said of it
+    "a counter": (lambda own, layer: next(own["count"]) / 10, "gets the number 0.2, then 0.3"),
+    "a tensor": (lambda own, layer: own["average"].lerp_(layer.weight.detach(), 0.1),
+                 "updates a tensor [1, 1] that `state` lacks"),
+    "a new tensor": (lambda own, layer: own.update(sigma=own["sigma"] * 0.9) or own["sigma"],
+                     "reads a tensor that was replaced"),
+    "a generator": (lambda own, layer: torch.rand((), generator=own["generator"]),
+                    "uses a torch.Generator that `state` lacks"),
+    "every third step": (lambda own, layer: layer.weight.detach() * 0 if next(own["count"]) % 3 else 0,
+                         "does not do the same in every step"),
+}  # fmt: skip
 
 
-class Lacking:
-    """Things that a step keeps outside `state`."""
-
-    def __init__(self):
-        self.calls, self.average = 0, torch.zeros(1, 1)
-        self.sigma = torch.ones(())
-        self.generator = torch.Generator()
-
-    def counter(self, layer):
-        self.calls += 1
-        return 0.1 * self.calls
-
-    def tensor(self, layer):
-        self.average.lerp_(layer.weight.detach(), 0.1)
-        return self.average
-
-    def replaced(self, layer):
-        self.sigma = self.sigma * 0.9
-        return self.sigma
-
-    def generated(self, layer):
-        return torch.rand((), generator=self.generator)
-
-    def skipped(self, layer):
-        self.calls += 1
-        return layer.weight.detach() * 0 if self.calls % 3 else 0
-
-
-@pytest.mark.parametrize(
-    ("name", "part"),
-    [
-        ("counter", "gets the number 0.2, then 0.3"),
-        ("tensor", "updates a tensor [1, 1] that `state` lacks"),
-        ("replaced", "reads a tensor that was replaced"),
-        ("generated", "uses a torch.Generator that `state` lacks"),
-        ("skipped", "does not do the same in every step"),
-    ],
-)
-def test_what_a_resumed_run_would_not_continue_is_named_with_its_line(tmp_path, capsys, name, part):
-    lacking, layer = Lacking(), torch.nn.Linear(1, 1)
+@pytest.mark.parametrize("name", LACKING)
+def test_what_a_resumed_run_would_not_continue_is_named_with_its_line(tmp_path, capsys, name):
+    noise_of, part = LACKING[name]
+    own = {"count": count(1), "average": torch.zeros(1, 1), "sigma": torch.ones(()), "generator": torch.Generator()}
+    layer = torch.nn.Linear(1, 1)
     optimizer = torch.optim.Adam(layer.parameters(), lr=0.1)
     step = fit(layer, optimizer)
 
     def train_step(images, labels):
-        return step(images * getattr(lacking, name)(layer), labels)
+        return step(images + noise_of(own, layer), labels)
 
     utils.train(start(tmp_path / "run", {"layer": layer, "optimizer": optimizer}), train_step, ten_images(batch_size=2))
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
@@ -157,9 +126,6 @@ def test_a_step_that_reads_values_or_trains_with_a_schedule_gets_no_warning(tmp_
     state = {"layer": layer, "optimizer": optimizer, "schedule": schedule}
     utils.train(start(tmp_path / "run", state), train_step, ten_images(batch_size=2))
     assert "warning" not in capsys.readouterr().out
-
-
-# Optimizers ----------------------------------------------------------------------------------------------------------
 
 
 def test_an_optimizer_whose_weights_state_lacks_is_refused(tmp_path):
@@ -205,9 +171,6 @@ def test_networks_are_in_eval_mode_in_each_callback_and_in_train_mode_in_the_nex
 
     utils.train(run, train_step, ten_images(10), **{callback: lambda *_: modes.append(layer.training) or returned})
     assert modes == [True, False] * 2
-
-
-# Schedules -----------------------------------------------------------------------------------------------------------
 
 
 def train_with(tmp_path, make, **callbacks):

@@ -30,9 +30,6 @@ def killed(tmp_path_factory):
     return folder
 
 
-# The table ------------------------------------------------------------------------------------------------------------
-
-
 def test_a_row_more_costs_the_same_however_many_there_are(tmp_path, monkeypatch):
     written, read, writerows = [], [], csv.DictWriter.writerows
 
@@ -56,16 +53,6 @@ def test_a_row_more_costs_the_same_however_many_there_are(tmp_path, monkeypatch)
     assert len((tmp_path / "a.csv").read_text().splitlines()) == 1001
 
 
-def test_a_number_may_begin_later_or_be_left_out(tmp_path):
-    table = Table([{"epoch": 1, "loss": 0.1}])
-    table.write(tmp_path / "a.csv")
-    table.append({"epoch": 2, "accuracy": 0.3})
-    table.write(tmp_path / "a.csv")
-    assert (tmp_path / "a.csv").read_text() == "epoch,loss,accuracy\n1,0.1,\n2,,0.3\n"
-    assert Table(table.pack()) == table
-    assert Table(Table().pack()) == []
-
-
 def test_a_file_that_was_changed_or_is_gone_is_written_whole(tmp_path):
     table, path = Table([{"epoch": 1, "loss": 0.1}]), tmp_path / "a.csv"
     for change in (lambda: path.write_text("epoch;loss\n1;0,1\n2;0"), path.unlink, lambda: None):
@@ -76,49 +63,28 @@ def test_a_file_that_was_changed_or_is_gone_is_written_whole(tmp_path):
         assert path.read_text().splitlines() == ["epoch,loss", "1,0.1", *(f"{i},0.2" for i in range(2, len(table) + 1))]
 
 
-# Of a run -------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("left", [b"2,0.5", b"2,0.5,0.5,0.5,0.5\n3,1,1,1,1\n", b""])
+@pytest.mark.parametrize("left", [b"2,0.5", b"2,0.5,0.5,0.5,0.5\n3,1,1,1,1\n", b"", "older"])
 def test_what_a_kill_leaves_in_a_table_is_mended_on_resume(whole, killed, tmp_path, left):
+    """Also of an older run: its checkpoint holds lists of rows, and not tables."""
     path = shutil.copytree(killed, tmp_path / "run") / "metrics.csv"
-    path.write_bytes(path.read_bytes() + left if left else b"")
+    if left == "older":
+        checkpoint = load(killed / "checkpoint.pt")
+        save_sealed({**checkpoint, "seconds": checkpoint["seconds"].tolist()}, tmp_path / "run" / "checkpoint.pt")
+    else:
+        path.write_bytes(path.read_bytes() + left if left else b"")
     train("--resume", "run")
     assert_same_run(whole, tmp_path / "run")
     assert (whole / "curve.csv").read_bytes() == (tmp_path / "run" / "curve.csv").read_bytes()
 
 
-def test_a_checkpoint_with_lists_of_rows_resumes_too(whole, killed, tmp_path):
-    """As they were before there were tables."""
-    checkpoint = load(killed / "checkpoint.pt")
-    save_sealed({**checkpoint, "seconds": checkpoint["seconds"].tolist()}, tmp_path / "run" / "checkpoint.pt")
-    train("--resume", "run")
-    assert_same_run(whole, tmp_path / "run")
-
-
 FOREIGN = [
-    (("options",), None),
-    (("options", "lr"), "x"),
-    (("options", "epochs"), None),
-    (("options", "batch_norm"), [1]),
-    (("options", "classes"), "0123456789"),
-    (("options", "kind"), ["classifier"]),
-    (("options", "script"), "../../etc/passwd"),
-    (("options", "black"), {}),
-    (("code",), {"models/mlp.py": 5}),
-    (("state", "model"), []),
-    (("state", "optimizer"), {"state": 5}),
-    (("state",), {5: 5}),
-    (("ranks",), [{"random": 5}]),
-    (("ranks", 0, "meter"), None),
-    (("epoch",), -1),
-    (("epoch",), 2),
-    (("batch",), "x"),
-    (("history",), {"loss": torch.zeros(4)}),
-    (("history",), 5),
-    (("curve",), [{"loss": 1.0}]),
-    (("seconds",), torch.zeros(2)),
-]
+    (("options",), None), (("options", "lr"), "x"), (("options", "epochs"), None), (("options", "batch_norm"), [1]),
+    (("options", "classes"), "0123456789"), (("options", "kind"), ["classifier"]), (("options", "model"), "cnn"),
+    (("options", "script"), "../../etc/passwd"), (("options", "black"), {}), (("code",), {"models/mlp.py": 5}),
+    (("state", "model"), []), (("state", "optimizer"), {"state": 5}), (("state",), {5: 5}), (("epoch",), -1),
+    (("ranks",), [{"random": 5}]), (("ranks", 0, "meter"), None), (("epoch",), 2), (("batch",), "x"), (("history",), 5),
+    (("history",), {"loss": torch.zeros(4)}), (("curve",), [{"loss": 1.0}]), (("seconds",), torch.zeros(2)),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("place", "value"), FOREIGN)
