@@ -111,14 +111,14 @@ def european_seven(rng):
     """A top that may be wavy or begin with a serif, a stem, and mostly a bar across it."""
     canvas, width = Image.new("L", (SIZE, SIZE)), int(rng.integers(4, 13))
     left, right, top = 26 + abs(rng.normal(0, 10)), 80 + rng.normal(0, 5), 24 + rng.normal(0, 3)
-    wave, reach = rng.choice([0, rng.uniform(4, 28)]), right - left
+    wave, reach = rng.choice([0, rng.uniform(4, 40)]), right - left
     points = np.array([(left, top + 11), (left + 3, top), (left + 0.35 * reach, top + 0.8 * wave),
                        (left + 0.55 * reach, top + wave), (right, top)]) + rng.normal(0, 2.5, (5, 2))  # fmt: skip
     stroke(canvas, points if wave or rng.random() < 0.5 else points[1:], width, 2)
     corner, foot = points[-1], np.array([rng.uniform(34, 80), 92])
     stroke(canvas, [corner, (foot + corner) / 2 + rng.normal(0, 4, 2), foot], width, 2)
     if wave > 14 or rng.random() < 0.65:
-        at, tilt = corner + (foot - corner) * rng.uniform(0.4, 0.72), rng.normal(0, 4)
+        at, tilt = corner + (foot - corner) * rng.uniform(0.4, 0.78), rng.normal(0, 4)
         stroke(canvas, at + np.array([(-rng.uniform(10, 30), tilt), (rng.uniform(10, 30), -tilt)]), width)
     return canvas
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # Pillow takes a while to import
     from photos.pieces import Row
 
 WEIGHTS = Path(__file__).parent.parent / "weights" / "reader.npz"
-SHA256 = "4304fdfbe1926594d75a133e81056dad06ca460f1f0f072e6aa02abad443b5ab"
+SHA256 = "a494d64218f8ed90a9ff9a9973d04137843d73556f2d65660d7b34c6fd97d206"
 AREA, LEAST = 360_000, 200  # larger pictures are reduced to this many pixels, smaller ones enlarged to this side
 SHARPNESS = 3  # how fast a reading's weight falls with its score
 SURE, WEAK = 0.65, -1  # fraction of the weight, and score, that a number needs
