@@ -27,6 +27,16 @@ WHERE_TO_COMPUTE = {"data_dir", "device", "threads", "products", "cuda_graph", "
 FREE_ON_RESUME = {*WHERE, *WHERE_TO_COMPUTE, "epochs", "log_interval", "save_interval"}
 
 
+# A flag -> the option and the values with which alone it has an effect, and what it needs.
+NEEDS = {
+    "products": ("compile", (True,), "--compile"),
+    "momentum": ("optimizer", ("sgd",), "--optimizer sgd"),
+    "betas": ("optimizer", ("adam", "adamw"), "--optimizer adam"),
+    "eps": ("optimizer", ("adam", "adamw"), "--optimizer adam"),
+    "elastic": ("augment", (True,), "--augment"),
+}
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """argparse with groups by title, defaults in the help, and usage errors on one line.
 
@@ -167,6 +177,7 @@ def parse_args(
     changed = {name: value for name, value in vars(args).items() if value != parser.get_default(name)}
     if resume:
         refuse_changes(parser, args, changed)
+    refuse_idle(args, changed)
     changed.pop("recipe", None)
     print(f"recipe {args.recipe}", *(f"{name}={value}" for name, value in changed.items()))
     return args
@@ -202,6 +213,14 @@ def choose_recipe(parser: ArgumentParser, recipes: Recipes, variants: Variants, 
     dataset = args.dataset if args.dataset in parser.datasets else "folder"
     for name in (getattr(args, "model", ""), getattr(args, "networks", ""), dataset):
         parser.set_defaults(**variants.get((recipe, name), {}))
+
+
+def refuse_idle(args: argparse.Namespace, changed: dict[str, Any]) -> None:
+    """Raise UserError if a flag would have no effect."""
+    for name in changed.keys() & NEEDS.keys():
+        option, values, remedy = NEEDS[name]
+        if changed[name] and getattr(args, option) not in values:
+            raise UserError(f"--{name} has no effect without {remedy}; add it, or omit --{name}")
 
 
 def refuse_changes(parser: ArgumentParser, args: argparse.Namespace, changed: dict[str, Any]) -> None:
