@@ -197,6 +197,16 @@ def cell(ink, rng):
     return paint(np.maximum(page, ndimage.gaussian_filter(lines, 1)))
 
 
+def shows_through(ink, rng):
+    """The writing on the back of the sheet, mirrored, can be seen."""
+    return mix(place(ink, rng), paint(place(ink[:, ::-1], rng), colour=(222, 219, 213)), BLACK)
+
+
+def fold(ink, rng):
+    """A dark crease across the page."""
+    return clean(ink, rng) * (1 - 0.4 * np.exp(-(((ramp(rng) - rng.uniform(-0.4, 0.4)) / 0.01) ** 2)))[..., None]
+
+
 def slanting_row(inks, rng):
     return clean(row(inks, rng, (15, 50), rng.uniform(0.1, 0.4) * rng.choice([-1, 1])), rng)
 
@@ -224,6 +234,13 @@ CONDITIONS: dict[str, Callable] = {
     "cell with its lines": cell,
     "slanting row": slanting_row,
     "digits close together": close_together,
+    # Made when the reader was finished; "low light" then changed its threshold.
+    "white on blue": lambda ink, rng: paint(place(ink, rng), (40, 75, 160), (235, 240, 250)) + grain(rng, 4),
+    "shows through": shows_through,
+    "fold": fold,
+    "motion blur": lambda ink, rng: ndimage.uniform_filter1d(clean(ink, rng), 15, axis=rng.integers(2)),
+    "low light": lambda ink, rng: 0.15 * clean(ink, rng) + grain(rng, 4),
+    "far away": lambda ink, rng: clean(ndimage.zoom(ink, 0.25, order=1), rng),
 }
 ROWS = {"slanting row": 4, "digits close together": 3}  # on each page; of the other conditions, one
 

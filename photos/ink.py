@@ -17,13 +17,13 @@ def propose(grey: np.ndarray) -> Iterator[tuple[np.ndarray, float]]:
     """
     for light, local in product((False, True), (False, True)):
         ink = measure_ink(255 - grey if light else grey, local)
-        mask, half = ink > otsu(ink) / 2, ink[::2, ::2]
+        mask, half = ink > threshold(ink) / 2, ink[::2, ::2]
         steps = ndimage.maximum_filter(half, 5) - ndimage.minimum_filter(half, 5)
         framed = frames(mask)
         for gone, cost in ((np.zeros_like(mask), 0.5 * framed.any()), (framed, 0.1), (lines(mask), 0.1)):
             if cost != 0.1 or gone.any():
                 left = np.where(grow(gone, 2), 0, ink)
-                level, cost = otsu(left), float(cost + 0.1 * light)
+                level, cost = threshold(left), float(cost + 0.1 * light)
                 yield from ((left > part * level, cost) for part in (1, 0.6) if is_ink(ink, steps, left > part * level))
 
 
@@ -39,13 +39,18 @@ def measure_ink(grey: np.ndarray, local: bool) -> np.ndarray:
     return 255 * (1 - grey / np.maximum(paper, 8))
 
 
-def otsu(ink: np.ndarray) -> float:
-    """The threshold that separates two groups of values best: en.wikipedia.org/wiki/Otsu's_method."""
+def threshold(ink: np.ndarray) -> float:
+    """The value that separates ink from paper best, by Otsu's method, but above the grain of the paper.
+
+    en.wikipedia.org/wiki/Otsu's_method; with little ink, it would divide the grain.
+    """
     counts, edges = np.histogram(ink[::2, ::2], 128)
     below, sums = counts.cumsum(), (counts * (edges[1:] + edges[:-1]) / 2).cumsum()
     above = below[-1] - below
     between = below * above * (sums / below.clip(1) - (sums[-1] - sums) / above.clip(1)) ** 2
-    return float(edges[between.argmax() + 1])
+    paper = np.median(ink[::4, ::4])
+    grain = np.median(abs(ink[::4, ::4] - paper))
+    return max(float(edges[between.argmax() + 1]), float(paper + 4 * grain))
 
 
 def is_ink(ink: np.ndarray, steps: np.ndarray, mask: np.ndarray) -> bool:
