@@ -28,9 +28,9 @@ WEIGHTS = Path(__file__).parent.parent / "weights" / "reader.npz"
 SHA256 = "a494d64218f8ed90a9ff9a9973d04137843d73556f2d65660d7b34c6fd97d206"
 AREA, LEAST = 360_000, 200  # larger pictures are reduced to this many pixels, smaller ones enlarged to this side
 SHARPNESS = 3  # how fast a reading's weight falls with its score
-SURE, WEAK = 0.65, -1  # fraction of the weight, and score, that a number needs
+# What a sure number needs: the fraction of the weight that has its length, the score, each digit's probability.
+SURE, WEAK, CERTAIN = 0.65, -1, 0.85
 NOTHING = -3.0  # score of what cannot be digits
-SEVERAL_ROWS = "several rows"
 
 
 class Network(nn.Sequential):
@@ -61,15 +61,15 @@ class Reading(NamedTuple):
 
     images: Tensor  # of each digit, from left to right: uint8 [N, 1, 28, 28], white on black
     probabilities: Tensor  # of each digit, the reader's own: [N, 10]
-    sure: bool = True  # False if another number is nearly as likely, or this one is weak
-    number: str = ""  # the digits, or SEVERAL_ROWS
+    sure: bool = True  # False if a number of another length is nearly as likely, or this one is weak
     score: float = 0.0  # mean log p of the digits, less what speaks against them
+    several: bool = False  # whether there are other rows
 
     def agree(self, probabilities: Tensor) -> tuple[list[int], bool]:
         """The digits that the reader and another network find most likely together, and whether they are sure."""
         both = self.probabilities * probabilities
         fraction, digits = (both / both.sum(1, keepdim=True)).max(1)
-        return digits.tolist(), self.sure and fraction.min().item() > SURE
+        return digits.tolist(), self.sure and fraction.min().item() > CERTAIN
 
 
 def read(photo: "str | Path | Image.Image") -> Reading:
@@ -86,7 +86,7 @@ def read(photo: "str | Path | Image.Image") -> Reading:
     if not readings:
         raise DataError(f"{name} shows no digit: nothing stands out; photograph one digit on a plain background")
     best = decide(readings)
-    if best.number == SEVERAL_ROWS:
+    if best.several:
         raise DataError(f"{name} shows several rows; crop it to one row of digits")
     return best
 
@@ -106,22 +106,30 @@ def find_readings(grey: np.ndarray) -> list[Reading]:
     for (row, cost), own, seen in zip(rows, logs.split(counts), images.split(counts)):
         score, path = best_path(row, own.amax(1).tolist())
         if score - cost > NOTHING:
-            number = SEVERAL_ROWS if row.several else "".join(map(str, own[path].argmax(1).tolist()))
-            readings.append(Reading(seen[path], own[path].exp(), number=number, score=score - cost))
+            readings.append(Reading(seen[path], own[path].exp(), score=score - cost, several=row.several))
     return readings
 
 
 def decide(readings: list[Reading]) -> Reading:
-    """The best reading of the most likely number, and whether this number is sure.
+    """The best reading of the most likely length, with the mean probabilities of all readings of this length.
 
-    Readings with the same number add up their weights: one that comes back with other thresholds is safer.
+    Their weights add up: what comes back with other thresholds is safer.
     """
-    weights: dict[str, float] = {}
+    groups: dict[int, list[Reading]] = {}  # by the number of digits; 0: several rows
     for reading in readings:
-        weights[reading.number] = weights.get(reading.number, 0) + math.exp(SHARPNESS * reading.score)
-    number = max(weights, key=weights.__getitem__)
-    best = max((reading for reading in readings if reading.number == number), key=lambda reading: reading.score)
-    return best._replace(sure=best.score > WEAK and weights[number] > SURE * sum(weights.values()))
+        groups.setdefault(0 if reading.several else len(reading.images), []).append(reading)
+    weights = {length: sum(map(weight, own)) for length, own in groups.items()}
+    length = max(weights, key=weights.__getitem__)
+    best = max(groups[length], key=lambda reading: reading.score)
+    if best.several:
+        return best
+    probabilities = torch.stack([weight(reading) * reading.probabilities for reading in groups[length]]).sum(0)
+    sure = best.score > WEAK and weights[length] > SURE * sum(weights.values())
+    return best._replace(probabilities=probabilities / weights[length], sure=sure)
+
+
+def weight(reading: Reading) -> float:
+    return math.exp(SHARPNESS * reading.score)
 
 
 def best_path(row: "Row", logs: list[float]) -> tuple[float, list[int]]:
