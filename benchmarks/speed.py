@@ -21,7 +21,8 @@ import sys
 import tempfile
 import time
 import timeit
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ sys.path.insert(0, str(ROOT))
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import Compose, Normalize, ToTensor
 
@@ -41,6 +43,7 @@ from datasets import Batches, load
 from engine import flags
 from engine.device import pick_device
 from engine.errors import run_script
+from engine.products import onednn
 from engine.provenance import environment
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -54,6 +57,7 @@ CASES = {
     "cgan batch 16": "train_cgan.py --r1 0",
     "cgan paper batch 100": "train_cgan.py --recipe paper --r1 0",
 }
+LARGE = (1024, 1024)  # a matrix at whose size products reach the machine's rate
 Epoch = Callable[[], dict[str, float]]  # runs the steps of one turn; returns their mean metrics
 Row = dict[str, Any]
 
@@ -87,9 +91,12 @@ def ours(command: str, device: str, more: list[str], data_dir: str, folder: str,
     run = utils.Run(args, state)
     run.meter = utils.Meter(run.device())
     step = utils.make_step(run, train_step, batches)
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter, Products() as seen:
         train_step(*batches.take(next(batches.rows(0))))
-    cost = {"flops": counter.get_total_flops(), "bytes": sum(map(bytes_moved, run.optimizers()))}
+    products = {product: times * count_flops(*product[:2]) for product, times in seen.products.items()}
+    if rest := counter.get_total_flops() - sum(products.values()):  # convolutions, as if they were large products
+        products[LARGE, LARGE, torch.bfloat16 if args.amp else torch.float32] = rest
+    cost = {"products": products, "bytes": sum(map(bytes_moved, run.optimizers()))}
 
     def epoch():
         for rows in batches.rows(next(epochs)):
@@ -99,6 +106,25 @@ def ours(command: str, device: str, more: list[str], data_dir: str, folder: str,
         return {name: metrics[name] for name in ("loss", "accuracy", "loss_d", "loss_g") if name in metrics}
 
     return epoch, cost
+
+
+class Products(TorchDispatchMode):
+    """Counts the matrix products of a step: (shapes of both matrices, type) -> how often."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products: Counter[Any] = Counter()
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if operation in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            a, b = args[-2:]
+            self.products[tuple(a.shape), tuple(b.shape), a.dtype] += 1
+        return operation(*args, **(kwargs or {}))
+
+
+def count_flops(a: Sequence[int], b: Sequence[int]) -> int:
+    """Floating-point operations of the product of matrices with these shapes."""
+    return 2 * a[0] * a[1] * b[1]
 
 
 def bytes_moved(optimizer: torch.optim.Optimizer) -> int:
@@ -203,14 +229,26 @@ def beside(name: str, times: dict[str, list[float]], metrics: dict[str, float]) 
 
 
 def limit(cost: Row, device: str) -> float:
-    """The least seconds a step could take on this machine."""
-    a, b = torch.randn(2, 1024, 1024, device=device)
-    source = torch.randn(16 * 2**20, device=device)
-    target = torch.empty_like(source)
-    wait = torch.cuda.synchronize if device == "cuda" else bool
-    product = min(timeit.repeat(lambda: (a @ b, wait()), number=1, repeat=10))
-    copy = min(timeit.repeat(lambda: (target.copy_(source), wait()), number=1, repeat=10))
-    return cost["flops"] * product / (2 * 1024**3) + cost["bytes"] * copy / (2 * 4 * source.numel())
+    """An estimate of the least seconds that a step could take on this machine.
+
+    Its products, each by the library of torch that is fastest for its shape, and what its optimizers read and write, as
+    one copy. On a GPU, where launching a small operation takes longer, at the rates of large ones.
+    """
+
+    def least(function: Callable, *arguments: Any) -> float:
+        return min(timeit.repeat(lambda: (function(*arguments), wait()), number=1, repeat=20))
+
+    gpu = device == "cuda"
+    wait: Callable = torch.cuda.synchronize if gpu else bool
+    source = torch.randn(16 * 2**20 if gpu else cost["bytes"] // 8, device=device)  # a copy reads and writes 8 bytes
+    seconds = least(torch.empty_like(source).copy_, source) * cost["bytes"] / (8 * len(source))
+    for (first, second, dtype), flops in cost["products"].items():
+        shapes = [LARGE, LARGE] if gpu else [first, second]
+        pair = [torch.randn(shape, device=device) for shape in shapes]
+        ways = [least(torch.mm, *pair), least(torch.mm, *(x.to(dtype) for x in pair))]
+        ways += [] if gpu else [least(onednn, *pair)]
+        seconds += min(ways) * flops / count_flops(*shapes)
+    return seconds
 
 
 def steps(args: argparse.Namespace) -> None:
