@@ -33,7 +33,6 @@ sys.path.insert(0, str(ROOT))
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import Compose, Normalize, ToTensor
 
@@ -45,6 +44,7 @@ from engine.device import pick_device
 from engine.errors import run_script
 from engine.products import onednn
 from engine.provenance import environment
+from engine.recorder import Recorder
 
 RESULTS = ROOT / "benchmarks" / "results"
 CASES = {
@@ -91,12 +91,17 @@ def ours(command: str, device: str, more: list[str], data_dir: str, folder: str,
     run = utils.Run(args, state)
     run.meter = utils.Meter(run.device())
     step = utils.make_step(run, train_step, batches)
-    with FlopCounterMode(display=False) as counter, Products() as seen:
+    with FlopCounterMode(display=False) as counter, Recorder(None) as recorder:
         train_step(*batches.take(next(batches.rows(0))))
-    products = {product: times * count_flops(*product[:2]) for product, times in seen.products.items()}
-    if rest := counter.get_total_flops() - sum(products.values()):  # convolutions, as if they were large products
-        products[LARGE, LARGE, torch.bfloat16 if args.amp else torch.float32] = rest
-    cost = {"products": products, "bytes": sum(map(bytes_moved, run.optimizers()))}
+    products: Counter[Any] = Counter()  # shapes of both matrices -> operations
+    for name, *inputs in recorder.operations:
+        if name in ("aten.mm.default", "aten.addmm.default"):
+            first, second = [shape for *shape, _ in (value for value in inputs if isinstance(value, tuple))][-2:]
+            products[tuple(first), tuple(second)] += count_flops(first, second)
+    products[LARGE, LARGE] += (
+        counter.get_total_flops() - products.total()
+    )  # convolutions, as if they were large products
+    cost = {"products": products, "amp": args.amp, "bytes": sum(map(bytes_moved, run.optimizers()))}
 
     def epoch():
         for rows in batches.rows(next(epochs)):
@@ -106,20 +111,6 @@ def ours(command: str, device: str, more: list[str], data_dir: str, folder: str,
         return {name: metrics[name] for name in ("loss", "accuracy", "loss_d", "loss_g") if name in metrics}
 
     return epoch, cost
-
-
-class Products(TorchDispatchMode):
-    """Counts the matrix products of a step: (shapes of both matrices, type) -> how often."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.products: Counter[Any] = Counter()
-
-    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if operation in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
-            a, b = args[-2:]
-            self.products[tuple(a.shape), tuple(b.shape), a.dtype] += 1
-        return operation(*args, **(kwargs or {}))
 
 
 def count_flops(a: Sequence[int], b: Sequence[int]) -> int:
@@ -242,11 +233,12 @@ def limit(cost: Row, device: str) -> float:
     wait: Callable = torch.cuda.synchronize if gpu else bool
     source = torch.randn(16 * 2**20 if gpu else cost["bytes"] // 8, device=device)  # a copy reads and writes 8 bytes
     seconds = least(torch.empty_like(source).copy_, source) * cost["bytes"] / (8 * len(source))
-    for (first, second, dtype), flops in cost["products"].items():
-        shapes = [LARGE, LARGE] if gpu else [first, second]
+    for shapes, flops in cost["products"].items():
+        shapes = [LARGE, LARGE] if gpu else shapes
         pair = [torch.randn(shape, device=device) for shape in shapes]
-        ways = [least(torch.mm, *pair), least(torch.mm, *(x.to(dtype) for x in pair))]
+        ways = [least(torch.mm, *pair)]
         ways += [] if gpu else [least(onednn, *pair)]
+        ways += [least(torch.mm, *(x.bfloat16() for x in pair))] if cost["amp"] else []
         seconds += min(ways) * flops / count_flops(*shapes)
     return seconds
 

@@ -303,7 +303,7 @@ def slides_table() -> str:
         lines.append(
             [slide, f"[{file}:{number}](../{file}#L{number})", f"`{line.split('  #')[0]}`".replace("|", r"\|")]
         )
-    return table(["slide", "code", ""], lines)
+    return table(["title of the slide", "code", ""], lines)
 
 
 # page -> section, between `<!-- NAME -->` and `<!-- /NAME -->` -> what makes it

@@ -26,7 +26,6 @@ Variants = dict[tuple[str, str], dict[str, Any]]  # (recipe; model, networks or 
 WHERE_TO_COMPUTE = {"data_dir", "device", "threads", "products", "cuda_graph", "compile"}
 FREE_ON_RESUME = {*WHERE, *WHERE_TO_COMPUTE, "epochs", "log_interval", "save_interval"}
 
-
 # A flag -> the option and the values with which alone it has an effect, and what it needs.
 NEEDS = {
     "products": ("compile", (True,), "--compile"),

@@ -30,7 +30,7 @@ CASES = {  # the quick one, and those of test_capture.py that have operations of
     **{name: case for name, case in EVERY_STEP.items() if name not in ("mlp", "gan", "gan paper", "cgan")},
 }
 ROWS = {"hmm": 4, "rnn": 4}  # of the middle of the images: the graph grows with them, and a compilation takes minutes
-STEPS = 10  # more would not see more: rounding in double precision stays below 1e-14, and a fault shows at once
+STEPS = 20  # more would not see more: rounding in double precision stays below 1e-14, and a fault shows at once
 
 
 def losses(case, folder, compiled):
@@ -88,14 +88,18 @@ def test_the_compiled_step_is_the_eager_step_but_for_rounding(double_precision, 
 MLP = [*DIGITS, "--model", "mlp", "--recipe", "best", "--epochs", "2", "--val-size", "137", "--compile"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("at", [(0, 1)])  # before the step is captured; a test below kills the run after that
-def test_a_compiled_run_that_was_killed_within_an_epoch_resumes_exactly(tmp_path, at):
+def kill_and_resume(tmp_path, at):
+    """A compiled run, within an epoch: it ends as the uninterrupted one."""
     train(*MLP, "--output-dir", tmp_path / "whole")
     with killed_at(at):
         train(*MLP, "--save-interval", 0, "--output-dir", tmp_path / "run")
     train("--resume", tmp_path / "run")
     assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_compiled_run_that_is_killed_before_its_step_is_captured_resumes_exactly(tmp_path):
+    kill_and_resume(tmp_path, (0, 1))
 
 
 def test_what_a_step_may_not_do_is_refused_in_one_line(tmp_path):
@@ -205,7 +209,7 @@ def test_products_by_onednn_are_torchs_but_for_rounding(monkeypatch):
 @pytest.mark.slow
 def test_a_compiled_run_chooses_the_faster_products_and_a_resumed_run_keeps_them(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(products, "seconds", lambda products, by: 0.001 if by is torch.mm else 0.0005)
-    test_a_compiled_run_that_was_killed_within_an_epoch_resumes_exactly(tmp_path, (1, 4))
+    kill_and_resume(tmp_path, (1, 4))
     output = capsys.readouterr().out
     assert output.count("products: onednn (torch's own take 1.00 ms a step, oneDNN's 0.50 ms)") == 2
     assert load_checkpoint(tmp_path / "run" / "checkpoint.pt")["options"]["products"] == "onednn"
