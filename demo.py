@@ -19,10 +19,9 @@ import torch
 from engine import flags
 from engine.errors import DataError, UserError, run_script
 from engine.provenance import ROOT
-from evaluate import read_number
+from evaluate import read_number, read_picture
 from measures.samples import is_conditional, sample_between
 from measures.trained import load_model
-from photos import read
 
 CANVAS = 336  # pixels; twelve for each of the network's 28
 PICK_THE_BRUSH = (
@@ -39,22 +38,23 @@ def get_args_parser() -> flags.ArgumentParser:
 
 
 def read_drawing(classifiers: dict[str, Any], drawing: Any) -> list[Any]:
-    """The digits as the networks see them, side by side, and the number that each reads, as HTML.
+    """The digits as the last network sees them, side by side, and the number that each reads, as HTML.
 
-    drawing: the canvas, or None. If it cannot be read, the reason stands in place of the numbers.
+    drawing: the canvas, or None. If a network cannot read it, the reason stands in place of the number.
     """
-    picture = drawing and drawing["composite"]
-    try:
-        reading, words = (read(picture), "") if picture else (None, "draw a digit")
-    except DataError as error:
-        reading, words = None, str(error).partition(";")[0]
-    if reading is None:
-        return [None, *(f"<b>{html.escape(name)}</b><p>{html.escape(words)}</p>" for name in classifiers)]
-    shown = []
+    seen, shown = None, []
     for name, model in classifiers.items():
+        try:
+            if not (drawing and drawing["composite"]):
+                raise DataError("draw a digit")
+            reading = read_picture(model, drawing["composite"])
+        except DataError as error:
+            shown.append(f"<b>{html.escape(name)}</b><p>{html.escape(str(error).partition(';')[0])}</p>")
+            continue
         rows, number = read_number(model, reading)
         shown.append("".join(bars(f"{name}: {number}", model, row) for row in rows.tolist()))
-    return [enlarge(torch.cat([*reading.images[:, 0]], dim=1) / 255), *shown]
+        seen = enlarge(torch.cat([*reading.images[:, 0]], dim=1) / 255)
+    return [seen, *shown]
 
 
 def bars(title: str, model: Any, probabilities: list[float]) -> str:

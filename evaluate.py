@@ -67,10 +67,17 @@ def get_args_parser() -> flags.ArgumentParser:
 
 
 def read_picture(model: Any, picture: Any) -> Reading:
-    """The digits in a file or PIL image; for a network trained on a folder, the whole image."""
-    if model.options["dataset"] in DATASETS:
-        return read(picture)
-    return Reading(read_image(picture), torch.ones(1, len(model.options["classes"])))
+    """The digits in a file or PIL image, as the network reads them; if it knows no digits, the images that it reads.
+
+    For a network trained on a folder, that is the whole image.
+    """
+    if model.options["dataset"] not in DATASETS:
+        reading = Reading(read_image(picture), torch.empty(0))
+    elif model.options["classes"] == list("0123456789"):
+        return read(picture, partial(trained.classify, model))
+    else:
+        reading = read(picture)
+    return reading._replace(probabilities=trained.classify(model, reading.images / 255), sure=True)
 
 
 def read_one(model: Any, path: str) -> torch.Tensor:
@@ -100,17 +107,11 @@ def save(plots: Plots, folder: Path, *others: str) -> None:
 
 
 def read_number(model: Any, reading: Reading) -> tuple[torch.Tensor, str]:
-    """The probabilities that the network gives for each digit of a photo, and the number, with "(unsure)" if it is.
-
-    The number is what the network and the reader find most likely together. Of other classes the reader knows nothing.
-    """
-    names = model.options["classes"]
-    probabilities = classify(model, reading.images / 255)
-    if names != list("0123456789"):
-        reading = Reading(reading.images, torch.ones_like(probabilities), sure=True)
-    numbers, sure = reading.agree(probabilities)
+    """The network's probabilities for each image of a reading, and the number, with "(unsure)" if it is."""
+    names, (numbers, sure) = model.options["classes"], reading.answer()
     between = "" if max(map(len, names)) == 1 else " "
-    return probabilities, between.join(names[number] for number in numbers) + ("" if sure else " (unsure)")
+    number = between.join(names[number] for number in numbers) + ("" if sure else " (unsure)")
+    return classify(model, reading.images / 255), number
 
 
 def classify_photos(model: Any, paths: Sequence[str], folder: Path) -> None:

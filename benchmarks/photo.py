@@ -31,9 +31,9 @@ from datasets import load
 from engine import flags
 from engine.errors import DataError, run_script
 from engine.provenance import environment
-from evaluate import read_number
+from evaluate import read_number, read_picture
 from measures.trained import classify, load_model
-from photos import open_image, read
+from photos import open_image
 from photos.pieces import centre, trim
 
 RESULTS = ROOT / "benchmarks" / "results" / "photo.json"
@@ -282,7 +282,7 @@ def count(pictures: Iterable[tuple[Path, str]]) -> dict[str, int]:
     model, counts = load_model("weights/cnn.pt"), dict.fromkeys(("right", "wrong", "refused", "unsure", "otsu"), 0)
     for path, label in pictures:
         try:
-            found = read_number(model, read(path))[1]
+            found = read_number(model, read_picture(model, path))[1]
         except DataError:
             found = "refuse"
         kind = "right" if found == label else {"refuse": "refused"}.get(found, "wrong")

@@ -1,4 +1,4 @@
-"""Read the digits in a photo: many readings are proposed, and a network decides between them.
+"""Read the digits in a photo: many readings are proposed, and two networks decide between them.
 
 Over-segmentation and recognition together, as in Matan et al., Multi-digit recognition using a space displacement
 neural network, 1991: pieces of ink are joined with their neighbours in every way, and the path is taken whose images
@@ -8,6 +8,7 @@ look most like digits.
 import hashlib
 import io
 import math
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -25,12 +26,14 @@ if TYPE_CHECKING:  # Pillow takes a while to import
     from photos.pieces import Row
 
 WEIGHTS = Path(__file__).parent.parent / "weights" / "reader.npz"
+Classify = Callable[[Tensor], Tensor]  # images [N, 1, 28, 28] with pixels from 0 to 1 -> probabilities [N, 10]
 SHA256 = "a494d64218f8ed90a9ff9a9973d04137843d73556f2d65660d7b34c6fd97d206"
 AREA, LEAST = 360_000, 200  # larger pictures are reduced to this many pixels, smaller ones enlarged to this side
 SHARPNESS = 3  # how fast a reading's weight falls with its score
-# What a sure number needs: the fraction of the weight that has its length, the score, each digit's probability.
-SURE, WEAK, CERTAIN = 0.65, -1, 0.85
-NOTHING = -3.0  # score of what cannot be digits
+# A number is sure if its length has this fraction of the weight, each digit this probability, and it scores better.
+SURE, WEAK = 0.5, -0.95
+NOTHING = -4.0  # score of what cannot be digits
+NO_DIGIT = 0.6  # how much rarer than in the reader's training an image is that shows no digit, or several
 
 
 class Network(nn.Sequential):
@@ -60,29 +63,29 @@ class Reading(NamedTuple):
     """What a picture may show."""
 
     images: Tensor  # of each digit, from left to right: uint8 [N, 1, 28, 28], white on black
-    probabilities: Tensor  # of each digit, the reader's own: [N, 10]
-    sure: bool = True  # False if a number of another length is nearly as likely, or this one is weak
+    probabilities: Tensor  # of each class, not normalised: [N, classes]
+    sure: bool = True  # False if a number of another length is as likely, or this one is weak
     score: float = 0.0  # mean log p of the digits, less what speaks against them
     several: bool = False  # whether there are other rows
 
-    def agree(self, probabilities: Tensor) -> tuple[list[int], bool]:
-        """The digits that the reader and another network find most likely together, and whether they are sure."""
-        both = self.probabilities * probabilities
-        fraction, digits = (both / both.sum(1, keepdim=True)).max(1)
-        return digits.tolist(), self.sure and fraction.min().item() > CERTAIN
+    def answer(self) -> tuple[list[int], bool]:
+        """The most likely classes, and whether they are sure."""
+        fraction, classes = (self.probabilities / self.probabilities.sum(1, keepdim=True)).max(1)
+        return classes.tolist(), self.sure and fraction.min().item() > SURE
 
 
-def read(photo: "str | Path | Image.Image") -> Reading:
+def read(photo: "str | Path | Image.Image", classify: Classify | None = None) -> Reading:
     """The digits in a row in a photo or drawing, dark on light or light on dark.
 
     Each becomes an image as in MNIST (yann.lecun.com/exdb/mnist): fitted into 20x20 pixels, its centre of mass at the
-    centre of 28x28. Raises DataError, also if nothing is found, or several rows.
+    centre of 28x28. classify: a classifier of digits, which then decides together with the reader's own network. Raises
+    DataError, also if nothing is found, or several rows.
     """
     name = photo if isinstance(photo, str | Path) else "the picture"
     image = open_image(photo, 1600)
     scale = max(min(1, (AREA / (image.width * image.height)) ** 0.5), LEAST / max(image.size))
     size = [max(1, round(scale * length)) for length in image.size]
-    readings = find_readings(np.asarray(image.resize(size).convert("L"), dtype=np.float32))
+    readings = find_readings(np.asarray(image.resize(size).convert("L"), dtype=np.float32), classify)
     if not readings:
         raise DataError(f"{name} shows no digit: nothing stands out; photograph one digit on a plain background")
     best = decide(readings)
@@ -92,7 +95,7 @@ def read(photo: "str | Path | Image.Image") -> Reading:
 
 
 @torch.no_grad()
-def find_readings(grey: np.ndarray) -> list[Reading]:
+def find_readings(grey: np.ndarray, classify: Classify | None) -> list[Reading]:
     """A reading for each proposed mask of a picture [H, W], if it may be digits."""
     from photos.ink import propose  # SciPy takes a while to import
     from photos.pieces import read_row
@@ -101,13 +104,22 @@ def find_readings(grey: np.ndarray) -> list[Reading]:
     if not rows:
         return []
     images = torch.from_numpy(np.stack([image for row, _ in rows for image in row.images])).unsqueeze(1)
-    logs = load_network()(images / 255).log_softmax(1)[:, :10].clamp(min=-7)
+    logs = log_probabilities(images / 255, classify)
     readings, counts = [], [len(row.images) for row, _ in rows]
     for (row, cost), own, seen in zip(rows, logs.split(counts), images.split(counts)):
         score, path = best_path(row, own.amax(1).tolist())
         if score - cost > NOTHING:
             readings.append(Reading(seen[path], own[path].exp(), score=score - cost, several=row.several))
     return readings
+
+
+def log_probabilities(images: Tensor, classify: Classify | None) -> Tensor:
+    """log p [N, 10] that an image shows this digit and nothing else, by the reader's network and the classifier."""
+    logits = load_network()(images) + torch.tensor([0.0] * 10 + [math.log(NO_DIGIT)])
+    logs = logits.log_softmax(1)[:, :10]
+    if classify:
+        logs = logs + classify(images).log()
+    return logs.clamp(min=-7)
 
 
 def decide(readings: list[Reading]) -> Reading:

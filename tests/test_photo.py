@@ -8,10 +8,10 @@ from PIL import Image, ImageDraw
 import photo as pages
 from datasets import load
 from engine.errors import DataError
-from evaluate import read_number
+from evaluate import read_number, read_picture
 from measures.trained import load_model
-from photos import Reading, reader
 from photos import read as read_file
+from photos import reader
 
 STROKES = {  # the corners of each stroke, in a box of 20 x 20
     5: [[(15, 1), (6, 1)], [(6, 5), (5, 9), (11, 8), (15, 12), (14, 17), (9, 19), (4, 17)]],  # the bar stands apart
@@ -45,7 +45,7 @@ def read(network, tmp_path):
     def read_page(page):
         path = tmp_path / "page.png"
         Image.fromarray(np.asarray(page).clip(0, 255).astype(np.uint8)).save(path)
-        reading = read_file(path)
+        reading = read_picture(network, path)
         assert reading.images.dtype == torch.uint8
         assert reading.images.shape[1:] == (1, 28, 28)
         return reading.images, read_number(network, reading)[1]
@@ -71,7 +71,7 @@ def difference(a, b):
 def test_digits_are_found_in_every_condition(condition, network, tmp_path):
     digits = [5, 3, 4, 7]
     path, shown = pages.render([draw(digit) for digit in digits], digits, tmp_path, condition, seed=5)[0]
-    assert read_number(network, read_file(path))[1] == shown
+    assert read_number(network, read_picture(network, path))[1] == shown
 
 
 def test_digits_in_a_row_are_read_from_left_to_right(read):
@@ -120,12 +120,14 @@ def test_what_is_no_digit_is_unsure_or_an_error(read):
 
 
 def test_the_number_is_what_both_networks_find_most_likely():
-    own, other = torch.full((1, 10), 0.005), torch.full((1, 10), 0.01)
-    own[0, [1, 7]], other[0, [1, 7]] = torch.tensor([0.9, 0.06]), torch.tensor([0.34, 0.55])
-    reading = Reading(torch.zeros(1, 1, 28, 28), own, True)
-    assert reading.agree(other) == ([1], True)  # a one with a flag
-    other[0, [1, 7]] = torch.tensor([0.08, 0.84])
-    assert reading.agree(other)[1] is False
+    page, other = Image.fromarray(paste((7, 100, 200))), torch.full((10,), 0.01)
+    own = read_file(page)
+    assert own.answer() == ([7], True)
+    for of_one, of_seven, sure in ((0.5, 0.45, True), (0.9, 0.05, False)):
+        other[[1, 7]] = torch.tensor([of_one, of_seven])
+        digits, is_sure = read_file(page, lambda images: other.expand(len(images), 10)).answer()
+        assert is_sure is sure
+        assert digits == [7] or not sure
 
 
 def test_the_readers_weights_are_the_pinned_ones(tmp_path, monkeypatch):
