@@ -111,7 +111,8 @@ def gan_step(args, optimizer):
     if args.kind == "cgan":
         generate, discriminate = conditional_generator(args.dropout_g), conditional_discriminator(args.dropout_d)
     else:
-        generate, discriminate = mlp, maxout_network((0.2, 0.5, 0.5) if args.networks == "paper" else (0, 0.5, 0))
+        p = {"lecture": (0, 0.5, 0), "paper": (0.2, 0.5, 0.5), "large": (0, 0.2, 0.2)}[args.networks]
+        generate, discriminate = mlp, maxout_network(p)
 
     def step(images, labels, state, rows):
         g, d, own_g, own_d, key = state
