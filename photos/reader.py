@@ -31,7 +31,7 @@ SHA256 = "a494d64218f8ed90a9ff9a9973d04137843d73556f2d65660d7b34c6fd97d206"
 AREA, LEAST = 360_000, 200  # larger pictures are reduced to this many pixels, smaller ones enlarged to this side
 SHARPNESS = 3  # how fast a reading's weight falls with its score
 # A number is sure if its length has this fraction of the weight, each digit this probability, and it scores better.
-SURE, WEAK = 0.5, -0.95
+SURE, WEAK = 0.65, -0.95
 NOTHING = -4.0  # score of what cannot be digits
 NO_DIGIT = 0.6  # how much rarer than in the reader's training an image is that shows no digit, or several
 
