@@ -30,7 +30,8 @@ Classify = Callable[[Tensor], Tensor]  # images [N, 1, 28, 28] with pixels from 
 SHA256 = "a494d64218f8ed90a9ff9a9973d04137843d73556f2d65660d7b34c6fd97d206"
 AREA, LEAST = 360_000, 200  # larger pictures are reduced to this many pixels, smaller ones enlarged to this side
 SHARPNESS = 3  # how fast a reading's weight falls with its score
-# A number is sure if its length has this fraction of the weight, each digit this probability, and it scores better.
+# The length of a sure number has more than SURE of the weight, each of its digits more than SURE of the probability.
+# Its score is above WEAK.
 SURE, WEAK = 0.65, -0.95
 NOTHING = -4.0  # score of what cannot be digits
 NO_DIGIT = 0.6  # how much rarer than in the reader's training an image is that shows no digit, or several
