@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from engine.run import Run
 
 CORES = torch.get_num_threads()
-WORTH = 0.85  # of the time with fewer threads, which more threads must not exceed: the choice is the same on a busy day
+WORTH = 0.95  # of the time with fewer threads, which more threads must not exceed
 
 
 def tuned(step: Callable, then: Callable[[], Callable], run: "Run", batch_size: int) -> Callable:
