@@ -32,7 +32,7 @@ AREA, LEAST = 360_000, 200  # larger pictures are reduced to this many pixels, s
 SHARPNESS = 3  # how fast a reading's weight falls with its score
 # The length of a sure number has more than SURE of the weight, each of its digits more than SURE of the probability.
 # Its score is above WEAK.
-SURE, WEAK = 0.65, -0.95
+SURE, WEAK = 0.65, -0.8
 NOTHING = -4.0  # score of what cannot be digits
 NO_DIGIT = 0.6  # how much rarer than in the reader's training an image is that shows no digit, or several
 
@@ -105,22 +105,17 @@ def find_readings(grey: np.ndarray, classify: Classify | None) -> list[Reading]:
     if not rows:
         return []
     images = torch.from_numpy(np.stack([image for row, _ in rows for image in row.images])).unsqueeze(1)
-    logs = log_probabilities(images / 255, classify)
+    logits = load_network()(images / 255) + torch.tensor([0.0] * 10 + [math.log(NO_DIGIT)])
+    own = logits.log_softmax(1)[:, :10]  # log p that an image shows this digit, and nothing else
+    other = classify(images / 255).log() if classify else torch.zeros_like(own)
+    scores = (own + other / 2).clamp(min=-7).amax(1)  # the reader alone knows what is no digit
     readings, counts = [], [len(row.images) for row, _ in rows]
-    for (row, cost), own, seen in zip(rows, logs.split(counts), images.split(counts)):
-        score, path = best_path(row, own.amax(1).tolist())
+    parts = (tensor.split(counts) for tensor in (images, scores, (own + other).exp()))
+    for (row, cost), seen, logs, probabilities in zip(rows, *parts):
+        score, path = best_path(row, logs.tolist())
         if score - cost > NOTHING:
-            readings.append(Reading(seen[path], own[path].exp(), score=score - cost, several=row.several))
+            readings.append(Reading(seen[path], probabilities[path], score=score - cost, several=row.several))
     return readings
-
-
-def log_probabilities(images: Tensor, classify: Classify | None) -> Tensor:
-    """log p [N, 10] that an image shows this digit and nothing else, by the reader's network and the classifier."""
-    logits = load_network()(images) + torch.tensor([0.0] * 10 + [math.log(NO_DIGIT)])
-    logs = logits.log_softmax(1)[:, :10]
-    if classify:
-        logs = logs + classify(images).log()
-    return logs.clamp(min=-7)
 
 
 def decide(readings: list[Reading]) -> Reading:
