@@ -192,19 +192,18 @@ def best_list() -> str:
 
 def speed_chart(device: str) -> str:
     """The chart of speed-DEVICE.json, where it was measured, and the compiled step beside JAX's."""
-    speed = read(f"speed-{device}.json")
-    beside_jax = []
+    speed, beside_jax = read(f"speed-{device}.json"), []
     for name, row in speed["rows"].items():
         compiled = row["loops"]["ours, compiled"]
-        if ratios := compiled["times_as_fast_as"].get("JAX"):
-            median, high, low = (1 / ratio for ratio in ratios)
-            beside_jax.append([name, f"{compiled['ms']:.2f} ms", f"{median:.2f} ({low:.2f} to {high:.2f})"])
+        if "JAX" in row["loops"]:
+            ratio = "{0:.2f} ({2:.2f} to {1:.2f})".format(*[1 / times for times in compiled["times_as_fast_as"]["JAX"]])
+            beside_jax.append([name, f"{compiled['ms']:.2f} ms", ratio])
     header = ["", "a compiled step", "JAX's time = 1: median (range)"]
-    ratios_table = f"\n\n{table(header, beside_jax)}" if beside_jax else ""
     return (
         f"![Times as fast as the baseline: each loop for each network, median and range](../benchmarks/results/speed-"
         f"{device}.png)\n\n{speed['gpu'] or speed['processor']}, {speed['cores']} cores, torch {speed['torch']}, "
-        f"commit {speed['commit'][:7]}; {speed['turns']} turns with {speed['steps']} steps of each loop.{ratios_table}"
+        f"commit {speed['commit'][:7]}; {speed['turns']} turns with {speed['steps']} steps of each loop."
+        + (f"\n\n{table(header, beside_jax)}" if beside_jax else "")
     )
 
 
