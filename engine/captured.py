@@ -46,11 +46,11 @@ def captured_or_watched(step: Callable, run: "Run", batch_size: int) -> Callable
     if world_size() > 1:
         return step
     if not asked or reason:
-        return watched(step, run)
+        return watched(products.with_products(step, run), run)
     return CapturedStep(
         step, run.state, batch_size, device,
         compiled=args.compile, graph=graph, begun=run.begun, is_first=lambda: run.batch == 0,
-        choose_products=partial(products.choose, run=run),
+        choose_products=partial(products.replace_products, run=run),
     )  # fmt: skip
 
 

@@ -28,7 +28,6 @@ FREE_ON_RESUME = {*WHERE, *WHERE_TO_COMPUTE, "epochs", "log_interval", "save_int
 
 # A flag -> the option and the values with which alone it has an effect, and what it needs.
 NEEDS = {
-    "products": ("compile", (True,), "--compile"),
     "momentum": ("optimizer", ("sgd",), "--optimizer sgd"),
     "betas": ("optimizer", ("adam", "adamw"), "--optimizer adam"),
     "eps": ("optimizer", ("adam", "adamw"), "--optimizer adam"),
@@ -134,7 +133,7 @@ def training_parser(kind: str, script: str, doc: str, recipes: Recipes, datasets
     add = parser.group("where to compute")
     add("--device", type=device_name, default="auto", help="auto, cpu, cuda, cuda:1, ... or mps")
     add("--threads", type=number(int, 1), help="of the CPU (none: as many as are fastest in the first steps)")
-    library = "of the compiled step's matrix products on a CPU (none: the faster one)"
+    library = "of the step's matrix products on a CPU (none: the faster one)"
     add("--products", choices=["torch", "onednn"], help=library)
     compiler = "compile the whole step (needs a C++ compiler; Triton on CUDA)"
     add("--cuda-graph", action=BooleanOptionalAction, help="on CUDA, replay the step as one graph")

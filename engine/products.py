@@ -1,4 +1,4 @@
-"""Matrix products of the compiled step on a CPU: by oneDNN where it is faster than torch's default, MKL.
+"""Matrix products of a step on a CPU: by oneDNN where it is faster than torch's default, MKL.
 
 Both come with torch. On AMD's processors MKL does not use AVX-512, which oneDNN does.
 """
@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.fx import Graph, Node
+from torch.utils._python_dispatch import TorchDispatchMode
 
 if TYPE_CHECKING:
     from engine.run import Run
 
-WORTH = 0.9  # of MKL's time, which oneDNN must not exceed: the choice is the same on a busy day
+WORTH = 0.8  # of MKL's time, which oneDNN must not exceed: the choice is the same on a busy day
 MM, ADDMM = torch.ops.aten.mm.default, torch.ops.aten.addmm.default
 OPERATION = "onednn_products::mm"  # of our own, because Inductor would ask for constant weights in oneDNN's
+Matrices = tuple[tuple[torch.Size, tuple[int, ...]], ...]  # the shape and strides of each
 
 
 def onednn(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -31,27 +33,91 @@ if not hasattr(torch.ops.onednn_products, "mm"):  # this module may be imported 
     torch.library.register_fake(OPERATION, lambda a, b, bias=None: a.new_empty(len(a), b.shape[1]))
 
 
-def choose(graph: Graph, run: "Run") -> None:
-    """Have oneDNN compute the products of a recorded step if it is faster. --products chooses without trying.
+def with_products(step: Callable, run: "Run") -> Callable:
+    """`step`, which runs eagerly, with its products by oneDNN if that is faster, as its first call finds out."""
+    if not available(run):
+        return step
 
-    The choice goes into the run's options, so that a resumed run makes the same one.
-    """
+    def run_step(*inputs: Tensor) -> Any:
+        if run.args.products:
+            return by_onednn(step, *inputs) if run.args.products == "onednn" else step(*inputs)
+        with Products() as products:
+            metrics = step(*inputs)
+        replacing = min(timeit.repeat(lambda: by_onednn(lambda: None), number=1, repeat=5))
+        choose(products.matrices, run, replacing)
+        return metrics
+
+    return run_step
+
+
+def by_onednn(step: Callable, *inputs: Any) -> Any:
+    """Run `step(*inputs)` with oneDNN's products in place of torch's."""
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        library.impl("mm", mm, "CPU")
+        library.impl("addmm", addmm, "CPU")
+        return step(*inputs)
+
+
+def mm(a: Tensor, b: Tensor) -> Tensor:
+    if are_float32(a, b):
+        return onednn(a, b)
+    return torch.mm(a, b, out=a.new_empty(len(a), b.shape[1]))  # torch's own
+
+
+def addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    if are_float32(a, b, bias) and beta == alpha == 1 and bias.shape == b.shape[1:]:
+        return onednn(a, b, bias)
+    return torch.addmm(bias, a, b, beta=beta, alpha=alpha, out=a.new_empty(len(a), b.shape[1]))
+
+
+def are_float32(a: Tensor, b: Tensor, *others: Tensor) -> bool:
+    """And whether a @ b exists; if not, torch's own product says why."""
+    return all(tensor.dtype == torch.float32 for tensor in (a, b, *others)) and a.shape[1] == len(b)
+
+
+class Products(TorchDispatchMode):
+    """Records the matrices of a step's float32 products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrices: list[Matrices] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if function in (MM, ADDMM) and not kwargs and args[-1].dtype == torch.float32:
+            self.matrices.append(tuple((matrix.shape, matrix.stride()) for matrix in args[-2:]))
+        return function(*args, **(kwargs or {}))
+
+
+def replace_products(graph: Graph, run: "Run") -> None:
+    """Have oneDNN compute the products of a recorded step if it is faster."""
     products = [node for node in graph.nodes if is_product(node)]
-    if run.device().type != "cpu" or not products or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    if not available(run):
         return
     if not run.args.products:
-        run.args.products = run.options["products"] = faster(products)
-        run.write_config()
+        choose([tuple(map(layout, arguments(node)[:2])) for node in products], run)
     if run.args.products == "onednn":
         for node in products:
             replace(node, graph)
 
 
-def faster(products: list[Node]) -> str:
-    ms = {name: 1000 * seconds(products, by) for name, by in (("torch", torch.mm), ("onednn", onednn))}
-    best = "onednn" if ms["onednn"] < WORTH * ms["torch"] else "torch"
-    print(f"products: {best} (torch's own take {ms['torch']:.2f} ms a step, oneDNN's {ms['onednn']:.2f} ms)")
-    return best
+def available(run: "Run") -> bool:
+    private = hasattr(torch.ops.mkldnn, "_linear_pointwise") and hasattr(torch.library, "_scoped_library")
+    return private and run.device().type == "cpu"
+
+
+def choose(products: list[Matrices], run: "Run", replacing: float = 0.0) -> None:
+    """Put the faster library into the run's options, so that a resumed run makes the same choice.
+
+    replacing: the seconds that a step takes to replace torch's products.
+    """
+    run.args.products = "torch"
+    if products:
+        own, other = seconds(products), replacing + by_onednn(seconds, products)
+        run.args.products = "onednn" if other < WORTH * own else "torch"
+        took = f"torch's own take {1000 * own:.2f} ms a step, oneDNN's {1000 * other:.2f} ms"
+        print(f"products: {run.args.products} ({took})")
+    run.options["products"] = run.args.products
+    run.write_config()
 
 
 def replace(product: Node, graph: Graph) -> None:
@@ -67,7 +133,7 @@ def is_product(node: Node) -> bool:
     if node.target not in (MM, ADDMM) or node.kwargs or node.meta["tensor_meta"].dtype != torch.float32:
         return False
     *_, bias = arguments(node)
-    return bias is None or matrix(bias).shape == node.meta["tensor_meta"].shape[1:]
+    return bias is None or layout(bias)[0] == node.meta["tensor_meta"].shape[1:]
 
 
 def arguments(node: Node) -> tuple[Any, Any, Any]:
@@ -76,23 +142,24 @@ def arguments(node: Node) -> tuple[Any, Any, Any]:
     return (*others, first) if node.target is ADDMM else (first, *others, None)  # type: ignore[return-value]
 
 
-def seconds(products: list[Node], multiply: Callable[[Tensor, Tensor], Tensor]) -> float:
+def seconds(products: list[Matrices]) -> float:
     """The time of all products, by matrices with their shapes and memory orders."""
-    times: dict[Any, float] = {}  # the RNN has hundreds of products, but few shapes
-    total = 0.0
-    for product in products:
-        a, b = (matrix(node) for node in arguments(product)[:2])
-        key = a.shape, a.stride(), b.shape, b.stride()
-        if key not in times:
-            times[key] = min(timeit.repeat(partial(multiply, a, b), number=3, repeat=5)) / 3
-        total += times[key]
-    return total
+    times: dict[Matrices, float] = {}  # the RNN has hundreds of products, but few shapes
+    for matrices in products:
+        if matrices not in times:
+            a, b = (random_matrix(*matrix) for matrix in matrices)
+            times[matrices] = min(timeit.repeat(partial(torch.mm, a, b), number=1, repeat=5))
+    return sum(times[matrices] for matrices in products)
 
 
-def matrix(node: Node) -> Tensor:
-    """One that the step holds, such as weights, or random numbers."""
+def layout(node: Node) -> tuple[torch.Size, tuple[int, ...]]:
+    """The shape and strides of a tensor that the step holds, such as weights, or computes."""
     if node.op == "get_attr":
-        return getattr(node.graph.owning_module, str(node.target))
-    shape, stride = node.meta["tensor_meta"].shape, node.meta["tensor_meta"].stride
+        tensor = getattr(node.graph.owning_module, str(node.target))
+        return tensor.shape, tensor.stride()
+    return node.meta["tensor_meta"].shape, node.meta["tensor_meta"].stride
+
+
+def random_matrix(shape: torch.Size, stride: tuple[int, ...]) -> Tensor:
     size = 1 + sum((length - 1) * step for length, step in zip(shape, stride))
-    return torch.randn(size).as_strided(shape, stride)
+    return torch.randn(size, generator=torch.Generator()).as_strided(shape, stride)

@@ -85,21 +85,21 @@ def test_the_compiled_step_is_the_eager_step_but_for_rounding(double_precision, 
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8, msg=lambda text, name=name: f"{name}: {text}")
 
 
-MLP = [*DIGITS, "--model", "mlp", "--recipe", "best", "--epochs", "2", "--val-size", "137", "--compile"]
+MLP = [*DIGITS, "--model", "mlp", "--recipe", "best", "--epochs", "2", "--val-size", "137"]
 
 
-def kill_and_resume(tmp_path, at):
-    """A compiled run, within an epoch: it ends as the uninterrupted one."""
-    train(*MLP, "--output-dir", tmp_path / "whole")
+def kill_and_resume(tmp_path, at, *flags):
+    """A run, within an epoch: it ends as the uninterrupted one."""
+    train(*MLP, *flags, "--output-dir", tmp_path / "whole")
     with killed_at(at):
-        train(*MLP, "--save-interval", 0, "--output-dir", tmp_path / "run")
+        train(*MLP, *flags, "--save-interval", 0, "--output-dir", tmp_path / "run")
     train("--resume", tmp_path / "run")
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
 @pytest.mark.slow
 def test_a_compiled_run_that_is_killed_before_its_step_is_captured_resumes_exactly(tmp_path):
-    kill_and_resume(tmp_path, (0, 1))
+    kill_and_resume(tmp_path, (0, 1), "--compile")
 
 
 def test_what_a_step_may_not_do_is_refused_in_one_line(tmp_path):
@@ -195,8 +195,8 @@ def products_of(layer, x, out):
 def test_products_by_onednn_are_torchs_but_for_rounding(monkeypatch):
     monkeypatch.setattr(torch._inductor, "compile", lambda graph, *_, **__: graphs.append(graph) or graph)
     layer, x, out, graphs = torch.nn.Linear(7, 6), torch.rand(5, 7), torch.empty(6, 6), []
-    options = argparse.Namespace(products="onednn")
-    choose = partial(products.choose, run=argparse.Namespace(args=options, device=lambda: torch.device("cpu")))
+    run = argparse.Namespace(args=argparse.Namespace(products="onednn"), device=lambda: torch.device("cpu"))
+    choose = partial(products.replace_products, run=run)
     with torch.no_grad():
         compiler.compile_step(partial(products_of, layer), [x, out], {}, {}, choose)(x, out)
         products_of(layer, x, expected := torch.empty(6, 6))
@@ -206,16 +206,32 @@ def test_products_by_onednn_are_torchs_but_for_rounding(monkeypatch):
     assert sum("aten.addmm" in name for name in operations) == 2  # whose biases are a matrix, and scaled
 
 
-@pytest.mark.slow
-def test_a_compiled_run_chooses_the_faster_products_and_a_resumed_run_keeps_them(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(products, "seconds", lambda products, by: 0.001 if by is torch.mm else 0.0005)
-    kill_and_resume(tmp_path, (1, 4))
-    output = capsys.readouterr().out
-    assert output.count("products: onednn (torch's own take 1.00 ms a step, oneDNN's 0.50 ms)") == 2
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_an_eager_step_has_onednns_products_until_it_ends(dtype, monkeypatch):
+    layer, x, out, calls = torch.nn.Linear(7, 6, dtype=dtype), torch.rand(5, 7, dtype=dtype), torch.empty(6, 6), []
+    onednn = products.onednn
+    monkeypatch.setattr(products, "onednn", lambda *args: calls.append(args) or onednn(*args))
+    with torch.no_grad():
+        products.by_onednn(products_of, layer, x, out)
+        replaced = len(calls)
+        with pytest.raises(RuntimeError, match="mat1 and mat2"):
+            products.by_onednn(torch.mm, x, x)
+        products_of(layer, x, expected := torch.empty(6, 6))
+    torch.testing.assert_close(out, expected)
+    assert len(calls) == replaced == (3 if dtype == torch.float32 else 0)
+
+
+@pytest.mark.parametrize("flags", [[], pytest.param(["--compile"], marks=pytest.mark.slow)], ids=["eager", "compiled"])
+def test_a_run_chooses_the_faster_products_and_a_resumed_run_keeps_them(flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(products, "WORTH", 0.9)
+    seconds = itertools.cycle([0.001, 0.0005])  # torch's, oneDNN's
+    monkeypatch.setattr(products, "seconds", lambda products: next(seconds))
+    kill_and_resume(tmp_path, (1, 4), *flags)
+    assert capsys.readouterr().out.count("products: onednn (torch's own take 1.00 ms a step, ") == 2
     assert load_checkpoint(tmp_path / "run" / "checkpoint.pt")["options"]["products"] == "onednn"
     losses = {}
     for name in ("torch", "onednn"):
-        train(*MLP, "--products", name, "--output-dir", tmp_path / name)
+        train(*MLP, *flags, "--products", name, "--output-dir", tmp_path / name)
         losses[name] = [row["loss"] for row in load_checkpoint(tmp_path / name / "checkpoint.pt")["history"]]
     assert losses["torch"] == pytest.approx(losses["onednn"], abs=0.01)  # Adam multiplies rounding
     assert losses["torch"] != losses["onednn"]
