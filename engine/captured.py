@@ -43,10 +43,9 @@ def captured_or_watched(step: Callable, run: "Run", batch_size: int) -> Callable
     reason = why_eager(run.optimizers())
     if asked and reason:
         print(f"every step runs eagerly: {reason}")
-    if world_size() > 1:
-        return step
     if not asked or reason:
-        return watched(products.with_products(step, run), run)
+        step = products.with_products(step, run)
+        return step if world_size() > 1 else watched(step, run)
     return CapturedStep(
         step, run.state, batch_size, device,
         compiled=args.compile, graph=graph, begun=run.begun, is_first=lambda: run.batch == 0,

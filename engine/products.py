@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.fx import Graph, Node
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from engine.distributed import broadcast, rank
+
 if TYPE_CHECKING:
     from engine.run import Run
 
@@ -110,14 +112,17 @@ def choose(products: list[Matrices], run: "Run", replacing: float = 0.0) -> None
 
     replacing: the seconds that a step takes to replace torch's products.
     """
-    run.args.products = "torch"
-    if products:
-        own, other = seconds(products), replacing + by_onednn(seconds, products)
-        run.args.products = "onednn" if other < WORTH * own else "torch"
-        took = f"torch's own take {1000 * own:.2f} ms a step, oneDNN's {1000 * other:.2f} ms"
-        print(f"products: {run.args.products} ({took})")
+    run.args.products = broadcast(lambda: faster(products, replacing)) if products else "torch"
     run.options["products"] = run.args.products
-    run.write_config()
+    if rank() == 0:
+        run.write_config()
+
+
+def faster(products: list[Matrices], replacing: float) -> str:
+    own, other = seconds(products), replacing + by_onednn(seconds, products)
+    library = "onednn" if other < WORTH * own else "torch"
+    print(f"products: {library} (torch's own take {1000 * own:.2f} ms a step, oneDNN's {1000 * other:.2f} ms)")
+    return library
 
 
 def replace(product: Node, graph: Graph) -> None:
