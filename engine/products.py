@@ -4,6 +4,7 @@ Both come with torch. On AMD's processors MKL does not use AVX-512, which oneDNN
 """
 
 import timeit
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,9 @@ if not hasattr(torch.ops.onednn_products, "mm"):  # this module may be imported 
     torch.library.define(OPERATION, "(Tensor a, Tensor b, Tensor? bias) -> Tensor")
     torch.library.impl(OPERATION, "cpu", onednn)
     torch.library.register_fake(OPERATION, lambda a, b, bias=None: a.new_empty(len(a), b.shape[1]))
+
+
+warnings.filterwarnings("ignore", "Warning only once for all operators")  # of torch 2.10, about the replacement below
 
 
 def with_products(step: Callable, run: "Run") -> Callable:
