@@ -77,8 +77,8 @@ def addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float =
 
 
 def are_float32(a: Tensor, b: Tensor, *others: Tensor) -> bool:
-    """And whether a @ b exists; if not, torch's own product says why."""
-    return all(tensor.dtype == torch.float32 for tensor in (a, b, *others)) and a.shape[1] == len(b)
+    """And whether oneDNN can multiply a and b; if they do not fit, torch's own product says so."""
+    return all(tensor.dtype == torch.float32 for tensor in (a, b, *others)) and a.shape[1] == len(b) > 0
 
 
 class Products(TorchDispatchMode):
