@@ -44,6 +44,7 @@ from engine.errors import DataError, UserError, run_script
 
 RESULTS = ROOT / "benchmarks" / "results" / "reliability.csv"
 FLAGS = "--dataset digits --device cpu --epochs 2 --save-interval 0 --batch-size 500 --log-interval 2"
+FLAGS += " --products torch"  # else each run chooses by time, until it has saved its choice
 SCRIPTS = {
     "classifier": (train_classifier.main, "--model mlp --recipe best --val-size 20"),
     "gan": (train_gan.main, "--ema 0.9 --val-size 20"),
