@@ -96,9 +96,9 @@ class Products(TorchDispatchMode):
 
 def replace_products(graph: Graph, run: "Run") -> None:
     """Have oneDNN compute the products of a recorded step if it is faster."""
-    products = [node for node in graph.nodes if is_product(node)]
     if not available(run):
         return
+    products = [node for node in graph.nodes if is_product(node)]
     if not run.args.products:
         choose([tuple(map(layout, arguments(node)[:2])) for node in products], run)
     if run.args.products == "onednn":
@@ -107,6 +107,7 @@ def replace_products(graph: Graph, run: "Run") -> None:
 
 
 def available(run: "Run") -> bool:
+    """On a CPU, and if torch still has the two private functions that this needs."""
     private = hasattr(torch.ops.mkldnn, "_linear_pointwise") and hasattr(torch.library, "_scoped_library")
     return private and run.device().type == "cpu"
 
