@@ -21,6 +21,7 @@ from datasets import DATASETS, Batches, binarise, short_name, split
 from datasets.binarise import TRAIN_SEED, VALIDATION_SEED
 from engine import flags, optim
 from engine.errors import UserError, run_script
+from measures.samples import watched_generator
 from measures.trained import check_rebuilt
 from models import LIKELIHOOD_MODELS, build_likelihood_model
 
@@ -100,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         return {"val_log_likelihood": network.log_likelihood(val_images, **quick).mean().item()}
 
     def sample() -> Tensor:
-        return network.sample(100, torch.Generator(device).manual_seed(args.seed))
+        return network.sample(100, watched_generator(args.seed, device))
 
     run = utils.Run(args, state, name=f"{args.model}-{short_name(args.dataset)}")
     check = partial(check_rebuilt, run, network, batches)

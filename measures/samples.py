@@ -21,6 +21,11 @@ def is_conditional(network: Any) -> bool:
     return getattr(network, "conditional", False)
 
 
+def watched_generator(seed: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """For samples that a training shows: other random numbers than those of its weights, which begin with `seed`."""
+    return torch.Generator(device).manual_seed(NOISE_SEED - 1 - seed)
+
+
 def latent_noise(network: Any, n: int, seed: int) -> Tensor:
     """Noise z [n, d] of a latent model, the same on every device."""
     return network.noise(n, torch.Generator().manual_seed(NOISE_SEED + seed), "cpu")

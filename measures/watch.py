@@ -8,7 +8,7 @@ from torch import Tensor
 
 from measures.parzen import SIGMAS, parzen_log_likelihood
 from measures.reference import load_reference
-from measures.samples import device_of, is_conditional
+from measures.samples import device_of, is_conditional, watched_generator
 
 
 class Watch:
@@ -25,7 +25,7 @@ class Watch:
         self.classes = sampler.classes if is_conditional(sampler) else 0
         device, each = device_of(sampler), max(1, self.classes)
         n = max(10, -(-10_000 // each))
-        z = sampler.noise(n, torch.Generator().manual_seed(seed), "cpu").to(device)
+        z = sampler.noise(n, watched_generator(seed), "cpu").to(device)
         self.z = z.repeat_interleave(each, dim=0)
         self.labels = torch.arange(each, device=device).repeat(n)
         self.reference = load_reference(device) if digits else None

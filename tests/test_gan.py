@@ -16,6 +16,7 @@ import train_gan
 from datasets import Batches
 from engine import flags as engine_flags
 from engine.adversarial import init_weights
+from measures.samples import watched_generator
 from measures.watch import Watch, failure_signs
 from models import GANS
 from models.cgan import ConditionalDiscriminator, ConditionalGenerator
@@ -295,6 +296,16 @@ class Coded(nn.Module):
 NOTHING = torch.zeros(0, 1, 28, 28, dtype=torch.uint8)
 
 
+@pytest.mark.parametrize("network", [Generator, ConditionalGenerator])
+def test_the_noise_of_the_shown_samples_is_not_that_of_the_first_weights(network):
+    torch.manual_seed(0)
+    sampler = network()
+    watch = Watch(sampler, NOTHING, seed=0, digits=False)
+    z, weights = watch.z[:: watch.classes or 1].flatten(), next(sampler.parameters()).detach().flatten()
+    n = min(len(z), len(weights))
+    assert abs(torch.corrcoef(torch.stack([z[:n], weights[:n]]))[0, 1]) < 4 / n**0.5
+
+
 def test_the_grid_of_a_conditional_generator_has_a_row_for_each_class_and_a_column_for_each_z():
     sampler = Coded(classes=10)
     watch = Watch(sampler, NOTHING, seed=0, digits=False)
@@ -317,7 +328,7 @@ def test_each_epoch_has_samples_of_the_ema_from_the_same_noise():
     assert Image.open("run/samples.gif").n_frames == 2
     generator = Generator()
     generator.load_state_dict(load("run/checkpoint.pt")["state"]["ema"]["model"])
-    images = generator(torch.rand(10_000, 100, generator=torch.Generator().manual_seed(0)))[:100].detach()
+    images = generator(torch.rand(10_000, 100, generator=watched_generator(0)))[:100].detach()
     shown = np.asarray(Image.open("run/samples/epoch-0002.png"))[::2, ::2]
     expected = images.view(10, 10, 28, 28).transpose(1, 2).reshape(280, 280).mul(255).round()
     assert np.abs(shown - expected.numpy()).max() <= 1

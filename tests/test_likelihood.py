@@ -126,6 +126,20 @@ def test_every_model_is_trained_and_validated_by_the_script(model, tmp_path, mon
     assert -784 < expected < -50
 
 
+def test_the_shown_samples_do_not_begin_with_the_random_numbers_of_the_weights(monkeypatch, tmp_path):
+    seeds = []
+
+    def sample(self, n, generator):
+        seeds.append(generator.initial_seed())
+        return torch.zeros(n, 1, 28, 28)
+
+    monkeypatch.setattr(RBM, "sample", sample)
+    flags = ["--model", "rbm", "--hidden", "5", "--seed", "3", "--dry-run", "--output-dir", str(tmp_path / "run")]
+    train_likelihood.main([*DIGITS, *flags])
+    assert seeds
+    assert 3 not in seeds
+
+
 # VAE ------------------------------------------------------------------------------------------------------------------
 @pytest.fixture
 def small_vae():
