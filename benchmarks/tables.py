@@ -49,7 +49,7 @@ FAMILIES = {"HMM": "hmm-lecture", "RBM": "rbm-lecture", "VAE": "vae-lecture", "R
 BEST = {
     "cnn-lecture": "test accuracy of the lecture's CNN after one epoch",
     "resnet-best": "test accuracy of a small residual network",
-    "gan-best-large": "Parzen log-likelihood of a GAN with networks as in the first paper",
+    "gan-best-large": "Parzen log-likelihood of a GAN with networks of the first paper's sizes",
 }
 
 MEASURES = {"Parzen": ("parzen_log_likelihood", 1), "FID": ("fid", 4), "coverage": ("coverage", 3)}  # name, digits
