@@ -18,6 +18,7 @@ from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import engine  # noqa: F401, I001 (before NumPy: Ctrl-C during its import is one line)
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -25,7 +26,7 @@ from matplotlib.ticker import MaxNLocator
 from engine import flags, plots
 from engine.checkpoint import load_checkpoint, load_result
 from engine.errors import UserError, command, run_script
-from engine.folder import read_config
+from engine.folder import make_folder, read_config
 from engine.table import Table
 
 # Options that make no other setting.
@@ -125,8 +126,9 @@ def plot(settings: list[Setting], names: list[str]) -> Figure:
             axis.set(xlabel=x, ylabel=name)
             axis.set_xlim(left=0)
             if margin:  # not the first quarter of the training, beside which 92 % and 93 % look alike
-                axis.set_ylim(min(ends) - margin, max(ends) + margin)
-                axis.text(0, 0.03, "//", transform=axis.transAxes, ha="center", va="center", rotation=-60)
+                low, high = axis.set_ylim(min(ends) - margin, max(ends) + margin)
+                if low > 0 or high < 0:
+                    axis.text(0, 0.03, "//", transform=axis.transAxes, ha="center", va="center", rotation=-60)
     key = "line: mean; band: lowest to highest seed; //: the axis does not start at 0"
     figure.legend(*axes[0].get_legend_handles_labels(), title=key, loc="outside upper left")
     return figure
@@ -165,7 +167,7 @@ def print_table(settings: list[Setting]) -> None:
 def get_args_parser() -> flags.ArgumentParser:
     parser = flags.ArgumentParser("compare.py", __doc__)
     parser.add_argument("runs", metavar="RUN", nargs="+", help='run folders, or patterns such as "runs/mlp-*"')
-    parser.add_argument("--output", metavar="FILE", type=flags.path, default="compare.png", help="the plot")
+    parser.add_argument("--output", metavar="FILE", type=flags.path, default="compare.png", help="the plot, a PNG")
     return parser
 
 
@@ -177,13 +179,17 @@ def shared_metrics(runs: list[SimpleNamespace]) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = get_args_parser().parse_args(argv)
+    parser = get_args_parser()
+    args = parser.parse_args(argv)
+    if Path(args.output).suffix.lower() not in (".png", ""):
+        parser.error(f"--output {args.output}: the plot is a PNG; let the name end in .png")
     settings = read_settings(args.runs)
     names = shared_metrics(list(itertools.chain(*settings)))
     if not names:
         raise UserError("these runs have no metric in common; compare runs of one script")
     print_table(settings)
     print(*differences(settings), sep="", end="")
+    make_folder(Path(args.output).parent)
     plots.save_figure(plot(settings, names), Path(args.output))
     print(f"wrote {args.output}")
 

@@ -77,7 +77,9 @@ def train(tasks: list[tuple[list[str], int, Path]], args: Namespace) -> list[Row
         own = [folder.with_name(f"{word}-{seed}") if word in ROWS else word for word in words]
         own += ["--seed", seed, "--data-dir", args.data_dir, "--output-dir", folder, "--auto-resume"]
         left.append([own, ["evaluate.py", folder]])
-    environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.jobs)), **os.environ}
+    environment = {**os.environ}
+    if args.jobs > 1:  # else the script chooses
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // args.jobs)))
     for i in range(0, len(left), args.jobs):
         wait([start(ROOT, *calls, env=environment) for calls in left[i : i + args.jobs]])
     return [json.loads(file.read_text()) for file in files]
@@ -108,8 +110,8 @@ def run_row(name: str, args: Namespace) -> None:
     print(f"plot: {command('benchmarks/compare.py', *folders)}")
     if row := rows.get(name):
         seeds = row.get("seeds")
-        of_samples = ", ".join(map(" ".join, zip(MEASURES, measures(seeds)))) if seeds else ""
-        print("recorded:", f"{nats(seeds)} {of_samples}".strip() if seeds else accuracy(row))
+        columns = dict(zip(("nats per image", *MEASURES), (nats(seeds), *measures(seeds)))) if seeds else {}
+        print("recorded:", ", ".join(f"{key} {text}" for key, text in columns.items() if text) or accuracy(row))
         print("published:", row["published"] or "-")
     if args.record:
         record(name, metrics, folders)

@@ -60,6 +60,7 @@ LOOPS = {  # of benchmarks/speed.py, and what the chart calls them
     "ours, compiled": "this loop with --compile",
     "JAX": "JAX",
 }
+WHITE = dict(fc="white", ec="none", pad=0.5)  # behind a number, which a mark may cross
 Row = dict[str, Any]
 
 
@@ -172,8 +173,7 @@ def families_table() -> str:
         seconds = statistics.mean(seed["sampling_seconds"] for seed in seeds)
         cells = [nats(seeds), *measures(seeds)[1:], f"{seconds:.1f}"]
         lines.append([name[:3].upper(), samples, seeds[0].get("kind", "none"), *cells])
-    real = measures([real_images(rows)])[1:]
-    lines.append(["real images", "![Real test images](../assets/real.png)", "", "", *real, ""])
+    lines.append(["real images", "![Test images](../assets/real.png)", "", "", *measures([real_images(rows)])[1:], ""])
     return table(["", "samples", "likelihood", "nats per image", "FID", "coverage", "seconds for 10,000"], lines)
 
 
@@ -227,7 +227,7 @@ def plot_speed(device: str) -> None:
     axis.set_ylim(len(rows) - 0.5, -0.5)  # the first row on top
     axis.xaxis.set_major_formatter("{x:g}")
     axis.grid(axis="x", alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=2)
+    figure.legend(loc="outside lower center", ncols=2, markerscale=0.6)
     figure.savefig(MEASURED / f"speed-{device}.png", dpi=120)
 
 
@@ -239,7 +239,7 @@ def plot_loop(axis: Any, label: str, speedups: list[list[float]], offset: float)
     axis.errorbar(medians, places, xerr=reach, fmt="o", ms=5, label=label)
     for median, high, place in zip(medians, highs, places):
         number = f"{float(f'{median:.2g}'):g}"  # two digits
-        axis.annotate(number, (high, place), (4, 0), textcoords="offset points", va="center", size=7)
+        axis.annotate(number, (high, place), (4, 0), textcoords="offset points", va="center", size=7, bbox=WHITE)
 
 
 # Experiments ----------------------------------------------------------------------------------------------------------

@@ -89,7 +89,7 @@ def folder_classes(folder: Path) -> list[str]:
     train, test = (subfolders(part) for part in parts(folder))
     if len(train) < 2:
         remedy = "put the images of each class into a folder of their own"
-        raise DataError(f"{parts(folder)[0]} has {len(train)} subfolders, but needs at least two; {remedy}")
+        raise DataError(f"{parts(folder)[0]} has {len(train) or 'no'} subfolder, but needs at least two; {remedy}")
     if train != test:
         reason = f"{folder / 'test'} does not have the same classes as train ({difference(train, test)})"
         raise DataError(f"{reason}; give both parts the same subfolders")
@@ -139,7 +139,8 @@ def list_images(folder: Path, train: bool, whole: bool = False) -> tuple[list[tu
         others += itertools.filterfalse(is_image, files)
         fifth = 0 if whole or part != folder else max(1, round(len(images) / 5))
         if len(images) <= min(1, fifth):
-            holds = f"{len(images)} images ({', '.join(FORMATS)}) in {len(files)} files ({endings(files)})"
+            kinds = f" ({endings(files)})" * bool(files)
+            holds = f"{len(images)} images ({', '.join(FORMATS)}) in {len(files)} files{kinds}"
             remedy = f"needs at least {2 if fifth else 1}; add some, or remove the folder"
             raise DataError(f"{part / name} holds {holds}, but {remedy}")
         chosen += images[fifth:] if train or not fifth else images[:fifth]

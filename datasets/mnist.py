@@ -102,11 +102,11 @@ def download(folder: str, root: Path) -> None:
         if (root / stem).exists():
             print(f"{root / stem} is not read, because only the published {path.name} can be verified")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             print(f"downloading {url}")
             with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:
                 data = answer.read(LARGEST)
             content = unpack(data, stem, True, f"the download was discarded: {url}", "try again later")
+            path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=".download-", dir=root) as temporary:
                 (file := Path(temporary) / path.name).write_bytes(content if stem in SHA256 else data)
                 os.replace(file, path)

@@ -107,10 +107,12 @@ def load_result(path: str | Path) -> dict[str, Any]:
 
 def read_checkpoint(path: Path, keys: set[str] = KEYS) -> dict[str, Any]:
     if not path.is_file():
-        raise UserError(f"{path} does not exist: this is not a run, or nothing was saved yet; start a new run")
+        raise UserError(f"{path} does not exist: this is not a run, or nothing was saved yet; name another")
     content = path.read_bytes()
     if not is_sealed(content):
-        raise UserError(f"{path} is damaged or not a checkpoint of this repository (its SHA-256 does not match)")
+        raise UserError(
+            f"{path} is damaged or not a checkpoint of this repository (its SHA-256 does not match); name another"
+        )
     try:
         checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         require(checkpoint, keys)

@@ -19,7 +19,7 @@ from engine.distributed import broadcast, rank
 if TYPE_CHECKING:
     from engine.run import Run
 
-WORTH = 0.8  # of MKL's time, which oneDNN must not exceed: the choice is the same on a busy day
+WORTH = 0.8  # of MKL's time, which oneDNN must not exceed: the choice seldom differs on a busy day
 MM, ADDMM = torch.ops.aten.mm.default, torch.ops.aten.addmm.default
 OPERATION = "onednn_products::mm"  # of our own, because Inductor would ask for constant weights in oneDNN's
 Matrices = tuple[tuple[torch.Size, tuple[int, ...]], ...]  # the shape and strides of each
@@ -126,7 +126,8 @@ def choose(products: list[Matrices], run: "Run", replacing: float = 0.0) -> None
 def faster(products: list[Matrices], replacing: float) -> str:
     own, other = seconds(products), replacing + by_onednn(seconds, products)
     library = "onednn" if other < WORTH * own else "torch"
-    print(f"products: {library} (torch's own take {1000 * own:.2f} ms a step, oneDNN's {1000 * other:.2f} ms)")
+    times = f"torch's own take {1000 * own:.2f} ms a step, oneDNN's {1000 * other:.2f}"
+    print(f"products: {library} ({times}; they are chosen at {1000 * WORTH * own:.2f} or less)")
     return library
 
 

@@ -65,6 +65,8 @@ class Run:
         self.meter: Any = None  # sums of the current epoch's metrics; utils.train sets it
         self.fraction = 1.0  # fraction of the batch that this rank computes
         sum_gradients(self.optimizers(), lambda: self.fraction)
+        if self.args.start_from and not self.args.resume:
+            self.start_from(self.args.start_from)
         name = f"dry-run-{name}" if self.args.dry_run else name  # a later command is not to find it
         self.folder = Path(self.args.resume or broadcast(lambda: str(new_folder(self.args.output_dir, name))))
         self.lock = lock(self.folder)
@@ -122,13 +124,12 @@ class Run:
         if self.args.resume:
             checkpoint = load_checkpoint(self.folder)
             changed = warn_if_code_changed(checkpoint, self.folder)
-            with matching(f"{self.folder} does not match the code, which has changed since"):
+            remedy = "undo the edit, or train again"
+            with matching(f"{self.folder} does not match the code, which has changed since; {remedy}"):
                 self.load_state(checkpoint)
                 self.load_position(checkpoint)
                 ranks = checkpoint["ranks"]
             self.begun = self.epoch + self.batch > 0 and not changed
-        elif self.args.start_from:
-            self.start_from(self.args.start_from)
         if self.args.resume or world_size() > 1:  # each rank draws its own random numbers
             random = ranks[rank()]["random"] if len(ranks) == world_size() else {}
             with matching(f"{self.folder} has no random state"):

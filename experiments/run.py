@@ -51,8 +51,6 @@ def names() -> list[str]:
 
 def read(name: str) -> dict[str, str]:
     """The header of an experiment; `what` is its first line, `lines` how many lines the diff adds and removes."""
-    if name not in names():
-        raise UserError(f"there is no experiment {name}; choose from {', '.join(names())}")
     head, *files = re.split(r"^(?=--- )", (HERE / f"{name}.diff").read_text("utf-8"), flags=re.MULTILINE)
     changed = re.findall(r"^[+-](?!-- |\+\+ )", "".join(files), flags=re.MULTILINE)
     fields = {key.lower(): value for key, value in re.findall(r"^(\w+): (.*)", head, flags=re.MULTILINE)}
@@ -117,6 +115,8 @@ def main() -> None:
     parser.add_argument("names", metavar="NAME", nargs="*", help="experiments; without one, list them")
     parser.add_argument("--measure", action="store_true", help="compare with the baseline, and write results.json")
     args, flags = parser.parse_known_args()
+    if unknown := [name for name in args.names if name not in names()]:
+        parser.error(f"there is no experiment {unknown[0]}; choose from {', '.join(names())}")
     for name in [] if args.names else names():
         print(f"{name:24}{read(name)['what']}")
     for name in args.names:

@@ -44,7 +44,7 @@ def rebuild(checkpoint: dict[str, Any], run: str | Path, changed: bool) -> Any:
         [options[key] for key in ("dataset", "classes", *["black"] * (kind == "classifier"))]
     except Exception as error:  # of many kinds
         reason = " ".join(str(error).split())
-        mismatch = "does not match models/, which has changed since"
+        mismatch = "does not match models/, which has changed since; undo the edit, or train again"
         if not changed:
             mismatch = f"does not match what models/ builds; {REMEDY}"
         raise UserError(f"{run} {mismatch}: {reason}") from error

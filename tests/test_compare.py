@@ -102,6 +102,14 @@ def test_lines_are_means_and_bands_reach_from_the_lowest_to_the_highest():
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["run and 1 more", "run"]
 
 
+def test_the_plot_is_a_png_whose_folder_is_made(runs, capsys):
+    compare.main(["relu-0", "--output", "new/folder/plot.png"])
+    assert Path("new/folder/plot.png").is_file()
+    with pytest.raises(SystemExit, match="2"):
+        compare.main(["relu-0", "--output", "plot.pdf"])
+    assert "--output plot.pdf: the plot is a PNG" in capsys.readouterr().err
+
+
 def test_92_and_93_percent_lie_apart():
     rise = [0.1, 0.3, *[0.9] * 4]
     settings = [[fake([*rise, end, end], [1] * 8)] for end in (0.92, 0.93)]
@@ -109,6 +117,10 @@ def test_92_and_93_percent_lie_apart():
         low, high = axis.get_ylim()
         assert low < 0.92 < 0.93 < high
         assert 0.01 / (high - low) > 0.1
+        assert [text.get_text() for text in axis.texts] == ["//"]  # the axis does not start at 0
+    for axis in compare.plot([[fake([0.9, 0.5, 0.1, 0.05, 0.01], [1] * 5)]], ["accuracy"]).axes:
+        assert axis.get_ylim()[0] < 0
+        assert not axis.texts
 
 
 def test_the_reports_within_epochs_are_plotted_and_different_losses_share_no_axis(runs, monkeypatch):

@@ -307,3 +307,10 @@ def test_no_data_and_no_network_names_the_folder_the_reason_and_the_remedies(tmp
     for part in (tmp_path / place / "MNIST" / "raw", "could not be downloaded", "--data-dir", "--dataset digits"):
         assert str(part) in message
     assert files_below(tmp_path) == ["a file"]
+    assert not (tmp_path / "nowhere").exists()
+
+
+@pytest.mark.parametrize(("name", "meant"), [("MNIST", "mnist"), ("Fashion_MNIST", "fashion-mnist")])
+def test_a_dataset_that_is_spelt_otherwise_is_named(tmp_path, name, meant):
+    (tmp_path / name / "raw").mkdir(parents=True)
+    assert error_of(name, tmp_path) == f"there is no dataset {name}; did you mean {meant}?"

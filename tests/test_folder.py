@@ -233,7 +233,7 @@ def deny(few):
     ("spoil", "parts"),
     [
         (shutil.rmtree, ["no dataset few, neither here nor in data; use one of mnist,", "digits", "folder"]),
-        (remove("train/square", "train/circle"), ["few/train has 1 subfolders", "a folder of their own"]),
+        (remove("train/square", "train/circle"), ["few/train has 1 subfolder, ", "a folder of their own"]),
         (remove("test"), ["few has a folder train, but not both train and test"]),
         (lambda few: (few / "test").rename(few / "Val"), ["few has a folder Val, but not both"]),
         (lambda few: (few / "test" / "square").rename(few / "test" / "star"),

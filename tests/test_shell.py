@@ -223,8 +223,9 @@ def test_ctrl_c_while_the_step_is_compiled_gives_it_up_and_saves(tmp_path, monke
     assert_close(tmp_path / "whole", tmp_path / "run")
 
 
-def test_ctrl_c_while_torch_is_imported_is_one_line():
-    command = [sys.executable, "-X", "importtime", str(ROOT / "train_gan.py"), "--help"]
+@pytest.mark.parametrize("script", ["train_gan.py", "benchmarks/compare.py"])
+def test_ctrl_c_while_torch_is_imported_is_one_line(script):
+    command = [sys.executable, "-X", "importtime", str(ROOT / script), "--help"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in process.stderr:
         if "torch" in line:  # one of its modules has been imported
@@ -232,7 +233,14 @@ def test_ctrl_c_while_torch_is_imported_is_one_line():
             break
     lines = [line for line in process.communicate()[1].splitlines() if not line.startswith("import time:")]
     assert process.returncode == 130
-    assert lines == ["train_gan.py: interrupted"]
+    assert lines == [f"{Path(script).name}: interrupted"]
+
+
+def test_a_package_that_is_not_installed_is_named_with_the_remedy():
+    command = [sys.executable, "-S", str(ROOT / "evaluate.py"), "weights/cnn.pt"]  # -S: without site-packages
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert_one_line(done.stderr, "evaluate.py: error: these packages are missing: torch, ", "pip install -r")
 
 
 # Words ----------------------------------------------------------------------------------------------------------------

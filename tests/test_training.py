@@ -250,6 +250,7 @@ def test_a_new_run_starts_from_the_shipped_weights():
         train_cgan.main([*DIGITS, "--start-from", str(ROOT / "weights" / "cgan.pt")])
     with pytest.raises(UserError, match="nowhere does not exist"):
         train(*DIGITS, "--start-from", "nowhere")
+    assert not list(Path().glob("runs/*"))  # whose name the next run would lack
 
 
 @pytest.mark.parametrize(
