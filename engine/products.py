@@ -127,7 +127,7 @@ def faster(products: list[Matrices], replacing: float) -> str:
     own, other = seconds(products), replacing + by_onednn(seconds, products)
     library = "onednn" if other < WORTH * own else "torch"
     times = f"torch's own take {1000 * own:.2f} ms a step, oneDNN's {1000 * other:.2f}"
-    print(f"products: {library} ({times}; they are chosen at {1000 * WORTH * own:.2f} or less)")
+    print(f"products: {library} ({times}; oneDNN is chosen below {1000 * WORTH * own:.2f})")
     return library
 
 
