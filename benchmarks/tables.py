@@ -291,11 +291,11 @@ def photo_table(part: str) -> str:
 
 
 def interval(successes: int, trials: int) -> str:
-    """A percentage with its Wilson interval at 95 %: en.wikipedia.org/wiki/Binomial_proportion_confidence_interval."""
-    z, p = statistics.NormalDist().inv_cdf(0.975), successes / trials
-    middle = (p + z**2 / (2 * trials)) / (1 + z**2 / trials)
-    half = z / (1 + z**2 / trials) * (p * (1 - p) / trials + z**2 / (4 * trials**2)) ** 0.5
-    return f"{100 * p:.1f} % ({100 * max(0, middle - half):.1f} to {100 * min(1, middle + half):.1f})"
+    """A percentage with its Wilson interval at 95 %."""
+    from scipy.stats import binomtest
+
+    low, high = binomtest(successes, trials).proportion_ci(method="wilson")
+    return f"{100 * successes / trials:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
 
 
 # Pages ----------------------------------------------------------------------------------------------------------------
