@@ -73,16 +73,21 @@ def train(tasks: list[tuple[list[str], int, Path]], args: Namespace) -> list[Row
         if file.is_file():
             print(f"{folder} is finished; delete it, or name another --output-dir, to train it again")
             warn_if_code_changed(load_checkpoint(folder), folder)
-            continue
-        own = [folder.with_name(f"{word}-{seed}") if word in ROWS else word for word in words]
-        own += ["--seed", seed, "--data-dir", args.data_dir, "--output-dir", folder, "--auto-resume"]
-        left.append([own, ["evaluate.py", folder]])
+        else:
+            left.append(calls(words, seed, folder, args.data_dir))
     environment = {**os.environ}
     if args.jobs > 1:  # else the script chooses
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // args.jobs)))
     for i in range(0, len(left), args.jobs):
-        wait([start(ROOT, *calls, env=environment) for calls in left[i : i + args.jobs]])
+        wait([start(ROOT, *each, env=environment) for each in left[i : i + args.jobs]])
     return [json.loads(file.read_text()) for file in files]
+
+
+def calls(words: list[str], seed: int, folder: Path, data_dir: str) -> list[list[Any]]:
+    """The commands that train and evaluate one seed of the command `words`."""
+    own = [folder.with_name(f"{word}-{seed}") if word in ROWS else word for word in words]
+    where = ["--seed", seed, "--data-dir", data_dir, "--output-dir", folder, "--auto-resume"]
+    return [own + where, ["evaluate.py", folder]]
 
 
 def wait(processes: list[subprocess.Popen]) -> None:
@@ -100,21 +105,25 @@ def wait(processes: list[subprocess.Popen]) -> None:
 
 def run_row(name: str, args: Namespace) -> None:
     """Run a row's seeds, after those of a row that it continues. With --record, put it into results.json."""
-    words, rows = shlex.split(ROWS[name]), json.loads(RESULTS.read_text())
-    for word in words:
-        if word in ROWS:
-            run_row(word, args)
+    words = shlex.split(ROWS[name])
+    for word in ROWS.keys() & words:
+        run_row(word, args)
     folders = [Path(args.output_dir) / f"{name}-{seed}" for seed in range(args.seeds)]
     metrics = train([(words, seed, folder) for seed, folder in enumerate(folders)], args)
     print_table([[read_run(folder) for folder in folders]])
     print(f"plot: {command('benchmarks/compare.py', *folders)}")
-    if row := rows.get(name):
-        seeds = row.get("seeds")
-        columns = dict(zip(("nats per image", *MEASURES), (nats(seeds), *measures(seeds)))) if seeds else {}
-        print("recorded:", ", ".join(f"{key} {text}" for key, text in columns.items() if text) or accuracy(row))
-        print("published:", row["published"] or "-")
+    if row := json.loads(RESULTS.read_text()).get(name):
+        print_recorded(row)
     if args.record:
         record(name, metrics, folders)
+
+
+def print_recorded(row: Row) -> None:
+    """The row as the pages show it."""
+    seeds = row.get("seeds")
+    columns = dict(zip(("nats per image", *MEASURES), (nats(seeds), *measures(seeds)))) if seeds else {}
+    print("recorded:", ", ".join(f"{key} {text}" for key, text in columns.items() if text) or accuracy(row))
+    print("published:", row["published"] or "-")
 
 
 def folder_name(words: list[str]) -> str:
