@@ -243,8 +243,9 @@ def warn_if_unfinished(run: str, checkpoint: dict[str, Any]) -> None:
 def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     parser = get_args_parser()
     args = parser.parse_args(argv)
-    if args.digit is not None and args.samples is None:
-        parser.error("--digit needs --samples N")
+    for name in ("digit", "columns", "separate"):
+        if getattr(args, name) not in (None, False) and args.samples is None:
+            parser.error(f"--{name} needs --samples N")
     device = pick_device(args.device)
     network, checkpoint = load_network(args.run, device)
     refuse_impossible(network, args)

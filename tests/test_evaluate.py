@@ -245,6 +245,6 @@ def test_flags_that_do_not_fit_the_run_are_refused(generators, small_run):
     ]:
         with pytest.raises(UserError, match=words):
             call(folder, *flags)
-    for flags in (["--digit", "7"], ["--samples", "0"]):
+    for flags in (["--digit", "7"], ["--columns", "2"], ["--separate"], ["--samples", "0"]):
         with pytest.raises(SystemExit, match="2"):
             call(generators / "cgan", *flags)
