@@ -33,7 +33,7 @@ PICK_THE_BRUSH = (
 def get_args_parser() -> flags.ArgumentParser:
     parser = flags.ArgumentParser("demo.py", str(__doc__))
     parser.add_argument("run", metavar="RUN", nargs="*", help="run folders, or files of weights/ (none: all of these)")
-    parser.add_argument("--port", type=flags.number(int, 0, 65535), default=7860, help="of http://127.0.0.1; 0: any")
+    parser.add_argument("--port", type=flags.number(int, 0, 65535), default=7860, help="local port; 0: any free one")
     return parser
 
 

@@ -68,7 +68,7 @@ def get_args_parser() -> flags.ArgumentParser:
     add = parser.group("what to train")
     add("--model", choices=list(CLASSIFIERS), default="cnn", help="network to train")
     add("--activation", choices=list(ACTIVATIONS), help="activation function of the hidden layers, by default ReLU")
-    add("--batch-norm", action=BooleanOptionalAction, default=False, help="CONV-BN-ReLU")
+    add("--batch-norm", action=BooleanOptionalAction, default=False, help="batch norm before each activation")
     add("--loss", choices=list(LOSSES), default="cross-entropy", help="loss function")
     add = parser.group("on what")
     add("--black", type=number(float, -1, 0), default=-1.0, help="value of a black pixel; a white one is 1")
@@ -76,7 +76,7 @@ def get_args_parser() -> flags.ArgumentParser:
     add("--elastic", type=number(float, 0), default=0.0, help="with --augment: largest elastic displacement, in pixels")
     add = parser.group("how to train")
     add("--schedule", choices=["constant", "cosine", "maxout"], default="constant", help="learning rate over time")
-    add("--label-smoothing", type=number(float, 0, 1), default=0.0, help="fraction of the target for all classes")
+    add("--label-smoothing", type=number(float, 0, 1), default=0.0, help="fraction of the target shared by all classes")
     add("--max-norm", type=number(float, 0), help="largest norm of a linear unit's incoming weights")
     add("--patience", type=number(int, 1), help="stop after this many epochs without a better validation accuracy")
     return parser

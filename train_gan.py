@@ -46,7 +46,7 @@ VARIANTS: flags.Variants = {
 def get_args_parser() -> flags.ArgumentParser:
     parser = adversarial_parser("gan", __file__, __doc__, RECIPES, DATASETS)
     add = parser.group("what to train")
-    add("--networks", choices=list(GANS), default="lecture", help="whose generator and discriminator")
+    add("--networks", choices=list(GANS), default="lecture", help="sizes of generator and discriminator")
     return parser
 
 

@@ -55,7 +55,7 @@ def get_args_parser() -> flags.ArgumentParser:
     add("--depth", type=number(int, 1), help="layers within a row (rnn)")
     add("--states", type=number(int, 1), help="hidden states (hmm)")
     add = parser.group("on what")
-    add("--binarise", choices=["dynamic", "fixed", "none"], default="dynamic", help="at each visit, or once")
+    add("--binarise", choices=["dynamic", "fixed", "none"], default="dynamic", help="in every epoch, once, or never")
     add = parser.group("how to train")
     add("--schedule", choices=["constant", "cosine"], default="constant", help="learning rate over time")
     return parser

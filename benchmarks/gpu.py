@@ -30,7 +30,7 @@ STEPS = {  # a training is also evaluated
     "tests": "-m pytest -q -n auto tests/test_cuda.py",
     "gan-lecture": "train_gan.py",
     "race": "benchmarks/speed.py race --seeds 5 --baseline-seeds 1",
-    "speed": "benchmarks/speed.py steps --steps 100 --turns 3",
+    "speed": "benchmarks/speed.py steps --steps 100 --turns 2",
     "cnn-fast": "train_classifier.py --recipe fast --amp",
     "cgan-lecture": "train_cgan.py",
     "gan-paper": "train_gan.py --recipe paper --amp --compile",

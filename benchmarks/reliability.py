@@ -185,7 +185,7 @@ def damaged_files(folder: Path, count: int, data_dir: str) -> Trials:
 def main() -> None:
     parser = flags.ArgumentParser("reliability.py", __doc__)
     add = parser.add_argument
-    add("what", choices=[*SIGNALS, "damage"], help="what to do to runs or files")
+    add("what", choices=[*SIGNALS, "damage"], help="which fault to inject")
     add("--count", type=flags.number(int, 1), default=200, help="kills or signals; or damages to each file")
     add("--data-dir", default="data", help="folder that holds MNIST")
     add("--record", action="store_true", help="write the row to benchmarks/results/reliability.csv")

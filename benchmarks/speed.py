@@ -50,12 +50,10 @@ RESULTS = ROOT / "benchmarks" / "results"
 CASES = {
     "mlp batch 32": "train_classifier.py --model mlp",
     "cnn batch 32": "train_classifier.py --model cnn",
-    "cnn batch 32 --amp": "train_classifier.py --model cnn --amp",
     "maxout batch 100": "train_classifier.py --recipe paper",
     "gan batch 16": "train_gan.py --r1 0",
     "gan large batch 200": "train_gan.py --recipe best --networks large --r1 0",
     "cgan batch 16": "train_cgan.py --r1 0",
-    "cgan paper batch 100": "train_cgan.py --recipe paper --r1 0",
 }
 LARGE = (1024, 1024)  # a matrix at whose size products reach the machine's rate
 Epoch = Callable[[], dict[str, float]]  # runs the steps of one turn; returns their mean metrics
@@ -100,7 +98,7 @@ def ours(command: str, device: str, more: list[str], data_dir: str, folder: str,
             products[tuple(first), tuple(second)] += count_flops(first, second)
     convolutions = counter.get_total_flops() - products.total()
     products[LARGE, LARGE] += convolutions  # as if they were large products
-    cost = {"products": products, "amp": args.amp, "bytes": sum(map(bytes_moved, run.optimizers()))}
+    cost = {"products": products, "bytes": sum(map(bytes_moved, run.optimizers()))}
 
     def epoch():
         for rows in batches.rows(next(epochs)):
@@ -127,7 +125,7 @@ def bytes_moved(optimizer: torch.optim.Optimizer) -> int:
 def float32_networks(command: str, device: str, data_dir: str, steps: int) -> tuple[Any, list[nn.Module], Batches]:
     """The options, networks and images of a case, for another loop."""
     script, args = prepare(command, "--device", device)
-    args.amp, batches = False, in_memory(args, data_dir, steps)
+    batches = in_memory(args, data_dir, steps)
     state, _, _ = script.build(args, pick_device(device), batches)
     return args, [item for item in state.values() if isinstance(item, nn.Module)], batches
 
@@ -235,10 +233,8 @@ def limit(cost: Row, device: str) -> float:
     for shapes, flops in cost["products"].items():
         shapes = [LARGE, LARGE] if gpu else shapes
         pair = [torch.randn(shape, device=device) for shape in shapes]
-        ways = [least(torch.mm, *pair)]
-        ways += [] if gpu else [least(onednn, *pair)]
-        ways += [least(torch.mm, *(x.bfloat16() for x in pair))] if cost["amp"] else []
-        seconds += min(ways) * flops / count_flops(*shapes)
+        ways = [torch.mm] if gpu else [torch.mm, onednn]
+        seconds += min(least(way, *pair) for way in ways) * flops / count_flops(*shapes)
     return seconds
 
 

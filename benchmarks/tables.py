@@ -49,7 +49,7 @@ FAMILIES = ["hmm-ten-minutes", "rbm-lecture", "vae-lecture", "rnn-ten-minutes", 
 BEST = {
     "cnn-lecture": "test accuracy of the lecture's CNN after one epoch",
     "resnet-best": "test accuracy of a small residual network",
-    "gan-best-large": "Parzen log-likelihood of a GAN with networks of the first paper's sizes",
+    "gan-best-large": "Parzen log-likelihood of a GAN with networks of the original paper's sizes",
 }
 
 MEASURES = {"Parzen": ("parzen_log_likelihood", 1), "FID": ("fid", 4), "coverage": ("coverage", 3)}  # name, digits
@@ -287,7 +287,7 @@ def photo_table(part: str) -> str:
         total = sum(row.values()) - row["otsu"]
         shown = [interval(row["right"], total), *(str(row[key]) for key in ("wrong", "refused", "unsure"))]
         lines.append([name, str(total), *shown, f"{100 * row['otsu'] / total:.1f} %"])
-    return table(["", "pictures", "right", "wrong", "refused", "unsure", "Otsu right"], lines)
+    return table(["", "pictures", "correct", "wrong", "rejected", "unsure", "Otsu correct"], lines)
 
 
 def interval(successes: int, trials: int) -> str:

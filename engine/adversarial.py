@@ -37,7 +37,7 @@ def adversarial_parser(*args) -> ArgumentParser:
     add("--init", choices=["torch", "he", "paper"], default="torch", help="initial weights")
     add = parser.group("how to train")
     add("--r1", type=number(float, 0), default=0.0, help="weight of the penalty on D's gradient at real images (R1)")
-    add("--simultaneous", action=BooleanOptionalAction, default=False, help="update G before D changes")
+    add("--simultaneous", action=BooleanOptionalAction, default=False, help="compute both updates before applying D's")
     add("--schedule", choices=["constant", "maxout"], default="constant", help="learning rate over time")
     return parser
 

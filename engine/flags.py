@@ -114,7 +114,7 @@ def training_parser(kind: str, script: str, doc: str, recipes: Recipes, datasets
     parser.datasets = datasets
     add = parser.group("what to train")
     add("--recipe", choices=list(recipes), default="lecture", help="named set of defaults")
-    add("--start-from", metavar="RUN", type=path, help="initial weights: RUN's, or (classifiers, VAE) of weights/")
+    add("--start-from", metavar="RUN", type=path, help="initial weights: RUN's, or of weights/ (classifiers, VAE)")
     add = parser.group("on what")
     add("--dataset", metavar="NAME", type=path, default="mnist", help=f"{', '.join(datasets)}, or a folder of images")
     add("--data-dir", type=path, default="data", help="folder of the datasets; missing files are downloaded")
@@ -128,12 +128,12 @@ def training_parser(kind: str, script: str, doc: str, recipes: Recipes, datasets
     add("--eps", type=number(float, 0), default=1e-8, help="Adam's constant against division by 0")
     add("--momentum", type=number(float, 0, 1), default=0.0, help="SGD's momentum")
     add("--weight-decay", type=number(float, 0), default=0.0, help="weight decay")
-    add("--ema", type=number(float, 0, 1), help="decay per step of an EMA of the weights, which becomes the result")
+    add("--ema", type=number(float, 0, 1), help="decay of an EMA of the weights; the averaged weights are the result")
     add("--seed", type=number(int, 0, 2**31 - 1), help="random seed of weights, order, noise")
     add = parser.group("where to compute")
     add("--device", type=device_name, default="auto", help="auto, cpu, cuda, cuda:1, ... or mps")
-    add("--threads", type=number(int, 1), help="of the CPU (none: as many as are fastest in the first steps)")
-    library = "of the step's matrix products on a CPU (none: the faster one)"
+    add("--threads", type=number(int, 1), help="threads of the CPU (none: as many as are fastest in the first steps)")
+    library = "library of the matrix products on a CPU (none: the faster one)"
     add("--products", choices=["torch", "onednn"], help=library)
     compiler = "compile the whole step (needs a C++ compiler; Triton on CUDA)"
     add("--cuda-graph", action=BooleanOptionalAction, help="on CUDA, replay the step as one graph")
