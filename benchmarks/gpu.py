@@ -59,7 +59,7 @@ def run_step(name: str, commit: str, args: argparse.Namespace) -> dict[str, Any]
         "seconds": round(time.monotonic() - started, 1),
         "succeeded": status == 0,
         "commit": commit,
-        "output": output.splitlines()[-40:],
+        "output": output.splitlines()[-40 if status else -1 :],
     }
     metrics = folder / "evaluation" / "metrics.json"
     if status == 0 and metrics.is_file():
