@@ -89,8 +89,8 @@ def find(registry: dict[str, Any], name: str) -> Any:
 
 def build_classifier(options: dict[str, Any]) -> nn.Module:
     """The network of a classifier's run with these options; without --activation, with the network's own."""
-    activation = options["activation"] and ACTIVATIONS[options["activation"]]
-    given = {"activation": activation, "batch_norm": options["batch_norm"], "classes": len(options["classes"])}
+    activation = ACTIVATIONS[options["activation"]] if options.get("activation") else None
+    given = {"activation": activation, "batch_norm": options.get("batch_norm"), "classes": len(options["classes"])}
     return build(CLASSIFIERS, options["model"], given)
 
 

@@ -76,12 +76,13 @@ def apply(copy, diff):
         edit(copy, file, old, new)
 
 
-def test_the_script_of_the_architecture_page_trains(tmp_path):
+def test_the_script_of_the_architecture_page_trains_and_its_run_is_evaluated(tmp_path):
     """On the digits, in an empty folder."""
     page = (ROOT / "docs" / "architecture.md").read_text()
     code = re.search(r"```python\n(.*?)```", page, re.DOTALL)[1].replace('"mnist"', '"digits"')
     exec(code, {})
     assert load(tmp_path / "runs" / "mine" / "checkpoint.pt")["epoch"] == 2
+    assert evaluate.main(["runs/mine"])["test_accuracy"] > 0.5
 
 
 @pytest.mark.parametrize("title", SECTIONS)
