@@ -22,7 +22,7 @@ import train_cgan
 import train_classifier
 import train_gan
 import train_likelihood
-from engine.checkpoint import upgrade
+from engine.checkpoint import load_checkpoint, upgrade
 from engine.flags import parse_args
 
 README = ROOT / "README.md"
@@ -67,6 +67,19 @@ def test_rows_were_made_with_the_options_of_their_commands_and_with_five_seeds()
         assert expected == {key: options[key] for key in expected}, name
         assert len(row.get("test_errors", row.get("seeds"))) == FEWER_SEEDS.get(name, 5), name
         assert not (row["commit"] or "").endswith("-dirty"), name
+
+
+def test_the_page_shows_what_was_measured_of_the_pretrained_networks():
+    for path in (ROOT / "weights").glob("*.pt"):
+        seed = load_checkpoint(path)["measured"]
+        if "test_errors" in seed:
+            shown = [f"{100 * seed['test_accuracy']:.2f} %"]
+        else:
+            shown = [tables.nats([seed]), tables.conditional_accuracy([seed]), *tables.measures([seed])[1:]]
+        (line,) = [
+            line for line in TEXTS[ROOT / "docs" / "results.md"].splitlines() if line.startswith(f"| `{path.name}`")
+        ]
+        assert all(value in line for value in shown), line
 
 
 @pytest.fixture(scope="module")
