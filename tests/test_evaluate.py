@@ -14,7 +14,9 @@ import evaluate
 import train_cgan
 import train_gan
 import train_likelihood
+from datasets import binarise
 from datasets import load as load_data
+from datasets.binarise import TEST_SEED
 from engine.checkpoint import load_checkpoint
 from engine.errors import UserError
 from engine.folder import lock
@@ -221,11 +223,16 @@ def test_samples_are_of_the_classes_asked_for_in_so_many_columns_or_one_by_one(g
 def test_the_plane_of_a_vae_with_two_latent_dimensions_is_mapped(tmp_path, monkeypatch):
     flags = [*DIGITS, "--dry-run", "--latent", "2", "--output-dir", str(tmp_path / "run")]
     train_likelihood.main(flags)
+    given, scored = [], []
     monkeypatch.setattr(evaluate, "SAMPLES", 20)
-    for name in ("beside_real_images", "print_measures"):  # which the test above has shown
-        monkeypatch.setattr(evaluate, name, lambda *_: {"real": {}})
-    monkeypatch.setattr(VAE, "log_likelihood", lambda self, images: torch.zeros(len(images)))
+    monkeypatch.setattr(evaluate, "print_measures", lambda *_: None)  # which the test above has shown
+    monkeypatch.setattr(evaluate, "nearest_images", lambda x, images: given.append(len(images)) or x)
+    beside = lambda *sets: given.extend([len(sets[2][0]), len(sets[3][0])]) or {"real": {}}  # noqa: E731
+    monkeypatch.setattr(evaluate, "beside_real_images", beside)
+    monkeypatch.setattr(VAE, "log_likelihood", lambda self, x: scored.append(x) or torch.zeros(len(x)))
     call(tmp_path / "run")
+    assert given == [1437, 1437, 360], "beside training, training and test images"
+    assert torch.equal(torch.cat(scored), binarise(load_data("digits", None, train=False)[0], TEST_SEED) / 255)
     seen = numpy.asarray(Image.open(tmp_path / "run" / "evaluation" / "plane.png"))[::2, ::2] / 255
     network = evaluate.load_model(tmp_path / "run")
     z = torch.tensor([[-1.64485, 1.64485]])  # the first and the last twentieth: top right

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ import train_gan
 from datasets import Batches
 from engine import flags as engine_flags
 from engine.adversarial import init_weights
-from measures.samples import watched_generator
+from measures.samples import walks, watched_generator
 from measures.watch import Watch, failure_signs
 from models import GANS
 from models.cgan import ConditionalDiscriminator, ConditionalGenerator
@@ -161,6 +162,12 @@ def test_conditional_discriminator_has_the_papers_layers_and_hears_the_label():
     assert discriminator(x, torch.tensor([3])) != discriminator(x, torch.tensor([4]))
 
 
+def test_each_conditional_network_has_the_dropout_of_its_own_flag():
+    _, state, _ = build("cgan", "--dropout-g", "0.1", "--dropout-d", "0.2")
+    for name, p in (("generator", 0.1), ("discriminator", 0.2)):
+        assert {layer.p for layer in state[name].modules() if isinstance(layer, nn.Dropout)} == {p}
+
+
 # Steps
 
 
@@ -199,11 +206,11 @@ def test_real_images_with_wrong_labels_weigh_as_asked(monkeypatch):
     assert train_step(images, labels)["loss_d"].item() == pytest.approx(by_hand.item(), rel=1e-5)
 
 
-RELATIVISTIC = ("gan", ["--loss", "relativistic", "--r1", "0.8", "--simultaneous"])
-STEPS = [(script, flags) for script in PAIRS for flags in ([], ["--simultaneous"], ["--r1", "0.8"])]
+RELATIVISTIC = ["--loss", "relativistic", "--r1", "0.8", "--simultaneous"]
+STEPS = [(script, flags) for script in PAIRS for flags in ([], ["--simultaneous"], ["--r1", "0.8"], RELATIVISTIC)]
 
 
-@pytest.mark.parametrize(("script", "flags"), [*STEPS, RELATIVISTIC])
+@pytest.mark.parametrize(("script", "flags"), STEPS)
 def test_each_networks_gradient_is_that_of_its_own_loss(script, flags):
     """D: loss_d / 2, and r1 / 2 |d logit / d x|^2 at every fourth real image. G: its loss under D, updated or not.
 
@@ -231,7 +238,7 @@ def test_each_networks_gradient_is_that_of_its_own_loss(script, flags):
         assert ours.requires_grad
         torch.testing.assert_close(ours.grad, expected.grad, rtol=1e-4, atol=1e-7)
     d = twin if args.simultaneous else state["discriminator"]
-    loss_g = F.softplus((d(images) if relativistic else 0) - d(fakes, *given)).mean()
+    loss_g = F.softplus((d(images, *given) if relativistic else 0) - d(fakes, *given)).mean()
     loss_g.backward()
     for ours, expected in zip(state["generator"].parameters(), generator.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, expected.grad, rtol=1e-4, atol=1e-7)
@@ -314,6 +321,20 @@ def test_the_grid_of_a_conditional_generator_has_a_row_for_each_class_and_a_colu
     plain = Watch(Coded(classes=0), NOTHING, seed=0, digits=False).grid()[:, 0, 0, 0]
     torch.testing.assert_close(plain, torch.arange(100) % 20 / 20)
     assert watch.validate() == {}
+
+
+def test_walks_lead_from_z_to_z_in_a_line_for_each_class_and_show_one_noise_as_all():
+    grids = {name: images[..., 0, 0, 0] for name, images in walks(Coded(classes=10), seed=0).items()}
+    i = torch.arange(10.0)
+    torch.testing.assert_close(grids["same_noise"], i[:, None] / 20 + i / 200)
+    torch.testing.assert_close(grids["interpolation"], (i[:, None] + 10 * i / 9) / 20 + i[:, None] / 200)
+
+
+def test_each_sign_of_failure_is_a_warning(capsys):
+    watch = Watch(Coded(classes=10), NOTHING, seed=0, digits=False)
+    watch.reference = Namespace(read=lambda images: (None, torch.full((1000,), 7)))
+    watch.warn({"loss_d": 0.001})
+    assert capsys.readouterr().out.count("warning: ") == 3
 
 
 def test_the_validation_score_is_the_best_parzen_log_likelihood_of_ten_thousand_samples():

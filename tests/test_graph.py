@@ -86,6 +86,12 @@ def test_every_call_is_one_step_on_its_own_rows_and_all_but_a_runs_first_are_rep
     assert seen == batches
 
 
+def test_what_a_captured_step_changes_and_state_lacks_is_named(capsys):
+    memory, how = torch.zeros(3), {"compiled": False, "graph": False, "begun": True}
+    call(CapturedStep(lambda rows: memory.add_(1), {}, 2, torch.device("cpu"), **how), 1)
+    assert "warning: a resumed run would not continue exactly: tests/test_graph.py:" in capsys.readouterr().out
+
+
 def test_the_warm_up_check_leaves_no_trace(fake_cuda):
     """Weights, averages of the optimizer and of batch norm, overlapping views and random numbers are as before."""
     weight, memory, norm = torch.ones(4, requires_grad=True), torch.arange(6.0), torch.nn.BatchNorm1d(3)

@@ -79,6 +79,14 @@ def test_samples_are_probabilities_that_the_generator_decides_as_are_the_models_
 
 
 @each_model
+def test_a_new_model_starts_at_the_mean_of_each_pixel(build):
+    means = torch.full((1, 28, 28), 0.1)
+    means[:, 7:21, 7:21] = 0.9
+    shown = build(pixel_means=means).sample(100, torch.Generator().manual_seed(0)).mean(0)
+    assert torch.corrcoef(torch.stack([shown.flatten(), means.flatten()]))[0, 1] > 0.5
+
+
+@each_model
 def test_bfloat16_hardly_changes_the_loss(build):
     means = striped_images(200).mean(0)
     model, images = build(pixel_means=means), striped_images(20)
@@ -140,6 +148,15 @@ def test_the_shown_samples_do_not_begin_with_the_random_numbers_of_the_weights(m
     assert 3 not in seeds
 
 
+def test_the_shown_samples_are_those_of_the_ema(monkeypatch):
+    seen = []
+    monkeypatch.setattr(RBM, "sample", lambda self, n, generator: seen.append(self))
+    ema = lambda run: seen.append(run.state["ema"].model)  # noqa: E731
+    monkeypatch.setattr(train_likelihood.utils, "train", lambda run, *args, **_: (args[4](), ema(run)))
+    train_likelihood.main([*DIGITS, "--model", "rbm", "--hidden", "5", "--ema", "0.9"])
+    assert seen[0] is seen[1]
+
+
 # VAE ------------------------------------------------------------------------------------------------------------------
 @pytest.fixture
 def small_vae():
@@ -168,7 +185,7 @@ def test_vae_bound_of_many_samples_is_the_integral(small_vae):
     rows = []
     model.decoder.register_forward_hook(lambda module, inputs, output: rows.append(output.numel() // 784))
     for block in (700, 20_000):  # a part of one image's samples; all samples of all images
-        bound = model.log_likelihood(images, samples=5000, block=block)
+        bound = model.log_likelihood(images, block=block)
         assert torch.allclose(bound.double(), exact, atol=0.15), (bound, exact)
         assert max(rows) <= block, "it decodes no more than a block at once"
         assert sum(rows) == 15_000
@@ -225,13 +242,13 @@ def test_rbm_gibbs_samples_its_own_distribution(small_rbm):
 
 def test_rbm_gradient_is_the_textbook_cd_update(monkeypatch):
     """Hinton 2002: dW = <v h>_data - <v h>_reconstruction, db = <v>_data - <v>_recon., da = <h>_data - <h>_recon."""
-    rbm = randomise(RBM(hidden=20), 0.1)
+    rbm = randomise(RBM(hidden=20, gibbs_steps=3), 0.1)
     images, chain = striped_images(30), striped_images(30).flatten(1)
     calls = []
     monkeypatch.setattr(rbm, "gibbs", lambda v, steps, *rest: calls.append((v, steps)) or chain)
     rbm.loss(images).backward()
     (start, steps), data = calls[0], images.flatten(1)
-    assert steps == 1
+    assert steps == 3
     assert torch.equal(start, data), "CD starts at the data"
     h_data, h_chain = (torch.sigmoid(v @ rbm.weight.T + rbm.hidden_bias).detach() for v in (data, chain))
     assert torch.allclose(-rbm.weight.grad, (h_data.T @ data - h_chain.T @ chain) / 30, atol=1e-5)

@@ -209,6 +209,16 @@ def test_a_network_is_evaluated_in_eval_mode_and_each_layer_has_its_own_mode_aft
     assert [layer.training for layer in network.modules()] == [True, False, True]
 
 
+def test_curves_are_the_reports_as_a_line_and_validation_as_dots(monkeypatch, tmp_path):
+    figures = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure))
+    history = [{"epoch": 1, "loss": 2.0, "val_loss": 3.0}, {"epoch": 2, "loss": 1.0, "val_loss": 2.5}]
+    plots.plot_curves(history, [{"epoch": x, "loss": 4 - x} for x in (0.5, 1, 1.5, 2)], tmp_path / "a.png")
+    (axis,) = figures[0].axes
+    found = [line.get_xydata().tolist() for line in axis.lines]
+    assert found == [[[0.5, 3.5], [1, 3], [1.5, 2.5], [2, 2]], [[1, 3], [2, 2.5]]]
+
+
 def test_the_loop_saves_every_so_many_seconds_since_the_last_save(tmp_path, monkeypatch):
     """With a clock of the test's own: a step takes 4 seconds, and a checkpoint is due after 10."""
     clock, saved = [0.0], []

@@ -167,6 +167,9 @@ def test_the_network_of_a_run_is_built_from_its_options():
     assert build_network({"kind": "cgan", "classes": "ab", "noise": "unit"}).classes == 2
     old = {"kind": "likelihood", "model": "rnn", "hidden": 8, "units": None, "states": None}  # --units is gone
     assert build_network(old).gru.hidden_size == 8
+    given = {"vae": {"importance_samples": 4}, "rbm": {"gibbs_steps": 5, "persistent_chains": 7}, "rnn": {"depth": 3}}
+    vae, rbm, rnn = (build_network({"kind": "likelihood", "model": name, **own}) for name, own in given.items())
+    assert (vae.importance_samples, rbm.gibbs_steps, len(rbm.chains), len(rnn.deeper)) == (4, 5, 7, 2)
     with pytest.raises(ValueError, match=r"there is no diffusion in models/__init__\.py; it has classifier, gan"):
         build_network({"kind": "diffusion"})
     with pytest.raises(ValueError, match="the model hmm has no option --hidden; omit it"):

@@ -7,9 +7,12 @@ import torch
 from helpers import DIGITS, load, train
 
 import datasets
+import train_cgan
 import train_classifier
+import train_gan
 import train_likelihood
-from engine import optim
+import utils
+from engine import flags, optim
 from engine.optim import EMA, MaxoutSchedule
 from models.vae import VAE
 
@@ -112,6 +115,15 @@ def test_every_flag_changes_the_weights(tmp_path):
     flags += ["--batch-norm", "--loss mae", "--seed 1"]
     found = [weights_after(tmp_path / words, *words.split())["linear1.weight"].flatten() for words in flags]
     assert torch.pdist(torch.stack(found)).min() > 0.01
+
+
+@pytest.mark.parametrize("script", [train_classifier, train_gan, train_cgan, train_likelihood])
+def test_the_seed_is_that_of_the_first_weights_and_of_the_order(script, monkeypatch):
+    seeds = []
+    monkeypatch.setattr(flags, "seed_all", seeds.append)
+    monkeypatch.setattr(utils, "train", lambda run, step, batches, *_, **__: seeds.append(batches.seed))
+    script.main([*DIGITS, "--seed", "3", "--dry-run"])
+    assert seeds == [3, 3]
 
 
 def test_max_norm_limits_the_norm_of_each_units_incoming_weights(tmp_path):

@@ -229,6 +229,27 @@ def test_the_ema_is_what_is_validated_on_the_last_images():
     assert loss(checkpoint["state"]["model"]) != pytest.approx(expected, rel=2e-3)
 
 
+def test_validation_evaluation_and_classify_use_the_runs_own_loss_and_black():
+    words = ["--val-size", 137, "--loss", "mse", "--black", 0, "--lr", 0.01, "--dry-run", "--output-dir", "run"]
+    train(*MLP, *words)
+    network, row = evaluate.load_model("run"), load("run/checkpoint.pt")["history"][0]
+    images, labels = (part[-137:] for part in datasets.load("digits", ""))
+    logits = network(images / 255).detach()
+    loss = torch.nn.functional.mse_loss(logits.softmax(1), torch.eye(10)[labels]).item()
+    assert row["val_accuracy"] == pytest.approx((logits.argmax(1) == labels).float().mean().item())
+    assert row["val_loss"] == pytest.approx(loss, rel=1e-4)
+    torch.testing.assert_close(evaluate.classify(network, images), logits.softmax(1))
+    images, labels = datasets.load("digits", "", train=False)
+    expected = torch.nn.functional.cross_entropy(network(images / 255), labels).item()
+    assert evaluate.main(["run"])["test_loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_patience_ends_the_training_after_so_many_epochs_without_a_better_one():
+    few_digits(60)
+    words = [*MLP, "--lr", "0", "--val-size", "20", "--patience", "2", "--epochs", "9"]
+    assert train_classifier.main(words)["epoch"] == 3
+
+
 @pytest.mark.parametrize("ema", [[], ["--ema", "0.9"]])
 def test_a_new_run_starts_from_the_weights_of_another(tmp_path, ema):
     words = [*MLP, "--dry-run"]
