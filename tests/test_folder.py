@@ -234,7 +234,6 @@ def deny(few):
     [
         (shutil.rmtree, ["no dataset few, neither here nor in data; use one of mnist,", "digits", "folder"]),
         (remove("train/square", "train/circle"), ["few/train has 1 subfolder, ", "a folder of their own"]),
-        (remove("test"), ["few has a folder train, but not both train and test"]),
         (lambda few: (few / "test").rename(few / "Val"), ["few has a folder Val, but not both"]),
         (lambda few: (few / "test" / "square").rename(few / "test" / "star"),
          ["few/test", "missing: square; new: star", "the same subfolders"]),
@@ -282,16 +281,6 @@ def test_changed_classes_are_one_line(begun):
             call()
 
 
-def add(few):
-    draw_shapes(few.parent / "more", {"train": 5})
-    for path in (few.parent / "more").rglob("*.png"):
-        path.rename(few / "train" / path.parent.name / f"new{path.name}")
-
-
-def relabel(few):
-    (few / "train" / "circle" / "3.png").rename(few / "train" / "square" / "new.png")
-
-
 def repaint(few):
     Image.new("L", (28, 28)).save(few / "train" / "circle" / "3.png")
 
@@ -304,9 +293,8 @@ def test_other_training_images_are_noticed_by_evaluating(few, monkeypatch, capsy
     assert "warning: few has other training images than runs/gan-few was trained on" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("change", [add, relabel, repaint])
-def test_other_training_images_are_noticed_by_resuming(begun, change):
-    change(begun)
+def test_other_training_images_are_noticed_by_resuming(begun):
+    repaint(begun)
     with pytest.raises(DataError, match=r"^few has other training images than runs/mlp-few was .*--start-from runs/"):
         resume()
     checkpoint = load("runs/mlp-few/checkpoint.pt")

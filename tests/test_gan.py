@@ -172,9 +172,8 @@ def test_each_conditional_network_has_the_dropout_of_its_own_flag():
 
 
 @pytest.mark.parametrize("script", PAIRS)
-@pytest.mark.parametrize("loss", ["non-saturating", "saturating"])
-def test_losses_are_the_slides_formulas(script, loss):
-    _, state, train_step = build(script, "--loss", loss)
+def test_the_saturating_loss_is_the_slides_formula(script):
+    _, state, train_step = build(script, "--loss", "saturating")
     z = without_chance(state)
     generator, discriminator = state["generator"], state["discriminator"]
     images, labels = torch.rand(6, 1, 28, 28), torch.tensor([0, 1, 2, 3, 4, 5])
@@ -188,8 +187,7 @@ def test_losses_are_the_slides_formulas(script, loss):
     assert metrics["loss_d"].item() == pytest.approx(-(d_x.log() + (1 - d_g).log()).mean().item(), rel=1e-5)
     with torch.no_grad():  # G's loss comes from the D that stage 1 left behind
         d_g = discriminator(fakes, *given).sigmoid()
-    by_hand = -d_g.log().mean() if loss == "non-saturating" else (1 - d_g).log().mean()
-    assert metrics["loss_g"].item() == pytest.approx(by_hand.item(), rel=1e-5)
+    assert metrics["loss_g"].item() == pytest.approx((1 - d_g).log().mean().item(), rel=1e-5)
 
 
 def test_real_images_with_wrong_labels_weigh_as_asked(monkeypatch):

@@ -115,14 +115,15 @@ def test_image_prints_all_ten_probabilities_and_shows_what_was_seen(capsys):
     assert sum(values) == pytest.approx(100, abs=1)
 
 
-def test_files_that_cannot_be_read_get_one_line_each(capsys):
+def test_files_that_cannot_be_read_get_one_line_each(capsys, monkeypatch):
+    monkeypatch.setattr("photos.files.MOST_PIXELS", 200_000)
     Path("text.png").write_text("not an image")
     Image.new("L", (50, 50), 255).save("blank.png")
     write_page("good.png", torch.zeros(28, 28, dtype=torch.uint8).fill_diagonal_(255))
     Path("cut.png").write_bytes(Path("good.png").read_bytes()[:-100])
     Path("folder.png").mkdir()
     Path("squeezed.png").write_bytes(gzip.compress(Path("good.png").read_bytes()))
-    Image.new("1", (20_000, 20_000)).save("bomb.png")  # 400 megapixels in 50 kB
+    Image.new("1", (500, 500)).save("bomb.png")
     bad = ["bomb.png", "text.png", "blank.png", "cut.png", "folder.png", "squeezed.png", "missing.png"]
     if hasattr(os, "mkfifo"):
         os.mkfifo("fifo.png")
@@ -133,6 +134,7 @@ def test_files_that_cannot_be_read_get_one_line_each(capsys):
     assert output.startswith("good.png: ")
     for name, line in zip(bad, errors.splitlines(), strict=True):
         assert name in line
+    assert "bomb.png has 500 x 500 pixels; shrink it below 100 megapixels" in errors
 
 
 def test_a_folder_of_images_is_all_images_in_it(capsys):

@@ -13,7 +13,7 @@ from datasets import Batches
 from engine.flags import parse_args
 from models import ACTIVATIONS, CLASSIFIERS, build, build_network
 from models.cnn import CNN, conv_output_size
-from models.maxout import Maxout, MaxoutMLP, limit_column_norms, linear_layers
+from models.maxout import MaxoutMLP, limit_column_norms, linear_layers
 from models.mlp import MLP
 
 
@@ -181,16 +181,6 @@ def test_the_network_of_a_run_is_built_from_its_options():
 
 
 # Maxout ---------------------------------------------------------------------------------------------------------------
-def test_maxout_is_the_largest_of_k_consecutive_pieces():
-    layer, x = Maxout(6, 4, k=3, dropout=False), torch.randn(5, 6)
-    assert list(layer.state_dict()) == ["model.0.weight", "model.0.bias"]  # the lecture's names
-    weight, bias = layer.model[0].weight, layer.model[0].bias
-    for n in range(5):
-        for unit in range(4):
-            pieces = [(weight[row] @ x[n] + bias[row]).item() for row in (3 * unit, 3 * unit + 1, 3 * unit + 2)]
-            assert layer(x)[n, unit].item() == pytest.approx(max(pieces), abs=1e-5)
-
-
 def test_maxout_mlp_keeps_four_fifths_of_the_input_as_it_is_and_half_of_the_hidden_units():
     network, seen = MaxoutMLP(), []
     network.maxout1.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))

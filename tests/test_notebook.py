@@ -16,7 +16,6 @@ from helpers import DIGITS, ROOT
 from PIL import Image
 
 import train_classifier
-from engine.errors import Stopped, UserError
 from models.cnn import conv_output_size
 
 NOTEBOOK = ROOT / "notebooks" / "lecture.ipynb"
@@ -103,11 +102,6 @@ def test_the_notebook_is_committed_without_outputs():
     for cell in nbformat.read(NOTEBOOK, as_version=4).cells:
         assert not cell.get("outputs")
         assert cell.get("execution_count") is None
-
-
-def test_errors_and_stops_are_shown_as_their_message():
-    assert UserError("no such file; name another")._render_traceback_() == ["UserError: no such file; name another"]
-    assert Stopped(2, "stopped and saved")._render_traceback_() == ["Stopped: stopped and saved"]
 
 
 def test_training_works_in_a_thread_and_returns_its_folder_and_last_metrics():

@@ -182,7 +182,7 @@ def train_with(tmp_path, make, **callbacks):
     return optimizer.param_groups[0]["lr"], schedule
 
 
-@pytest.mark.parametrize(("name", "steps"), [("schedule", 20), ("schedule_d", 20), ("epoch_schedule", 4)])
+@pytest.mark.parametrize(("name", "steps"), [("schedule", 20), ("epoch_schedule", 4)])
 def test_a_schedule_advances_after_each_step_or_by_its_name_after_each_epoch(tmp_path, name, steps):
     _, schedule = train_with(tmp_path, lambda optimizer: (name, torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)))
     assert schedule.last_epoch == steps
