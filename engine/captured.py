@@ -19,7 +19,7 @@ from engine import products
 from engine.device import random_state, set_random_state
 from engine.distributed import world_size
 from engine.errors import AT_ONCE, UserError
-from engine.recorder import COMPARED, Before, NotCapturable, Recorder, difference, is_capturable, prepare, require_same
+from engine.recorder import COMPARED, Before, NotCapturable, Recorder, difference, is_capturable, prepare
 from engine.state import plain_values, unsaved
 from engine.threads import tuned
 from engine.watched import WARNING, watched
@@ -49,7 +49,7 @@ def captured_or_watched(step: Callable, run: "Run", batch_size: int) -> Callable
     return CapturedStep(
         step, run.state, batch_size, device,
         compiled=args.compile, graph=graph, begun=run.begun, is_first=lambda: run.batch == 0,
-        choose_products=partial(products.replace_products, run=run),
+        products_of=partial(products.in_compiled, run=run),
     )  # fmt: skip
 
 
@@ -69,7 +69,7 @@ class CapturedStep:
     state: the run's; what it holds may change from step to step.
     compiled: by Inductor (--compile). graph: as a CUDA graph, of the compiled step if there is one.
     begun: whether the run has made a step. If not, the first one runs eagerly: it allocates the optimizer's state.
-    is_first: whether the step is the first of an epoch. choose_products: as in `compile_step`.
+    is_first: whether the step is the first of an epoch. products_of: as `products.in_compiled`.
 
     A short last batch runs eagerly. When a setting of an optimizer changes that the recording holds, the step is
     captured again; if one keeps changing within a few steps, all steps run eagerly. Raises UserError if the step
@@ -79,9 +79,9 @@ class CapturedStep:
     def __init__(
         self, step: Callable, state: dict[str, Any], batch_size: int, device: torch.device, *,
         compiled: bool, graph: bool, begun: bool, is_first: Callable[[], bool] = lambda: False,
-        choose_products: Callable[[Any], None] = lambda graph: None,
+        products_of: Callable[..., dict[Any, Callable]] = lambda step, inputs: {},
     ):  # fmt: skip
-        self.choose_products = choose_products
+        self.products_of = products_of
         self.step, self.state, self.batch_size, self.device = step, state, batch_size, device
         self.compiled, self.graph, self.begun, self.is_first, self.eager = compiled, graph, begun, is_first, False
         self.captured: Callable | None = None
@@ -160,7 +160,8 @@ class CapturedStep:
             torch.rand((), device=self.device)  # the random numbers of each step begin elsewhere
             with recorder:
                 self.step(*self.inputs)
-            require_same(recorders[0], recorder)
+            if reason := difference(recorders[0], recorder):
+                raise NotCapturable(reason)
             random.append(random_state()[self.device.type])
         if torch.equal(random[0], random[1]):
             raise NotCapturable("it seeds the random numbers anew in each step; seed them before the first step")
@@ -180,7 +181,7 @@ class CapturedStep:
         counts = {state["step"].data_ptr(): state["step"].item() for state in states if "step" in state}
         AT_ONCE.append(True)
         try:
-            function = compile_step(self.step, self.inputs, momenta, counts, self.choose_products)
+            function = compile_step(self.step, self.inputs, momenta, counts, self.products_of(self.step, self.inputs))
             function(*self.inputs)
         except (Exception, KeyboardInterrupt) as error:  # no compiler, no Triton, another torch, Ctrl-C
             print(f"not compiled: {reason_of(error)}")

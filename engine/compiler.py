@@ -25,7 +25,7 @@ def compile_step(
     inputs: Sequence[torch.Tensor],
     momenta: dict[int, torch.Tensor],
     counts: dict[int, float],
-    choose_products: Callable[[Graph], None] = lambda graph: None,
+    products: dict[Any, Callable],
 ) -> Callable:
     """Compile `step(*inputs)`, which must be the same operations on the same tensors in every call.
 
@@ -33,16 +33,16 @@ def compile_step(
     graph. Tensors that it finds, such as weights, become inputs of the graph.
     momenta: address of a parameter -> SGD's momentum, as a tensor that may change between calls.
     counts: address of Adam's step count of a parameter -> its value.
-    choose_products: may replace the matrix products of the graph; engine/products.py has one.
+    products: what replaces matrix products, as `engine.products.in_compiled` returns it.
     """
     updates: dict[Any, Callable] = {
+        **products,
         torch.ops.aten._fused_adam_.tensor_lr: partial(adam, counts=counts),
         torch.ops.aten._fused_adamw_.tensor_lr: partial(adam, counts=counts, decoupled=True),
         torch.ops.aten._fused_sgd_.tensor_lr: partial(sgd, momenta=momenta),
         torch.ops.aten.bernoulli_.float: partial(bernoulli_, in_memory_order=fills_in_memory_order(inputs[0].device)),
     }
     traced = make_fx(step, decomposition_table=updates)(*inputs)
-    choose_products(traced.graph)
     found = lift_tensors(traced)
     fake = FakeTensorMode(shape_env=ShapeEnv())  # without shapes that it knows, Inductor does not use its cache
     examples: list[Any] = [fake.from_tensor(tensor, static_shapes=True) for tensor in (*inputs, *found)]

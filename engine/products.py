@@ -5,13 +5,12 @@ Both come with torch. On AMD's processors MKL does not use AVX-512, which oneDNN
 
 import timeit
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.fx import Graph, Node
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.distributed import broadcast, rank
@@ -94,16 +93,22 @@ class Products(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def replace_products(graph: Graph, run: "Run") -> None:
-    """Have oneDNN compute the products of a recorded step if it is faster."""
-    if not available(run):
-        return
-    products = [node for node in graph.nodes if is_product(node)]
-    if not run.args.products:
-        choose([tuple(map(layout, arguments(node)[:2])) for node in products], run)
-    if run.args.products == "onednn":
-        for node in products:
-            replace(node, graph)
+def in_compiled(step: Callable, inputs: Sequence[Tensor], run: "Run") -> dict[Any, Callable]:
+    """What computes the products of a step that is compiled: {}, or oneDNN if that is faster, as one step finds out."""
+    if available(run) and not run.args.products:
+        with Products() as products:
+            step(*inputs)
+        choose(products.matrices, run)
+    return {MM: compiled_mm, ADDMM: compiled_addmm} if available(run) and run.args.products == "onednn" else {}
+
+
+def compiled_mm(a: Tensor, b: Tensor) -> Tensor:
+    return torch.ops.onednn_products.mm(a, b, None) if are_float32(a, b) else NotImplemented
+
+
+def compiled_addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    fits = are_float32(a, b, bias) and beta == alpha == 1 and bias.shape == b.shape[1:]
+    return torch.ops.onednn_products.mm(a, b, bias) if fits else NotImplemented
 
 
 def available(run: "Run") -> bool:
@@ -131,28 +136,6 @@ def faster(products: list[Matrices], replacing: float) -> str:
     return library
 
 
-def replace(product: Node, graph: Graph) -> None:
-    with graph.inserting_before(product):
-        new = graph.call_function(torch.ops.onednn_products.mm.default, arguments(product))
-    new.meta.update(product.meta)
-    product.replace_all_uses_with(new)
-    graph.erase_node(product)
-
-
-def is_product(node: Node) -> bool:
-    """Whether it is a float32 product: a @ b, or a @ b + bias, where bias is a row."""
-    if node.target not in (MM, ADDMM) or node.kwargs or node.meta["tensor_meta"].dtype != torch.float32:
-        return False
-    *_, bias = arguments(node)
-    return bias is None or layout(bias)[0] == node.meta["tensor_meta"].shape[1:]
-
-
-def arguments(node: Node) -> tuple[Any, Any, Any]:
-    """a, b and bias, or None."""
-    first, *others = node.args
-    return (*others, first) if node.target is ADDMM else (first, *others, None)  # type: ignore[return-value]
-
-
 def seconds(products: list[Matrices]) -> float:
     """The time of all products, by matrices with their shapes and memory orders."""
     times: dict[Matrices, float] = {}  # the RNN has hundreds of products, but few shapes
@@ -161,14 +144,6 @@ def seconds(products: list[Matrices]) -> float:
             a, b = (random_matrix(*matrix) for matrix in matrices)
             times[matrices] = min(timeit.repeat(partial(torch.mm, a, b), number=1, repeat=5))
     return sum(times[matrices] for matrices in products)
-
-
-def layout(node: Node) -> tuple[torch.Size, tuple[int, ...]]:
-    """The shape and strides of a tensor that the step holds, such as weights, or computes."""
-    if node.op == "get_attr":
-        tensor = getattr(node.graph.owning_module, str(node.target))
-        return tensor.shape, tensor.stride()
-    return node.meta["tensor_meta"].shape, node.meta["tensor_meta"].stride
 
 
 def random_matrix(shape: torch.Size, stride: tuple[int, ...]) -> Tensor:

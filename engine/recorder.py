@@ -144,12 +144,6 @@ def address_of(generator: torch.Generator) -> int:
     return generator._cdata  # type: ignore[attr-defined]
 
 
-def require_same(recorded: Recorder, other: Recorder) -> None:
-    """Raise NotCapturable if two steps are not the same operations on the same tensors."""
-    if reason := difference(recorded, other):
-        raise NotCapturable(reason)
-
-
 def difference(recorded: Recorder, other: Recorder) -> str:
     """The first difference between two steps, with the line of the user's code and the remedy; "" if there is none."""
     pairs = itertools.zip_longest(recorded.operations, other.operations, fillvalue=())

@@ -126,18 +126,14 @@ def evaluating(*networks: nn.Module) -> Iterator[None]:
             layer.training = training
 
 
-def gradients_of(state: dict[str, Any]) -> dict[int, str]:
-    """The storage of each weight's gradient, and the weight's name."""
-    return {storage_of(weight.grad): name for weight, name in weights_of(state).items() if weight.grad is not None}
-
-
 def unsaved(recorder: Recorder, state: dict[str, Any]) -> str:
     """What the recorded step changed and `state` lacks, with the line of the user's code; "" if nothing."""
     generators = {address_of(item) for item in state.values() if isinstance(item, torch.Generator)}
     for address, (_, _, line) in recorder.generators.items():
         if address not in generators:
             return f"{line} uses a torch.Generator that `state` lacks; add it"
-    gradients = gradients_of(state)
+    weights = weights_of(state).items()
+    gradients = {storage_of(weight.grad): name for weight, name in weights if weight.grad is not None}
     known = set(map(storage_of, tensors_of([saved(name, item) for name, item in state.items()])))
     for storage, (tensor, line) in recorder.continued().items():
         if storage in gradients:

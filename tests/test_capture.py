@@ -20,7 +20,7 @@ import utils
 from datasets import Batches
 from engine import flags, recorder
 from engine.captured import COMPARED
-from engine.recorder import NotCapturable, is_capturable, prepare, require_same
+from engine.recorder import NotCapturable, difference, is_capturable, prepare
 
 META = torch.device("meta")
 
@@ -83,7 +83,8 @@ def record(run, train_step, batches, steps=COMPARED):
 
 def require_all_same(recorders):
     for other in recorders[1:]:
-        require_same(recorders[0], other)
+        if reason := difference(recorders[0], other):
+            raise NotCapturable(reason)
 
 
 CASES = {  # each has operations that no other has

@@ -177,7 +177,7 @@ def test_dropout_within_attention_uses_the_eager_steps_random_numbers(monkeypatc
 
     torch.manual_seed(3)
     eager = noise(x)
-    compiler.compile_step(noise, [x], {}, {})
+    compiler.compile_step(noise, [x], {}, {}, {})
     (random,) = [node for node in graphs[0].graph.nodes if "bernoulli" in str(node.target)]
     assert random.meta["val"].is_contiguous()
     torch.manual_seed(3)
@@ -196,9 +196,9 @@ def test_products_by_onednn_are_torchs_but_for_rounding(monkeypatch):
     monkeypatch.setattr(torch._inductor, "compile", lambda graph, *_, **__: graphs.append(graph) or graph)
     layer, x, out, graphs = torch.nn.Linear(7, 6), torch.rand(5, 7), torch.empty(6, 6), []
     run = argparse.Namespace(args=argparse.Namespace(products="onednn"), device=lambda: torch.device("cpu"))
-    choose = partial(products.replace_products, run=run)
+    step, inputs = partial(products_of, layer), [x, out]
     with torch.no_grad():
-        compiler.compile_step(partial(products_of, layer), [x, out], {}, {}, choose)(x, out)
+        compiler.compile_step(step, inputs, {}, {}, products.in_compiled(step, inputs, run))(*inputs)
         products_of(layer, x, expected := torch.empty(6, 6))
     torch.testing.assert_close(out, expected)
     operations = [str(node.target) for node in graphs[0].graph.nodes if node.op == "call_function"]
