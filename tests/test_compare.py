@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import DIGITS, assert_one_line, load, run, save_sealed, train
+from helpers import DIGITS, assert_one_line, few_digits, load, run, save_sealed, train
 
 import compare
+import datasets
 import evaluate
 from engine.errors import UserError
 
@@ -18,7 +19,8 @@ from engine.errors import UserError
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """Two settings of two seeds each; those of tanh are evaluated."""
-    folder = tmp_path_factory.mktemp("runs")
+    folder, whole = tmp_path_factory.mktemp("runs"), datasets.load_digits
+    few_digits(700)
     for activation, lr, log_interval in (("relu", 2e-4, 100), ("tanh", 1e-3, 10)):
         for seed in (0, 1):
             flags = ["--model", "mlp", "--epochs", 2, "--activation", activation, "--lr", lr, "--seed", seed]
@@ -26,13 +28,14 @@ def trained(tmp_path_factory):
             train(*DIGITS, *flags, "--output-dir", folder / f"{activation}-{seed}")
             if activation == "tanh":
                 evaluate.main([str(folder / f"{activation}-{seed}")])
+    datasets.load_digits = whole
     return folder
 
 
 @pytest.fixture
 def runs(trained, tmp_path):
     """A copy of them in the current folder, which a test may change."""
-    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("previous.pt", "*.png"))
     return tmp_path
 
 

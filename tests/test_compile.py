@@ -12,7 +12,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import DIGITS, assert_same_run, killed_at, run, tensors, train
+from helpers import DIGITS, assert_same_run, few_digits, killed_at, run, tensors, train
 from helpers import load as load_checkpoint
 from test_capture import CASES as EVERY_STEP
 from test_loop import Position, fit, start, ten_images
@@ -224,6 +224,7 @@ def test_an_eager_step_has_onednns_products_until_it_ends(dtype, monkeypatch):
 
 @pytest.mark.parametrize("flags", [[], pytest.param(["--compile"], marks=pytest.mark.slow)], ids=["eager", "compiled"])
 def test_a_run_chooses_the_faster_products_and_a_resumed_run_keeps_them(flags, tmp_path, monkeypatch, capsys):
+    few_digits(500)
     monkeypatch.setattr(products, "WORTH", 0.9)
     seconds = itertools.cycle([0.001, 0.0005])  # torch's, oneDNN's
     monkeypatch.setattr(products, "seconds", lambda products: next(seconds))
