@@ -100,8 +100,8 @@ def conditional_accuracy(seeds: list[Row]) -> str:
 
 
 def named(name: str, row: Row) -> str:
-    """The name of a row, with ¹ or ² if it has one or two seeds."""
-    return name + {1: " ¹", 2: " ²"}.get(len(row.get("test_errors", row.get("seeds", []))), "")
+    """The name of a row, with ¹, ² or ³ if it has one, two or three seeds."""
+    return name + {1: " ¹", 2: " ²", 3: " ³"}.get(len(row.get("test_errors", row.get("seeds", []))), "")
 
 
 def extremes(values: list[float]) -> str:
