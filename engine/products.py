@@ -70,7 +70,7 @@ def mm(a: Tensor, b: Tensor) -> Tensor:
 
 
 def addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
-    if are_float32(a, b, bias) and beta == alpha == 1 and bias.shape == b.shape[1:]:
+    if adds_a_row(bias, a, b, beta, alpha):
         return onednn(a, b, bias)
     return torch.addmm(bias, a, b, beta=beta, alpha=alpha, out=a.new_empty(len(a), b.shape[1]))
 
@@ -78,6 +78,10 @@ def addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float =
 def are_float32(a: Tensor, b: Tensor, *others: Tensor) -> bool:
     """And whether oneDNN can multiply a and b; if they do not fit, torch's own product says so."""
     return all(tensor.dtype == torch.float32 for tensor in (a, b, *others)) and a.shape[1] == len(b) > 0
+
+
+def adds_a_row(bias: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float) -> bool:
+    return are_float32(a, b, bias) and beta == alpha == 1 and bias.shape == b.shape[1:]
 
 
 class Products(TorchDispatchMode):
@@ -107,8 +111,7 @@ def compiled_mm(a: Tensor, b: Tensor) -> Tensor:
 
 
 def compiled_addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
-    fits = are_float32(a, b, bias) and beta == alpha == 1 and bias.shape == b.shape[1:]
-    return torch.ops.onednn_products.mm(a, b, bias) if fits else NotImplemented
+    return torch.ops.onednn_products.mm(a, b, bias) if adds_a_row(bias, a, b, beta, alpha) else NotImplemented
 
 
 def available(run: "Run") -> bool:
