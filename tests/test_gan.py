@@ -48,9 +48,7 @@ def without_chance(state):
     return z
 
 
-# Networks
-
-
+# Networks -------------------------------------------------------------------------------------------------------------
 def lecture_maxout(inputs, outputs, k, dropout):
     """The lecture's Maxout holds its layers in `self.model` and takes the max over k consecutive outputs."""
     layer = nn.Module()
@@ -168,9 +166,7 @@ def test_each_conditional_network_has_the_dropout_of_its_own_flag():
         assert {layer.p for layer in state[name].modules() if isinstance(layer, nn.Dropout)} == {p}
 
 
-# Steps
-
-
+# Steps ----------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("script", PAIRS)
 def test_the_saturating_loss_is_the_slides_formula(script):
     _, state, train_step = build(script, "--loss", "saturating")
@@ -268,9 +264,7 @@ def test_paper_learns_at_the_papers_rates(script, decay):
         assert momentum == pytest.approx(0.5 + 0.2 / 249)  # after one epoch of 100 steps
 
 
-# What is watched
-
-
+# What is watched ------------------------------------------------------------------------------------------------------
 def test_failing_runs_are_told_in_words():
     ten = torch.arange(1000) % 10
     assert list(failure_signs({"loss_d": 1.2}, ten, ten)) == []
