@@ -132,7 +132,8 @@ def choose(products: list[Matrices], run: "Run", replacing: float = 0.0) -> None
 
 
 def faster(products: list[Matrices], replacing: float) -> str:
-    own, other = seconds(products), replacing + by_onednn(seconds, products)
+    rounds = [(seconds(products), replacing + by_onednn(seconds, products)) for _ in range(3)]  # in turn: times drift
+    own, other = map(min, zip(*rounds))
     library = "onednn" if other < WORTH * own else "torch"
     times = f"torch's own take {1000 * own:.2f} ms a step, oneDNN's {1000 * other:.2f}"
     print(f"products: {library} ({times}; oneDNN is chosen below {1000 * WORTH * own:.2f})")
@@ -145,7 +146,7 @@ def seconds(products: list[Matrices]) -> float:
     for matrices in products:
         if matrices not in times:
             a, b = (random_matrix(*matrix) for matrix in matrices)
-            times[matrices] = min(timeit.repeat(partial(torch.mm, a, b), number=1, repeat=5))
+            times[matrices] = min(timeit.repeat(partial(torch.mm, a, b), number=1, repeat=3))
     return sum(times[matrices] for matrices in products)
 
 

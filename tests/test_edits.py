@@ -53,6 +53,9 @@ def use(copy):
         if name.partition(".")[0] in (*FOLDERS, *(path.stem for path in ROOT.glob("*.py"))):
             del sys.modules[name]
     sys.path.insert(0, copy)
+    import engine.products
+
+    engine.products.WORTH = 0.0  # as in conftest.py: the copy's own module would choose by time
 
 
 def run_in(copy, script, *words):
