@@ -40,7 +40,7 @@ def captured_or_watched(step: Callable, run: "Run", batch_size: int) -> Callable
     args, device = run.args, run.device()
     graph = device.type == "cuda" and args.cuda_graph
     asked = args.compile or graph
-    reason = why_eager(run.optimizers())
+    reason = why_eager(run.optimizers(), device)
     if asked and reason:
         print(f"every step runs eagerly: {reason}")
     if not asked or reason:
@@ -53,13 +53,13 @@ def captured_or_watched(step: Callable, run: "Run", batch_size: int) -> Callable
     )  # fmt: skip
 
 
-def why_eager(optimizers: list[Optimizer]) -> str:
+def why_eager(optimizers: list[Optimizer], device: torch.device) -> str:
     if world_size() > 1:
         return "there are several processes"
     for optimizer in optimizers:
-        if not is_capturable(optimizer):
+        if not is_capturable(optimizer, device):
             name, remedy = type(optimizer).__name__, "fused=True" if "fused" in optimizer.defaults else "another one"
-            return f"{name} takes the learning rate as a Python number; use {remedy}"
+            return f"{name} takes its settings as Python numbers; use {remedy}"
     return ""
 
 

@@ -77,7 +77,8 @@ def addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float =
 
 def are_float32(a: Tensor, b: Tensor, *others: Tensor) -> bool:
     """And whether oneDNN can multiply a and b; if they do not fit, torch's own product says so."""
-    return all(tensor.dtype == torch.float32 for tensor in (a, b, *others)) and a.shape[1] == len(b) > 0
+    dense = all(tensor.dtype == torch.float32 and tensor.layout == torch.strided for tensor in (a, b, *others))
+    return dense and a.shape[1] == len(b) > 0
 
 
 def adds_a_row(bias: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float) -> bool:
@@ -92,7 +93,7 @@ class Products(TorchDispatchMode):
         self.matrices: list[Matrices] = []
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if function in (MM, ADDMM) and not kwargs and args[-1].dtype == torch.float32:
+        if function in (MM, ADDMM) and not kwargs and are_float32(*args[-2:]):
             self.matrices.append(tuple((matrix.shape, matrix.stride()) for matrix in args[-2:]))
         return function(*args, **(kwargs or {}))
 

@@ -136,7 +136,7 @@ def tensors_of(values: Any) -> list[torch.Tensor]:
 
 
 def storage_of(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return tensor.untyped_storage()._cdata if tensor.layout == torch.strided else id(tensor)  # a sparse one has several
 
 
 def address_of(generator: torch.Generator) -> int:
@@ -181,9 +181,10 @@ def user_line() -> str:
     return THE_STEP  # in backward passes on a GPU, which run in a thread of their own
 
 
-def is_capturable(optimizer: Optimizer) -> bool:
+def is_capturable(optimizer: Optimizer, device: torch.device) -> bool:
     """Whether the optimizer keeps everything that changes from step to step on the device."""
-    return all("capturable" in group or group.get("fused") for group in optimizer.param_groups)
+    made_so = device.type != "cpu"  # by `prepare`
+    return all(("capturable" in group and made_so) or group.get("fused") for group in optimizer.param_groups)
 
 
 def prepare(optimizer: Optimizer, device: torch.device) -> None:

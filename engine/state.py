@@ -40,13 +40,18 @@ def saved(name: str, item: Any) -> Any:
 
 
 def restored(item: Any, before: Any) -> Any:
-    """`item` as it was when `saved` returned `before`. Everything but a plain value is changed in place."""
+    """`item` as it was when `saved` returned `before`: changed in place, unless it is a number, a text or a tuple."""
     if isinstance(item, torch.Generator):
         item.set_state(before)
     elif isinstance(item, torch.Tensor):
         item.data.copy_(before)
     elif hasattr(item, "load_state_dict"):
         item.load_state_dict(before)
+    elif type(item) is type(before) is list:
+        item[:] = before
+    elif type(item) is type(before) is dict:
+        item.clear()
+        item.update(before)
     else:
         return before
     return item
@@ -145,4 +150,6 @@ def unsaved(recorder: Recorder, state: dict[str, Any]) -> str:
 
 
 def plain_values(state: dict[str, Any]) -> dict[str, Any]:
-    return {name: copy.deepcopy(item) for name, item in state.items() if type(item) in (*PLAIN, list, tuple, dict)}
+    """Of state; what holds tensors is compared by its operations."""
+    kinds = (*PLAIN, list, tuple, dict)
+    return {name: copy.deepcopy(item) for name, item in state.items() if type(item) in kinds and not tensors_of([item])}

@@ -26,6 +26,9 @@ class Watch(Recorder):
     def record(self, name: str, inputs: list[Any], outputs: list[torch.Tensor], line: str) -> None:
         self.silent = self.optimizing or line == THE_STEP
         super().record(name, inputs, outputs, line)
+        if self.silent:
+            self.operations.pop()
+            self.lines.pop()
 
     def describe(self, value: Any) -> Any:
         return "" if self.silent else super().describe(value)

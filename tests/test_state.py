@@ -14,15 +14,17 @@ from engine.device import seed_all
 from engine.errors import UserError
 from engine.optim import EMA
 
-# How much noise a step adds to its images, and what `state` holds for it.
+# How much noise a step adds to its images, from `state` or from `own`, which `state` holds; and how that begins.
 KEPT = {
-    "a generator": (lambda state: torch.rand((), generator=state["own"]), lambda: torch.Generator().manual_seed(3)),
-    "a tensor": (lambda state: state["own"].mul_(0.9).clone(), lambda: torch.tensor(1.0)),
-    "a plain value": (lambda state: state.update(own=state["own"] + 1) or 1 / state["own"], lambda: 0),
-    "a list": (lambda state: state["own"].append(len(state["own"])) or 1 / len(state["own"]), lambda: [1]),
-    "the step number": (lambda state: 1 / (1 + state["step"]), lambda: None),
-    "numpy's random numbers": (lambda state: np.random.rand(), lambda: None),
-    "Python's random numbers": (lambda state: random.random(), lambda: None),
+    "a generator": (lambda state, own: torch.rand((), generator=own), lambda: torch.Generator().manual_seed(3)),
+    "a tensor": (lambda state, own: own.mul_(0.9).clone(), lambda: torch.tensor(1.0)),
+    "a plain value": (lambda state, own: state.update(own=state["own"] + 1) or 1 / state["own"], lambda: 0),
+    "a list": (lambda state, own: own.append(len(own)) or 1 / len(own), lambda: [1]),
+    "a dict": (lambda state, own: own.update(n=own["n"] + 1) or 1 / own["n"], lambda: {"n": 1}),
+    "a dict of tensors": (lambda state, own: own["mean"].mul_(0.9).sum(), lambda: {"mean": torch.ones(2)}),
+    "the step number": (lambda state, own: 1 / (1 + state["step"]), lambda: None),
+    "numpy's random numbers": (lambda state, own: np.random.rand(), lambda: None),
+    "Python's random numbers": (lambda state, own: random.random(), lambda: None),
 }
 
 
@@ -32,11 +34,12 @@ def train_with_noise(folder, name, seed, **options):
     seed_all(0)
     layer = torch.nn.Linear(1, 1)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
-    state = {"layer": layer, "optimizer": optimizer, "own": make()}
+    own = make()
+    state = {"layer": layer, "optimizer": optimizer, "own": own}
     run = start(folder, state, log_interval=1, **options)
     step = fit(layer, optimizer)
     seed_all(seed)
-    utils.train(run, lambda images, labels: step(images + noise_of(state), labels), ten_images(batch_size=2))
+    utils.train(run, lambda images, labels: step(images + noise_of(state, own), labels), ten_images(batch_size=2))
     return [row["loss"] for row in run.curve], run
 
 
@@ -95,6 +98,19 @@ def test_what_a_resumed_run_would_not_continue_is_named_with_its_line(tmp_path, 
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
     assert "warning: a resumed run would not continue exactly: tests/test_state.py:" in line
     assert part in line
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+def test_sparse_matrices_and_an_optimizer_that_changes_its_formula_train_without_a_warning(tmp_path, capsys, layout):
+    layer, matrix = torch.nn.Linear(1, 1), torch.ones(2, 2).to_sparse(layout=layout)
+    optimizer = torch.optim.RAdam(layer.parameters(), lr=0.1)
+    step = fit(layer, optimizer)
+
+    def train_step(images, labels):
+        return step((matrix @ images.flatten(1)).view_as(images), labels)
+
+    utils.train(start(tmp_path / "run", {"layer": layer, "optimizer": optimizer}), train_step, ten_images(batch_size=2))
+    assert "warning" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("within", [False, True], ids=["across steps", "within a step"])
