@@ -69,16 +69,16 @@ def train(
     after which it raises Stopped. Raises UserError if a metric or a weight is not finite. Returns the run
     folder and the metrics of the last epoch.
     """
-    steps = min(len(batches), DRY_RUN_STEPS) if run.args.dry_run else len(batches)
-    run.meter = Meter(run.device())
-    run.restore()
-    run.state["step"].fill_(run.epoch * steps + run.batch)
-    run_step = make_step(run, train_step, batches)
-    check = evaluating(*run.networks().values())(check)
-    optim.warn_of_short_schedules(run.state, run.args.epochs, len(batches))
-    if finished(run, should_stop):
-        print(f"run already finished at epoch {run.epoch}")
     try:
+        steps = min(len(batches), DRY_RUN_STEPS) if run.args.dry_run else len(batches)
+        run.meter = Meter(run.device())
+        run.restore()
+        run.state["step"].fill_(run.epoch * steps + run.batch)
+        run_step = make_step(run, train_step, batches)
+        check = evaluating(*run.networks().values())(check)
+        optim.warn_of_short_schedules(run.state, run.args.epochs, len(batches))
+        if finished(run, should_stop):
+            print(f"run already finished at epoch {run.epoch}")
         with caught_signals() as signals, watched_optimizers(run.state):
             if run.epoch == run.batch == 0:
                 run.save()

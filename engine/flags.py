@@ -167,8 +167,12 @@ def parse_args(
 ) -> argparse.Namespace:
     """Parsed flags. They override the recipe or, with --resume, the run's own options. Raises UserError."""
     known = [word for word in (sys.argv[1:] if argv is None else argv) if word not in ("-h", "--help")]
-    if resume := run_to_resume(parser.parse_known_args(known)[0]):
-        parser.set_defaults(**options_of(resume, parser), resume=resume)
+    given = parser.parse_known_args(known)[0]
+    if resume := run_to_resume(given):
+        options = options_of(resume, parser)
+        if given.auto_resume and options["dry_run"] and not given.dry_run:
+            raise UserError(f"{resume} is a dry run; delete it, or name another --output-dir")
+        parser.set_defaults(**options, resume=resume)
     else:
         choose_recipe(parser, recipes, variants or {}, known)
     args = parser.parse_args(argv)
@@ -189,9 +193,14 @@ def options_of(run: str, parser: ArgumentParser) -> dict[str, Any]:
         raise UserError(f"{run} is a run of the kind {kind}; resume it with: {command(script, '--resume', Path(run))}")
     for name, value in options.items():
         default = parser.get_default(name)
-        if default is not None and type(value) not in (type(default), float):  # float: of --save-interval 60
+        if default is not None and kind_of(value) != kind_of(default):
             raise UserError(f"{run} has another {name} than a run of {parser.prog}; train again")
     return options
+
+
+def kind_of(value: Any) -> type:
+    """Its type; 60 may stand for 60.0, and a list for a tuple."""
+    return {int: float, tuple: list}.get(type(value), type(value))
 
 
 def run_to_resume(args: argparse.Namespace) -> str | None:

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves
 
 from engine.checkpoint import POSITION, TABLES, load_checkpoint, load_result, seal, write_atomically
 from engine.device import random_state, set_random_state
@@ -21,6 +20,7 @@ from engine.errors import UserError
 from engine.folder import lock, new_folder, read_config
 from engine.optim import EMA
 from engine.provenance import code_fingerprint, environment, warn_if_code_changed
+from engine.recorder import tensors_of
 from engine.state import check_optimizers, restored, saved
 from engine.table import Table
 
@@ -45,7 +45,7 @@ class Run:
 
     def __init__(self, args: argparse.Namespace, state: dict[str, Any], name: str = "run"):
         self.args, self.state = argparse.Namespace(**{**DEFAULTS, **vars(args)}), state
-        self.options = {name: value for name, value in vars(self.args).items() if name not in WHERE}  # which are saved
+        self.options = plain({name: value for name, value in vars(self.args).items() if name not in WHERE})
         if "step" in state:
             raise UserError('state["step"] is the loop\'s, the number of steps made; use another name')
         self.content()  # raises what the first save would
@@ -112,8 +112,11 @@ class Run:
         for name, value in values.items():
             if not math.isfinite(value):
                 at = f"step {self.batch} of epoch {self.epoch + 1}" if self.batch else f"the end of epoch {self.epoch}"
+                at = f"or shortly before {at}"
                 remedy = "start a new run with a lower --lr, or without --amp"
-                raise UserError(f"{name} is not finite at or shortly before {at}; {remedy}")
+                if self.epoch == self.batch == 0:
+                    at, remedy = "the start", "make a mask bool, or a buffer with persistent=False"
+                raise UserError(f"{name} is not finite at {at}; {remedy}")
 
     def restore(self) -> None:
         """Continue from the checkpoint of --resume, and write config.json. Raises UserError.
@@ -214,6 +217,14 @@ class Run:
         write_atomically(self.folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
 
 
+def plain(options: dict[str, Any]) -> dict[str, Any]:
+    """The options as config.json and checkpoints hold them: a tuple becomes a list. Raises UserError."""
+    try:
+        return json.loads(json.dumps(options))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"the options of a run are numbers, texts, and lists and dicts of them: {error}") from error
+
+
 @contextmanager
 def matching(what: str) -> Iterator[None]:
     """Loading what does not match fails in many ways. Raises UserError."""
@@ -227,5 +238,5 @@ def matching(what: str) -> Iterator[None]:
 
 def largest(state: Any) -> float:
     """The largest magnitude in nested dicts and lists of tensors; NaN if any of them is."""
-    tensors = [leaf for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
+    tensors = [leaf for leaf in tensors_of(state) if leaf.is_floating_point() and leaf.numel()]
     return torch.nn.utils.get_total_norm(tensors, math.inf).item() if tensors else 0.0

@@ -6,6 +6,7 @@ import math
 import os
 import signal
 
+import numpy as np
 import pytest
 import torch
 from helpers import load
@@ -108,6 +109,28 @@ def test_what_is_not_finite_is_named_and_never_saved(tmp_path, fault, message, b
         utils.train(run, train_step, ten_images(2), lambda: {"val_loss": math.nan if fault == "validation" else 0.0})
     saved = load(tmp_path / "run" / "checkpoint.pt")
     assert (saved["epoch"], saved["batch"]) == (0, batch)
+
+
+def test_what_is_infinite_from_the_start_gets_a_remedy_of_its_own_and_what_is_empty_is_fine(tmp_path):
+    run = start(tmp_path / "run", {"empty": torch.zeros(0), "mask": torch.full((2,), -math.inf)})
+    with pytest.raises(UserError, match=r"^mask is not finite at the start; make a mask bool, or a buffer with"):
+        utils.train(run, lambda images, labels: {}, ten_images(2))
+
+
+def test_options_are_saved_as_plain_values_or_refused(tmp_path):
+    run = start(tmp_path / "run", {}, betas=(np.float64(0.5), 0.9))
+    utils.train(run, lambda images, labels: {}, ten_images(2))
+    assert load(tmp_path / "run" / "checkpoint.pt")["options"]["betas"] == [0.5, 0.9]
+    with pytest.raises(UserError, match=r"options of a run are numbers, texts, .* Object of type PosixPath"):
+        start(tmp_path / "other", {}, root=tmp_path)
+
+
+def test_after_a_start_that_failed_another_one_can_use_the_folder(tmp_path):
+    kept = []  # as a notebook keeps the last exception
+    for _ in range(2):
+        with pytest.raises(UserError, match="one image would form a batch") as caught:
+            utils.train(start(tmp_path / "run", {"norm": torch.nn.BatchNorm1d(1)}), lambda *_: {}, ten_images(3))
+        kept.append(caught)
 
 
 @pytest.mark.parametrize("amp", [True, False])

@@ -249,6 +249,12 @@ def test_a_negative_number_is_a_value(words, value):
     assert parse(words.split()).black == value
 
 
+def test_a_whole_number_in_a_recipe_stands_for_a_decimal_one(monkeypatch):
+    monkeypatch.setitem(train_classifier.RECIPES["lecture"], "weight_decay", 0)
+    train(*MLP, "--dry-run", "--output-dir", "run")
+    train("--resume", "run")
+
+
 @pytest.mark.parametrize("name", ["SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "WORLD_SIZE"])
 def test_tasks_that_each_train_a_run_of_their_own_are_told_so(name, monkeypatch, capsys):
     monkeypatch.setenv(name, "2")

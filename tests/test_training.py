@@ -334,6 +334,14 @@ print("peak", 1024 * int(status.split("VmHWM:")[1].split()[0]))
     assert metrics["test_accuracy"] > 0.90
 
 
+def test_a_training_does_not_take_a_dry_run_for_its_own():
+    words = [*MLP, "--auto-resume", "--output-dir", "run"]
+    train(*words, "--dry-run")
+    train(*words, "--dry-run")
+    with pytest.raises(UserError, match=r"^run is a dry run; delete it, or name another --output-dir$"):
+        train(*words)
+
+
 def test_a_dry_run_does_not_warn_of_samples_that_eight_steps_cannot_make(capsys):
     train_gan.main([*DIGITS, "--dry-run"])
     assert "warning" not in capsys.readouterr().out
