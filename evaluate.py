@@ -251,6 +251,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     refuse_impossible(network, args)
     args.data_dir = args.data_dir or network.options.get("data_dir", "data")
     args.digit = args.digit and class_numbers(args.digit, network.options["classes"])
+    if args.dataset and os.path.realpath(args.dataset) == os.path.realpath(network.options["dataset"]):
+        args.dataset = None  # else a folder's training images would be test images too
     folder = evaluation_folder(Path(args.run)) / (short_name(args.dataset) if args.dataset else "")
     warn_if_unfinished(args.run, checkpoint)
     make_folder(folder)

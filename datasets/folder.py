@@ -29,7 +29,7 @@ PARTS = {"train", "training", "test", "testing", "val", "valid", "validation"}
 
 
 def load_folder(folder: Path, train: bool, read: Callable[[str], Tensor] | None = None) -> tuple[Tensor, Tensor, list]:
-    """The images of train/ or of test/. Without these folders, four fifths of each class, or the other fifth.
+    """The images of train/ or of test/. Without these folders, about four fifths of each class, or the others.
 
     Returns uint8 images [N, C, SIDE, SIDE] and int64 labels [N], in an order that mixes the classes and is always the
     same, and the paths. read: instead of `read_image`, for a folder that is all test images if it has no such parts.
@@ -130,14 +130,16 @@ def list_images(folder: Path, train: bool, whole: bool = False) -> tuple[list[tu
     """The path and the label of each image of a part, and the other files that it holds. Raises DataError if too few.
 
     Sorted by a hash of the names: it mixes the classes, because --val-size takes the last images. A folder without
-    train/ and test/ is split by it too, unless `whole`, so that an image stays in its part when others are added.
+    train/ and test/ is split by it too, unless `whole`: about a fifth of the hashes are those of test images, so that a
+    training image remains one when others are added.
     """
     part = parts(folder)[1 - train]
     others, chosen = outside_classes(folder, part), list[tuple[bytes, str, int]]()
     for label, (name, files) in enumerate(class_files(part, folder_classes(folder)).items()):
         images = sorted((name_hash(path, part), path, label) for path in filter(is_image, files))
         others += itertools.filterfalse(is_image, files)
-        fifth = 0 if whole or part != folder else max(1, round(len(images) / 5))
+        fifth = sum(hashed[0] < 256 / 5 for hashed, _, _ in images)  # by the first byte
+        fifth = 0 if whole or part != folder else max(1, min(fifth, len(images) - 1))
         if len(images) <= min(1, fifth):
             kinds = f" ({endings(files)})" * bool(files)
             holds = f"{len(images)} images ({', '.join(FORMATS)}) in {len(files)} files{kinds}"
