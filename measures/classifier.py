@@ -83,7 +83,7 @@ def plot_confusion(matrix: list[list[int]], names: Sequence[str] = DIGITS) -> An
 
 
 def plot_mistakes(images: Tensor, logits: Tensor, labels: Tensor, names: Sequence[str] = DIGITS) -> Any:
-    """The 30 most confident mistakes. images: uint8 [N, 1, 28, 28]; logits: [N, classes]; labels: [N]; on the CPU."""
+    """The 30 most confident mistakes. images: uint8 [N, C, H, W]; logits: [N, classes]; labels: [N]; on the CPU."""
     names = labels_of(names, 11)
     probabilities, predictions = logits.softmax(1).max(1)
     wrong = (predictions != labels).nonzero().flatten()
@@ -93,7 +93,7 @@ def plot_mistakes(images: Tensor, logits: Tensor, labels: Tensor, names: Sequenc
     figure.suptitle(f"the {len(worst)} most confident of {len(wrong)} mistakes: predicted (probability), true")
     for place, index in enumerate(worst):
         axis = figure.add_subplot(rows, 10, place + 1)
-        axis.imshow(images[index, 0].numpy(), cmap="gray", vmin=0, vmax=255)
+        axis.imshow(images[index].permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=255)
         title = f"{names[predictions[index]]} ({probabilities[index]:.0%})\ntrue {names[labels[index]]}"
         axis.set_title(title, fontsize=9 if max(map(len, names)) <= 3 else 7)
         axis.axis("off")
@@ -107,7 +107,7 @@ def plot_filters(model: nn.Module) -> Any:
         return None
     figure = new_figure(8, 8.4)
     figure.suptitle(f"first layer: weights of {len(weight)} units, blue negative, red positive")
-    for place, kernel in enumerate(weight[:, 0] if weight.dim() == 4 else weight.view(-1, 28, 28), 1):
+    for place, kernel in enumerate(weight.mean(1) if weight.dim() == 4 else weight.view(-1, 28, 28), 1):
         axis, limit = figure.add_subplot(8, 8, place), kernel.abs().max().item()
         axis.imshow(kernel.numpy(), cmap="bwr", vmin=-limit, vmax=limit)
         axis.axis("off")

@@ -45,18 +45,18 @@ def in_colour(image: "Image.Image", side: int) -> "Image.Image":
     import numpy as np
     from PIL import Image, ImageOps
 
+    image = ImageOps.exif_transpose(image)
     if image.mode[0] in "IF":  # 16 bits and more: stretched from the darkest to the brightest pixel
         deep = np.asarray(image, dtype=np.float32)
         if not np.isfinite(deep).all():
             raise ValueError("not all of its pixels are finite")
-        deep = (deep - deep.min()) / max(np.ptp(deep), 1) * 255
+        deep = (deep - deep.min()) / (np.ptp(deep) or 1) * 255
         image = Image.fromarray(deep.round().astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         drawn = np.asarray(image.convert("L"))[np.asarray(image.getchannel("A")) > 127]
         paper = "black" if drawn.size and drawn.mean() > 127 else "white"
         image = Image.alpha_composite(Image.new("RGBA", image.size, paper), image)
-    upright = ImageOps.exif_transpose(image).convert("RGB")
-    scale = min(1, side / max(upright.size))
-    width, height = (max(1, round(length * scale)) for length in upright.size)
-    return upright.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3)
+    scale = min(1, side / max(image.size))
+    width, height = (max(1, round(length * scale)) for length in image.size)
+    return image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3)

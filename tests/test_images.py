@@ -40,17 +40,19 @@ def left_half(mode):
     array[:, 30:] = 200
     if mode == "I;16":
         return Image.fromarray(array.astype(np.uint16) * 40)
+    if mode == "F":
+        return Image.fromarray(array.astype(np.float32) / 1000)
     return Image.fromarray(array).convert("RGB").convert(mode)
 
 
 @pytest.mark.parametrize(
     ("mode", "format"),
     [("L", "png"), ("RGB", "jpg"), ("CMYK", "jpg"), ("P", "png"), ("RGBA", "webp"), ("LA", "png"), ("I;16", "png"),
-     ("RGB", "bmp"), ("L", "pgm"), ("RGB", "tif")],
+     ("F", "tif"), ("RGB", "bmp"), ("L", "pgm"), ("RGB", "tif")],
 )  # fmt: skip
 def test_every_mode_and_format_becomes_grey(seen, mode, format):
     pixels = seen(left_half(mode), f"a.{format}")
-    left, right = (0, 255) if mode == "I;16" else (50, 200)
+    left, right = (0, 255) if mode in ("I;16", "F") else (50, 200)
     assert pixels[:, :12].mean() == pytest.approx(left, abs=4)
     assert pixels[:, 16:].mean() == pytest.approx(right, abs=4)
 
@@ -65,10 +67,11 @@ def test_the_aspect_ratio_stays_and_margins_continue_the_border(seen):
     assert bright.any(0).sum() == bright.any(1).sum()  # a square is still one
 
 
-def test_a_camera_that_was_held_upright_is_heeded(seen):
+@pytest.mark.parametrize(("mode", "format"), [("RGB", "jpg"), ("RGBA", "png"), ("I;16", "png")])
+def test_a_camera_that_was_held_upright_is_heeded(seen, mode, format):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees clockwise: left becomes top
-    pixels = seen(left_half("RGB"), "a.jpg", exif=exif)
+    pixels = seen(left_half(mode), f"a.{format}", exif=exif)
     assert pixels[:12].mean() < 60 < 190 < pixels[16:].mean()
 
 

@@ -189,14 +189,16 @@ def test_a_classifiers_measures_agree_with_a_count_by_hand():
     assert metrics["test_loss"] == pytest.approx(by_hand)
 
 
-def test_the_mistakes_shown_are_the_most_confident_ones_in_order():
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_mistakes_shown_are_the_most_confident_ones_in_order(channels):
     labels = torch.arange(50) % 10
     logits = torch.zeros(50, 10)
     logits[torch.arange(50), (labels + 1) % 10] = torch.arange(50) / 10  # each is wrong, each more confident
     logits[49, labels[49]] = 9  # and this one is right
-    images = torch.arange(50, dtype=torch.uint8).view(50, 1, 1, 1).expand(50, 1, 28, 28)
+    images = torch.arange(50, dtype=torch.uint8).view(50, 1, 1, 1).repeat(1, channels, 28, 28)
+    images[:, :-1] = 0  # of colours, all are blue
     axes = plot_mistakes(images, logits, labels).axes
-    assert [int(axis.images[0].get_array()[0, 0]) for axis in axes] == list(range(48, 18, -1))
+    assert [int(axis.images[0].get_array()[0, 0].max()) for axis in axes] == list(range(48, 18, -1))
     confidence = logits[48].softmax(0).max()
     assert axes[0].get_title() == f"9 ({confidence:.0%})\ntrue 8"
 
