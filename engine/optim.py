@@ -17,7 +17,11 @@ from engine.errors import UserError
 def build_optimizer(args: Namespace, parameters: Iterable[nn.Parameter]) -> Optimizer:
     """The optimizer that --optimizer names, fused: one pass over the weights instead of many."""
     if args.optimizer == "sgd":
-        return torch.optim.SGD(parameters, args.lr, momentum=args.momentum, weight_decay=args.weight_decay, fused=True)
+        own = dict(momentum=args.momentum, weight_decay=args.weight_decay, fused=True)
+        sgd = torch.optim.SGD(parameters, args.lr, **own)
+        for parameter in sgd.param_groups[0]["params"] if args.momentum else ():
+            sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)  # fused, all or none need to have one
+        return sgd
     kind = torch.optim.Adam if args.optimizer == "adam" else torch.optim.AdamW
     return kind(parameters, args.lr, betas=args.betas, eps=args.eps, weight_decay=args.weight_decay, fused=True)
 

@@ -105,6 +105,17 @@ def test_every_flag_of_an_optimizer_reaches_it(name):
     assert found == {"lr": 0.7, **expected}
 
 
+def test_a_layer_may_be_unfrozen_later(tmp_path):
+    args = train_classifier.get_args_parser().parse_args(["--optimizer", "sgd", "--momentum", "0.9", "--lr", "1"])
+    first, second = (torch.zeros(1, requires_grad=wanted) for wanted in (True, False))
+    optimizer = optim.build_optimizer(args, [first, second])
+    for expected in ([-1, 0], [-2.9, -1]):
+        first.grad, second.grad = torch.ones(1), torch.ones(1) if second.requires_grad else None
+        optimizer.step()
+        assert [first.item(), second.item()] == pytest.approx(expected)
+        second.requires_grad_()
+
+
 def weights_after(folder, *words):
     train(*DIGITS, "--model", "mlp", "--dry-run", *words, "--output-dir", folder / "run")
     return load(folder / "run" / "checkpoint.pt")["state"]["model"]
