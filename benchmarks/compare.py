@@ -30,7 +30,7 @@ from engine.folder import make_folder, read_config
 from engine.table import Table
 
 # Options that make no other setting.
-SAME = ("seed", "classes", "data_dir", "log_interval", "save_interval", "first_stage", "goal")
+SAME = ("seed", "classes", "data_dir", "log_interval", "save_interval", "first_stage", "goal", "threads", "products")
 LOSS_OPTIONS = ("loss", "label_smoothing")  # which say what the loss is
 MEASURES = ("test_accuracy", "log_likelihood", "parzen_log_likelihood", "fid", "coverage", "conditional_accuracy")
 Setting = list[SimpleNamespace]  # runs that differ only in their seed

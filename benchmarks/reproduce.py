@@ -16,13 +16,11 @@ import re
 import shlex
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import zlib
 from argparse import Namespace
 from pathlib import Path
-from signal import SIGINT
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,10 +29,10 @@ sys.path.insert(0, str(ROOT))
 from compare import print_table, read_run
 from engine import flags
 from engine.checkpoint import load_checkpoint
-from engine.errors import UserError, command, run_script
+from engine.errors import command, run_script
 from engine.folder import read_config
 from engine.provenance import warn_if_code_changed
-from experiments.run import start
+from experiments.run import start, wait
 from tables import MEASURES, accuracy, measures, nats
 
 RESULTS = ROOT / "benchmarks" / "results" / "results.json"
@@ -70,7 +68,7 @@ def train(tasks: list[tuple[list[str], int, Path]], args: Namespace) -> list[Row
     """Train and evaluate each (command, seed, folder), --jobs side by side; returns what each metrics.json holds."""
     left, files = [], [folder / "evaluation" / "metrics.json" for _, _, folder in tasks]
     for (words, seed, folder), file in zip(tasks, files):
-        if file.is_file():
+        if file.is_file() and is_finished(folder):
             print(f"{folder} is finished; delete it, or name another --output-dir, to train it again")
             warn_if_code_changed(load_checkpoint(folder), folder)
         else:
@@ -83,24 +81,19 @@ def train(tasks: list[tuple[list[str], int, Path]], args: Namespace) -> list[Row
     return [json.loads(file.read_text()) for file in files]
 
 
+def is_finished(folder: Path) -> bool:
+    """Whether a run has ended, by its epochs alone if it is not to end early."""
+    checkpoint = load_checkpoint(folder)
+    options = checkpoint["options"]
+    ends_early = options.get("patience") or options.get("goal")
+    return bool(ends_early) or options["dry_run"] or checkpoint["epoch"] >= options["epochs"]
+
+
 def calls(words: list[str], seed: int, folder: Path, data_dir: str) -> list[list[Any]]:
     """The commands that train and evaluate one seed of the command `words`."""
     own = [folder.with_name(f"{word}-{seed}") if word in ROWS else word for word in words]
     where = ["--seed", seed, "--data-dir", data_dir, "--output-dir", folder, "--auto-resume"]
     return [own + where, ["evaluate.py", folder]]
-
-
-def wait(processes: list[subprocess.Popen]) -> None:
-    """Raises UserError if one fails."""
-    try:
-        if any([process.wait() for process in processes]):
-            raise UserError("a script stopped; fix what it says, then the same command resumes")
-    except KeyboardInterrupt as stopped:
-        for process in processes:
-            if stopped.args != (SIGINT,):  # which a terminal sends to all; a training saves first
-                process.terminate()
-            process.wait()
-        raise
 
 
 def run_row(name: str, args: Namespace) -> None:

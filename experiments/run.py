@@ -20,6 +20,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from signal import SIGINT
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
@@ -43,6 +44,19 @@ def start(code: Path, *commands: Sequence[object], **how: Any) -> subprocess.Pop
     """Run scripts of the folder `code`, each given with its flags, one after the other: torch is imported once."""
     words = [json.dumps([str(code / script), *map(str, flags)]) for script, *flags in commands]
     return subprocess.Popen([sys.executable, "-c", PROGRAM, str(code), *words], **how)
+
+
+def wait(processes: list[subprocess.Popen]) -> None:
+    """Raises UserError if one fails."""
+    try:
+        if any([process.wait() for process in processes]):
+            raise UserError("a script stopped; fix what it says, then repeat the command")
+    except KeyboardInterrupt as stopped:
+        for process in processes:
+            if stopped.args != (SIGINT,):  # which a terminal sends to all; a training saves first
+                process.terminate()
+            process.wait()
+        raise
 
 
 def names() -> list[str]:
@@ -77,8 +91,7 @@ def train(code: Path, command: str, folder: Path, seeds: Sequence[int], flags: S
     runs, calls = [folder.with_name(f"{folder.name}-{seed}") for seed in seeds], []
     for seed, run in zip(seeds, runs):
         calls += [[script, *own, "--seed", seed, "--output-dir", run], ["evaluate.py", run]]
-    if status := start(code, *calls).wait():
-        sys.exit(status)
+    wait([start(code, *calls)])
     return runs
 
 
@@ -115,6 +128,10 @@ def main() -> None:
     parser.add_argument("names", metavar="NAME", nargs="*", help="experiments; without one, list them")
     parser.add_argument("--measure", action="store_true", help="compare with the baseline, and write results.json")
     args, flags = parser.parse_known_args()
+    if flags and args.measure:
+        parser.error("--measure takes no flags of the training script")
+    if own := {"--seed", "--output-dir"} & {flag.partition("=")[0] for flag in flags}:
+        parser.error(f"an experiment has its own {own.pop()}; omit it")
     if unknown := [name for name in args.names if name not in names()]:
         parser.error(f"there is no experiment {unknown[0]}; choose from {', '.join(names())}")
     for name in [] if args.names else names():

@@ -77,10 +77,12 @@ def test_a_result_measured_before_the_run_trained_on_is_left_out(runs):
 
 def test_other_devices_and_edited_code_are_other_settings(runs):
     shutil.copytree("relu-0", "again")
+    checkpoint = load("again/checkpoint.pt")
+    checkpoint["options"].update(threads=2, products="torch")  # a run chooses them itself
+    save_sealed(checkpoint, runs / "again" / "checkpoint.pt")
     assert [len(setting) for setting in compare.read_settings(["relu-*", "again"])] == [3]
     config = json.loads((runs / "relu-1" / "config.json").read_text())
     (runs / "relu-1" / "config.json").write_text(json.dumps({**config, "device": "cuda:0"}))
-    checkpoint = load("again/checkpoint.pt")
     checkpoint["code"]["train_classifier.py"] = "edited"
     save_sealed(checkpoint, runs / "again" / "checkpoint.pt")
     assert [len(setting) for setting in compare.read_settings(["relu-*", "again"])] == [1, 1, 1]

@@ -113,3 +113,5 @@ def test_one_command_applies_an_experiment_to_a_copy_and_trains_and_evaluates_th
     assert (folder / "code" / "train_classifier.py").read_bytes() != (ROOT / "train_classifier.py").read_bytes()
     _, errors = run(script, "mixxup", cwd=tmp_path, code=2)
     assert "there is no experiment mixxup; choose from" in errors
+    for words, said in ((["--seed=3"], "has its own --seed"), (["--measure", "--lr", "1"], "--measure takes no flags")):
+        assert said in run(script, "mixup", *words, cwd=tmp_path, code=2)[1]

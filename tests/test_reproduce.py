@@ -100,6 +100,13 @@ def test_a_command_of_ones_own_runs_over_seeds_and_resumes(args, tmp_path, monke
     assert "train_classifier.py changed since" in errors
 
 
+def test_a_seed_that_was_evaluated_before_its_end_is_not_finished(monkeypatch):
+    for epoch, options, finished in ((1, {"patience": None}, False), (2, {}, True), (1, {"patience": 1}, True)):
+        checkpoint = {"epoch": epoch, "options": {"epochs": 2, "dry_run": False, **options}}
+        monkeypatch.setattr(reproduce, "load_checkpoint", lambda folder, saved=checkpoint: saved)
+        assert reproduce.is_finished(Path()) == finished
+
+
 def test_every_command_has_a_folder_of_its_own():
     commands = ["train_gan.py", "train_gan.py --amp", "train_gan.py --lr 1", "train_gan.py --lr 1 --amp"]
     commands += [f"train_gan.py --betas {'0.5 ' * 50}{last}" for last in ("0.9", "0.99")]
