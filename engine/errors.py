@@ -134,6 +134,8 @@ def keep_writing() -> None:
             raw = io.BufferedWriter(Output(number, "w", closefd=False))
             encoding = stream.encoding if stream else None
             setattr(sys, name, io.TextIOWrapper(raw, encoding, errors="backslashreplace", line_buffering=True))
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     if dist.is_torchelastic_launched() and os.environ["RANK"] != "0":
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
