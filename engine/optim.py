@@ -17,11 +17,12 @@ from engine.errors import UserError
 def build_optimizer(args: Namespace, parameters: Iterable[nn.Parameter]) -> Optimizer:
     """The optimizer that --optimizer names, fused: one pass over the weights instead of many."""
     if args.optimizer == "sgd":
-        own = dict(momentum=args.momentum, weight_decay=args.weight_decay, fused=True)
-        sgd = torch.optim.SGD(parameters, args.lr, **own)
-        for parameter in sgd.param_groups[0]["params"] if args.momentum else ():
-            sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)  # fused, all or none need to have one
-        return sgd
+        decay = args.weight_decay
+        optimizer = torch.optim.SGD(parameters, args.lr, momentum=args.momentum, weight_decay=decay, fused=True)
+        for group in optimizer.param_groups if args.momentum else ():
+            for weight in group["params"]:  # fused, all need to have one, also what is unfrozen later
+                optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+        return optimizer
     kind = torch.optim.Adam if args.optimizer == "adam" else torch.optim.AdamW
     return kind(parameters, args.lr, betas=args.betas, eps=args.eps, weight_decay=args.weight_decay, fused=True)
 

@@ -112,11 +112,10 @@ class Run:
         for name, value in values.items():
             if not math.isfinite(value):
                 at = f"step {self.batch} of epoch {self.epoch + 1}" if self.batch else f"the end of epoch {self.epoch}"
-                at = f"or shortly before {at}"
-                remedy = "start a new run with a lower --lr, or without --amp"
+                when, remedy = f"at or shortly before {at}", "start a new run with a lower --lr, or without --amp"
                 if self.epoch == self.batch == 0:
-                    at, remedy = "the start", "make a mask bool, or a buffer with persistent=False"
-                raise UserError(f"{name} is not finite at {at}; {remedy}")
+                    when, remedy = "before the first step", "make a mask bool, or a buffer with persistent=False"
+                raise UserError(f"{name} is not finite {when}; {remedy}")
 
     def restore(self) -> None:
         """Continue from the checkpoint of --resume, and write config.json. Raises UserError.

@@ -113,7 +113,7 @@ def test_what_is_not_finite_is_named_and_never_saved(tmp_path, fault, message, b
 
 def test_what_is_infinite_from_the_start_gets_a_remedy_of_its_own_and_what_is_empty_is_fine(tmp_path):
     run = start(tmp_path / "run", {"empty": torch.zeros(0), "mask": torch.full((2,), -math.inf)})
-    with pytest.raises(UserError, match=r"^mask is not finite at the start; make a mask bool, or a buffer with"):
+    with pytest.raises(UserError, match=r"^mask is not finite before the first step; make a mask bool, or a buf"):
         utils.train(run, lambda images, labels: {}, ten_images(2))
 
 
