@@ -156,6 +156,9 @@ class CapturedStep:
     def warm_up(self, recorders: list[Recorder]) -> None:
         """The warm-up check. Raises NotCapturable."""
         values, random = plain_values(self.state), []
+        with Recorder(self.device, self.inputs, recorders[0].before) as first:  # after a resume, it makes the gradients
+            self.step(*self.inputs)
+        recorders[0].generators.update(first.generators)
         for recorder in recorders:
             torch.rand((), device=self.device)  # the random numbers of each step begin elsewhere
             with recorder:

@@ -2,12 +2,13 @@
 
 import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -25,6 +26,19 @@ Before = dict[tuple, tuple[torch.Tensor, torch.Tensor]]
 
 class NotCapturable(UserError):
     """The step would be captured wrongly, or cannot be captured at all. The text is the reason."""
+
+
+class HostReads(TorchFunctionMode):
+    """Calls `read()` before what no operation shows: values of a tensor that become Python's or numpy's."""
+
+    def __init__(self, read: Callable[[], None]):
+        super().__init__()
+        self.read = read
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in (torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__):
+            self.read()
+        return function(*args, **(kwargs or {}))
 
 
 class Recorder(TorchDispatchMode):
@@ -47,6 +61,20 @@ class Recorder(TorchDispatchMode):
         self.generators: dict[int, tuple[torch.Generator, torch.Tensor, str]] = {}  # with its first state, and the line
         self.reads_values = False  # .item() and the like
         self.optimizing = False  # whether the operations are an optimizer's
+        self.host_reads = HostReads(self.read_on_host)
+
+    def __enter__(self) -> "Recorder":
+        self.host_reads.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self.host_reads.__exit__(*error)
+
+    def read_on_host(self) -> None:
+        self.reads_values |= not self.optimizing
+        if self.device:
+            raise NotCapturable(f"{user_line()} reads values on the host, as .tolist() does; compute with tensors")
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -54,6 +82,9 @@ class Recorder(TorchDispatchMode):
             return function(*args, **kwargs)
         line = user_line()
         inputs = tree_leaves((args, kwargs))
+        if function.__name__ == "lift_fresh.default" and args[0].device.type != "meta":  # torch.tensor(x)
+            self.made[storage_of(args[0])] = len(self.operations)
+            inputs.append(values_of(args[0]))
         if reason := waits(function, inputs):
             self.reads_values |= not self.optimizing
             if self.device:
@@ -116,6 +147,8 @@ def waits(function: Any, inputs: list[Any]) -> str:
             "as tensors, use torch.where, and build distributions before the first step"
         )
     masks = name.startswith("index") and any(tensor.dtype == torch.bool for tensor in tensors_of(inputs[1:]))
+    if name == "equal":
+        return "as `if` on a comparison does; use torch.where"
     if masks or name in ("nonzero", "masked_select", "_unique2", "bincount"):
         return "as images[mask] does; use torch.where(mask, images, 0), or weight the loss of each image by the mask"
     return ""
@@ -133,6 +166,13 @@ def written(function: Any, args: tuple, kwargs: dict[str, Any]) -> list[torch.Te
 
 def tensors_of(values: Any) -> list[torch.Tensor]:
     return [value for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
+
+
+def values_of(constant: torch.Tensor) -> Any:
+    """A number, or numbers; of many, a hash."""
+    with torch._C.DisableTorchFunction():
+        values = constant.tolist()
+    return values if constant.numel() < 5 else hash(str(values))
 
 
 def storage_of(tensor: torch.Tensor) -> int:

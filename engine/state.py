@@ -7,6 +7,7 @@ tuples and dicts of them).
 
 import copy
 import itertools
+from collections import OrderedDict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +21,8 @@ from torch.utils._pytree import tree_leaves
 from engine.errors import UserError
 from engine.recorder import PLAIN, THE_STEP, Recorder, address_of, portable_state, storage_of, tensors_of
 
+CONTAINERS = (dict, list, tuple, OrderedDict, torch.Size)  # that a checkpoint may hold
+
 
 def saved(name: str, item: Any) -> Any:
     """What a checkpoint holds of state[name]. Raises UserError if it could not be saved, or not be loaded again."""
@@ -31,7 +34,8 @@ def saved(name: str, item: Any) -> Any:
         content = item.state_dict()
     else:
         content = item
-    for leaf in tree_leaves(content):
+    foreign = lambda part: isinstance(part, dict | list | tuple | deque) and type(part) not in CONTAINERS  # noqa: E731
+    for leaf in tree_leaves(content, foreign):
         if not isinstance(leaf, torch.Tensor) and type(leaf) not in PLAIN:
             what = f"a {type(item).__name__}" + (f" that holds a {type(leaf).__name__}" if leaf is not item else "")
             remedy = "a checkpoint holds tensors and plain values: give it state_dict() and load_state_dict()"
@@ -43,15 +47,18 @@ def restored(item: Any, before: Any) -> Any:
     """`item` as it was when `saved` returned `before`: changed in place, unless it is a number, a text or a tuple."""
     if isinstance(item, torch.Generator):
         item.set_state(before)
-    elif isinstance(item, torch.Tensor):
+    elif isinstance(item, torch.Tensor) and isinstance(before, torch.Tensor):
+        if item.shape != before.shape:
+            return before.to(item.device)
         item.data.copy_(before)
     elif hasattr(item, "load_state_dict"):
         item.load_state_dict(before)
     elif type(item) is type(before) is list:
-        item[:] = before
+        item[:] = [restored(*pair) for pair in zip(item, before)] + before[len(item) :]
     elif type(item) is type(before) is dict:
+        content = {key: restored(item.get(key), value) for key, value in before.items()}
         item.clear()
-        item.update(before)
+        item.update(content)
     else:
         return before
     return item
@@ -83,10 +90,16 @@ def check_optimizers(state: dict[str, Any]) -> None:
 
 
 @contextmanager
-def watched_optimizers(state: dict[str, Any]) -> Iterator[None]:
-    """Within this, a step of an optimizer that `state` lacks raises UserError: a resumed run would start it anew."""
+def watched_optimizers(state: dict[str, Any], updated: dict[Optimizer, bool]) -> Iterator[None]:
+    """Within this, a step of an optimizer that `state` lacks raises UserError: a resumed run would start it anew.
+
+    updated: gets, of each optimizer, whether its weights had a gradient at its first step.
+    """
 
     def check(optimizer: Optimizer, *_: Any) -> None:
+        if optimizer not in updated:
+            weights = (weight for group in optimizer.param_groups for weight in group["params"])
+            updated[optimizer] = any(weight.grad is not None for weight in weights)
         if not any(optimizer is item for item in state.values()):
             remedy = "add it, so that a resumed run continues it"
             raise UserError(f"train_step uses an optimizer ({type(optimizer).__name__}) that `state` lacks; {remedy}")
@@ -105,12 +118,12 @@ def require_batches_for_norm(networks: dict[str, nn.Module], size: int) -> None:
             raise UserError(f"batch norm of the {name}: one image would form a batch by itself; change --batch-size")
 
 
-def untrained(state: dict[str, Any]) -> Iterator[str]:
-    """After the first step: name the optimizers whose weights have no gradient, and weights that no optimizer holds."""
+def untrained(state: dict[str, Any], updated: dict[Optimizer, bool]) -> Iterator[str]:
+    """After the first step: name the optimizers whose weights got no gradient, and weights that no optimizer holds."""
     held = held_weights(state)
     for name, weights in held.items():
-        if all(weight.grad is None for weight in weights):
-            yield f"{name} trains nothing: after the first step, its weights have no gradient"
+        if not updated.get(state[name]) and all(weight.grad is None for weight in weights):
+            yield f"{name} trains nothing: in the first step, its weights got no gradient"
     known = set(itertools.chain(*held.values()))
     lacking = [name for weight, name in weights_of(state).items() if weight.grad is not None and weight not in known]
     if lacking and held:

@@ -4,10 +4,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from engine.device import random_state
-from engine.recorder import COMPARED, THE_STEP, Recorder, difference
+from engine.recorder import COMPARED, THE_STEP, Recorder, difference, storage_of, tensors_of, user_line
 from engine.state import plain_values, unsaved
 
 if TYPE_CHECKING:
@@ -17,10 +18,15 @@ WARNING = "warning: a resumed run would not continue exactly"
 
 
 class Watch(Recorder):
-    """Records a step that may do anything. What optimizers and the loop compute is left out: `state` has all of it."""
+    """Records a step that may do anything.
 
-    def __init__(self, inputs: tuple[torch.Tensor, ...]):
+    What the loop computes is left out: `state` has all of it. So is what optimizers compute, but not that they update,
+    and with which settings, if the step has set them itself.
+    """
+
+    def __init__(self, inputs: tuple[torch.Tensor, ...], optimizers: list[Optimizer]):
         super().__init__(None, inputs)
+        self.settings = {optimizer: settings_of(optimizer) for optimizer in optimizers}
         self.sizes = [len(tensor) for tensor in inputs]
 
     def record(self, name: str, inputs: list[Any], outputs: list[torch.Tensor], line: str) -> None:
@@ -35,10 +41,18 @@ class Watch(Recorder):
 
     def __enter__(self) -> "Watch":
         self.hooks = [
-            register_optimizer_step_pre_hook(lambda *_: setattr(self, "optimizing", True)),
+            register_optimizer_step_pre_hook(self.begin_update),
             register_optimizer_step_post_hook(lambda *_: setattr(self, "optimizing", False)),
         ]
-        return super().__enter__()
+        super().__enter__()
+        return self
+
+    def begin_update(self, optimizer: Optimizer, *_: Any) -> None:
+        settings = settings_of(optimizer)
+        own = settings if settings != self.settings.get(optimizer) else []
+        self.operations.append((f"an update of {type(optimizer).__name__}", *map(repr, own)))
+        self.lines.append(user_line())
+        self.optimizing = True
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
@@ -61,7 +75,7 @@ def watched(step: Callable, run: "Run") -> Callable:
         if calls == 1 or calls > 1 + COMPARED:
             return step(*inputs)
         before = host_values(run.state)
-        with Watch(inputs) as watch:
+        with Watch(inputs, run.optimizers()) as watch:
             metrics = step(*inputs)
         after = host_values(run.state)
         reasons = [unsaved(watch, run.state)]
@@ -80,4 +94,9 @@ def watched(step: Callable, run: "Run") -> Callable:
 def host_values(state: dict[str, Any]) -> list[Any]:
     """What `state` saves of Python: plain values, and the random numbers of numpy and `random`."""
     generators = random_state()
-    return [plain_values(state), generators["python"], generators["numpy"]]
+    places = [storage_of(tensor) for tensor in tensors_of(list(state.values()))]  # else: of tensors that it replaces
+    return [plain_values(state), places, generators["python"], generators["numpy"]]
+
+
+def settings_of(optimizer: Optimizer) -> list[Any]:
+    return [value for group in optimizer.param_groups for value in group.values() if isinstance(value, float | int)]

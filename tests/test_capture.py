@@ -114,6 +114,8 @@ def test_the_step_is_the_same_operations_on_the_same_tensors(build, name):
 FAULTS = {  # what a user might do with the loss of call number i, and what is said of it
     "a Python number": (lambda i, loss: loss / i, 'gets the number 2, then 3; compute it from state["step"]'),
     "read on the host": (lambda i, loss: loss * loss.item(), "waits for a value on the device, as .item()"),
+    "read as a list": (lambda i, loss: loss * loss.view(1).tolist()[0], "reads values on the host, as .tolist()"),
+    "a comparison": (lambda i, loss: loss * torch.equal(loss, loss), "as `if` on a comparison does; use torch.where"),
     "a boolean mask": (lambda i, loss: (x := loss.view(1))[x > 0].sum(), "images[mask] does; use torch"),
     "a distribution": (lambda i, loss: loss + Normal(loss, 1).mean, "build distributions before the first step"),
     "on the CPU": (lambda i, loss: loss * torch.rand(()), "uses a tensor on the cpu in aten.rand"),

@@ -1,6 +1,7 @@
 """What a step may keep, and what is detected if a resumed run would lose it."""
 
 import random
+from collections import deque
 from itertools import count
 
 import numpy as np
@@ -13,6 +14,7 @@ import utils
 from engine.device import seed_all
 from engine.errors import UserError
 from engine.optim import EMA
+from engine.state import restored
 
 # How much noise a step adds to its images, from `state` or from `own`, which `state` holds; and how that begins.
 KEPT = {
@@ -22,10 +24,14 @@ KEPT = {
     "a list": (lambda state, own: own.append(len(own)) or 1 / len(own), lambda: [1]),
     "a dict": (lambda state, own: own.update(n=own["n"] + 1) or 1 / own["n"], lambda: {"n": 1}),
     "a dict of tensors": (lambda state, own: own["mean"].mul_(0.9).sum(), lambda: {"mean": torch.ones(2)}),
+    "tensors that it collects": (lambda state, own: own.append(0.1 * own[-1]) or sum(own), lambda: [torch.ones(())]),
+    "a tensor that it replaces": (lambda state, own: state.update(own=state["own"] * 0.9) or state["own"],
+                                  lambda: torch.ones(())),
+    "constants": (lambda state, own: torch.tensor(0.5) * torch.tensor(0.1), lambda: None),
     "the step number": (lambda state, own: 1 / (1 + state["step"]), lambda: None),
     "numpy's random numbers": (lambda state, own: np.random.rand(), lambda: None),
     "Python's random numbers": (lambda state, own: random.random(), lambda: None),
-}
+}  # fmt: skip
 
 
 def train_with_noise(folder, name, seed, **options):
@@ -53,10 +59,16 @@ def test_what_state_holds_continues_exactly_and_without_a_warning(tmp_path, caps
     assert "warning" not in capsys.readouterr().out
 
 
+def test_lists_and_dicts_within_others_are_restored_in_place_too():
+    inner, tensor = {"n": 1}, torch.zeros(2)
+    restored({"a": [inner, tensor]}, {"a": [{"n": 2}, torch.ones(2), 3]})
+    assert (inner, tensor.tolist()) == ({"n": 2}, [1, 1])
+
+
 @pytest.mark.parametrize(
     ("item", "part"),
     [(object(), "a object"), (np.random.default_rng(0), "a Generator"), ({1, 2}, "a set"),
-     ([torch.nn.Linear(1, 1)], "a list that holds a Linear"), (np.float64(0.5), "a float64")],
+     (deque([1]), "a deque"), ([torch.nn.Linear(1, 1)], "a list that holds a Linear"), (np.float64(0.5), "a float64")],
 )  # fmt: skip
 def test_what_cannot_be_saved_is_named_before_the_first_step(tmp_path, item, part):
     with pytest.raises(UserError) as caught:
@@ -74,6 +86,7 @@ LACKING = {  # what a step adds to its images from `own`, which it keeps outside
     "a counter": (lambda own, layer: next(own["count"]) / 10, "gets the number 0.2, then 0.3"),
     "a tensor": (lambda own, layer: own["average"].lerp_(layer.weight.detach(), 0.1),
                  "updates a tensor [1, 1] that `state` lacks"),
+    "a number in a tensor": (lambda own, layer: torch.tensor(next(own["count"]) / 10), "gets the number 0.2"),
     "a new tensor": (lambda own, layer: own.update(sigma=own["sigma"] * 0.9) or own["sigma"],
                      "reads a tensor that was replaced"),
     "a generator": (lambda own, layer: torch.rand((), generator=own["generator"]),
@@ -98,6 +111,45 @@ def test_what_a_resumed_run_would_not_continue_is_named_with_its_line(tmp_path, 
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
     assert "warning: a resumed run would not continue exactly: tests/test_state.py:" in line
     assert part in line
+
+
+UPDATES = {  # how a step updates the weights when it has been called i times
+    "every third time": lambda optimizer, i: i % 3 or optimizer.step(),
+    "at its own rate": lambda optimizer, i: optimizer.param_groups[0].update(lr=0.1 / i) or optimizer.step(),
+}
+
+
+@pytest.mark.parametrize("name", UPDATES)
+def test_updates_that_a_resumed_run_would_not_continue_are_named(tmp_path, capsys, name):
+    layer, calls = torch.nn.Linear(1, 1), count(1)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+
+    def train_step(images, labels):
+        optimizer.zero_grad()
+        layer(images.flatten(1)).mean().backward()
+        UPDATES[name](optimizer, next(calls))
+        return {}
+
+    utils.train(start(tmp_path / "run", {"layer": layer, "optimizer": optimizer}), train_step, ten_images(batch_size=2))
+    assert "would not continue exactly: tests/test_state.py:" in capsys.readouterr().out
+
+
+def test_a_layer_that_after_epoch_unfroze_learns_in_a_resumed_run_too(tmp_path):
+    def train(epochs, **options):
+        seed_all(0)
+        network = torch.nn.Sequential(torch.nn.Linear(1, 2), torch.nn.Linear(2, 1))
+        network[0].requires_grad_(False)
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+        run = start(
+            tmp_path / f"{len(options)}", {"network": network, "optimizer": optimizer}, epochs=epochs, **options
+        )
+        unfreeze = lambda row: row["epoch"] == 1 and network[0].requires_grad_()  # noqa: E731
+        utils.train(run, fit(network, optimizer), ten_images(batch_size=2), after_epoch=unfreeze)
+        return network[0].weight
+
+    train(2, cuda_graph=True)
+    whole, resumed = train(4), train(4, cuda_graph=True, resume=str(tmp_path / "1"))
+    assert torch.equal(whole, resumed)
 
 
 @pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
@@ -163,7 +215,7 @@ def test_an_optimizer_that_state_lacks_is_refused_at_its_first_step(tmp_path):
 @pytest.mark.parametrize(
     ("held", "train_step", "warning"),
     [
-        ("weight", lambda *_: {}, "optimizer trains nothing: after the first step, its weights"),
+        ("weight", lambda *_: {}, "optimizer trains nothing: in the first step, its weights"),
         ("bias", None, "1 weights are not trained: no optimizer holds layer.weight\n"),
     ],
 )
