@@ -59,7 +59,8 @@ def train(
     batches: has a length; `rows(epoch, start)` yields the row numbers of each batch of `epoch` from number `start` on,
         and `take(rows)` returns their images and labels on the device. datasets.Batches is one.
     validate: returns metrics named val_..., or {}. sample: returns samples [N, 1, H, W] for samples/ and samples.gif.
-        after_epoch gets the epoch's metrics. All run after each epoch, on rank 0, in eval mode and without gradients.
+        Both run after each epoch, on rank 0. after_epoch gets the epoch's metrics, on every rank, and may unfreeze
+        layers or set a learning rate. All run in eval mode and without gradients.
     score: the metric to maximise: best.pt is saved whenever it beats all earlier epochs. Without a validation split
         there is no best.pt, and the last epoch is the result.
     should_stop: gets the last row, on every rank; training ends once it returns True.
@@ -79,7 +80,7 @@ def train(
         optim.warn_of_short_schedules(run.state, run.args.epochs, len(batches))
         if finished(run, should_stop):
             print(f"run already finished at epoch {run.epoch}")
-        with caught_signals() as signals, watched_optimizers(run.state):
+        with caught_signals() as signals, watched_optimizers(run.state, run.updated):
             if run.epoch == run.batch == 0:
                 run.save()
                 broadcast(check)
@@ -159,7 +160,7 @@ def make_step(run: Run, train_step: TrainStep, batches: Any) -> Callable[[torch.
         else:
             run.state["step"].add_(1)
         if run.epoch == run.batch == 0:
-            for problem in untrained(run.state):
+            for problem in untrained(run.state, run.updated):
                 print(f"warning: {problem}")
         for schedule in schedules:
             schedule.step()
@@ -192,7 +193,7 @@ def finish_epoch(
     if score in row and run.best_epoch(score) == run.epoch:
         run.save("best.pt")
     print(f"epoch {run.epoch}/{run.epochs}  {listed(row)}  {run.seconds[run.epoch - 1]:.1f} s")
-    if after_epoch and rank() == 0:
+    if after_epoch:
         after_epoch(row)
     run.write_metrics()
 

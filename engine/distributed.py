@@ -107,4 +107,6 @@ def sum_gradients(optimizers: list[torch.optim.Optimizer], fraction: Callable[[]
 
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     for parameter in {parameter for group in groups for parameter in group["params"]} if world_size() > 1 else ():
-        parameter.register_hook(total)
+        learns = parameter.requires_grad  # one that does not may do so later
+        parameter.requires_grad_().register_hook(total)
+        parameter.requires_grad_(learns)

@@ -21,7 +21,7 @@ from engine.folder import lock, new_folder, read_config
 from engine.optim import EMA
 from engine.provenance import code_fingerprint, environment, warn_if_code_changed
 from engine.recorder import tensors_of
-from engine.state import check_optimizers, restored, saved
+from engine.state import check_optimizers, restored, saved, weights_of
 from engine.table import Table
 
 Metrics = dict[str, float]  # a row of metrics, by name
@@ -61,6 +61,7 @@ class Run:
         self.seconds = [0.0]  # of training, per epoch
         self.counted = self.saved = time.monotonic()  # when these seconds were last updated; of the last save
         state["step"] = torch.zeros((), dtype=torch.int64, device=self.device())
+        self.updated: dict[Optimizer, bool] = {}  # whether its weights had a gradient at its first step
         self.begun = False  # whether this process continues a run whose first step was made by the same code
         self.meter: Any = None  # sums of the current epoch's metrics; utils.train sets it
         self.fraction = 1.0  # fraction of the batch that this rank computes
@@ -82,6 +83,11 @@ class Run:
         tensors = (tensor for network in self.networks().values() for tensor in network.state_dict().values())
         return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
+    def buffers(self) -> dict[str, torch.Tensor]:
+        """What each rank may have of its own, such as an RBM's chains, by name."""
+        buffers = [(name, network.named_buffers()) for name, network in self.networks().items()]
+        return {f"{name}.{key}": buffer for name, own in buffers for key, buffer in own}
+
     def content(self) -> dict[str, Any]:
         """What a checkpoint holds of `state`; the step number follows from epoch and batch."""
         return {name: saved(name, item) for name, item in self.state.items() if name != "step"}
@@ -93,14 +99,16 @@ class Run:
         """Write everything that resuming needs. Raises UserError instead if a metric or a weight is not finite."""
         meter = self.meter.state_dict()
         self.require_finite({name: total for name, (total, _) in meter["since_report"].items()})
-        ranks = all_gather({"random": random_state(), "meter": meter})
+        own = self.buffers() if world_size() > 1 else {}
+        ranks = all_gather({"random": random_state(), "meter": meter, "buffers": own})
         if rank() == 0:
             self.count_seconds()
             state = self.content()
+            learning = [name for weight, name in weights_of(self.state).items() if weight.requires_grad]
             self.require_finite({key: largest(value) for key, value in state.items()})
             checkpoint = {
                 "options": self.options, "types": self.types(), "code": code_fingerprint(self.script), "state": state,
-                "ranks": ranks, "seconds": torch.tensor(self.seconds, dtype=torch.float64),
+                "learning": learning, "ranks": ranks, "seconds": torch.tensor(self.seconds, dtype=torch.float64),
                 **{key: getattr(self, key) for key in POSITION}, **{key: getattr(self, key).pack() for key in TABLES},
             }  # fmt: skip
             content = io.BytesIO()
@@ -131,7 +139,12 @@ class Run:
                 self.load_state(checkpoint)
                 self.load_position(checkpoint)
                 ranks = checkpoint["ranks"]
+                if len(ranks) == world_size() > 1:
+                    for name, buffer in self.buffers().items():
+                        buffer.copy_(ranks[rank()].get("buffers", {}).get(name, buffer))
             self.begun = self.epoch + self.batch > 0 and not changed
+            for weight, name in weights_of(self.state).items() if "learning" in checkpoint and not changed else ():
+                weight.requires_grad_(name in checkpoint["learning"])  # a layer may have been unfrozen
         if self.args.resume or world_size() > 1:  # each rank draws its own random numbers
             random = ranks[rank()]["random"] if len(ranks) == world_size() else {}
             with matching(f"{self.folder} has no random state"):

@@ -18,6 +18,7 @@ import helpers
 import pytest
 import torch
 from helpers import DIGITS, ROOT, act_at, assert_close, assert_one_line, few_digits, load, tensors, train
+from test_loop import start
 
 import datasets
 import datasets.mnist
@@ -25,7 +26,8 @@ import models.cgan
 import models.gan
 import utils
 from datasets import Batches
-from engine import products
+from engine import distributed, products
+from engine import run as run_module
 from engine.device import pick_device
 from engine.distributed import rank, world_size
 from engine.errors import UserError
@@ -216,6 +218,37 @@ def test_a_signal_to_one_process_stops_all_and_another_number_of_processes_resum
 
 
 @pytest.mark.slow
+def test_each_process_resumes_with_its_own_buffers(tmp_path, monkeypatch):
+    def start_here(**options):
+        network = torch.nn.Linear(1, 1)
+        network.register_buffer("chains", torch.zeros(2))
+        run = start(tmp_path / "run", {"network": network}, **options)
+        run.meter = utils.Meter()
+        return run, network
+
+    run, _ = start_here()
+    monkeypatch.setattr(run_module, "world_size", lambda: 2)
+    of_second = {"network.chains": torch.ones(2)}
+    monkeypatch.setattr(run_module, "all_gather", lambda part: [part, {**part, "buffers": of_second}])
+    run.save()
+    run.lock.release()
+    monkeypatch.setattr(run_module, "rank", lambda: 1)
+    run, network = start_here(resume=str(tmp_path / "run"))
+    run.restore()
+    assert network.chains.tolist() == [1, 1]
+
+
+def test_a_frozen_weight_may_be_unfrozen_in_several_processes(monkeypatch):
+    weight, summed = torch.ones(1), []
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "collective", contextlib.nullcontext)
+    monkeypatch.setattr(distributed.dist, "all_reduce", summed.append)
+    distributed.sum_gradients([torch.optim.SGD([weight], lr=1)], lambda: 0.5)
+    assert not weight.requires_grad
+    weight.requires_grad_().sum().backward()
+    assert summed == [0.5]
+
+
 def test_a_signal_to_torchrun_saves_the_run(tmp_path):
     errors = torchrun(tmp_path, the_terminal_closes, *MLP, code=1)
     assert errors.count("stopped and saved") == 1
