@@ -123,9 +123,11 @@ def check_network(args: Namespace, model: nn.Module, batches: Any) -> None:
     try:
         with utils.evaluating(model):
             outputs = model(images)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         reason = f"cannot read images {list(images.shape)} ({str(error).splitlines()[0]})"
         raise UserError(f"--model {args.model} {reason}; change its layers in models/ or the dataset") from error
+    if not isinstance(outputs, Tensor):
+        raise UserError(f"--model {args.model} gives a {type(outputs).__name__}; return the logits alone")
     if outputs.shape != (2, classes):
         found = f"{list(outputs.shape)} for 2 images, not [2, {classes}] logits"
         raise UserError(f"--model {args.model} gives {found}; give its last layer {classes} outputs")

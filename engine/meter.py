@@ -28,8 +28,7 @@ class Meter:
         """Add metrics, each the mean over `images` images. Part of the captured step. Raises UserError."""
         check_metrics("train_step", metrics)
         for name, value in metrics.items():
-            if isinstance(value, torch.Tensor):
-                value = value.detach().float()
+            value = value.detach().float() if isinstance(value, torch.Tensor) else float(value)
             if name not in self.sums:  # later steps add to these very tensors, as a graph must
                 self.sums[name], self.counts[name] = (torch.zeros((), device=self.device) for _ in range(2))
             self.sums[name].add_(value, alpha=images)

@@ -116,6 +116,7 @@ class EMA:
         self.decay = decay
         self.updates = torch.zeros((), device=next(model.parameters()).device)
         pairs = list(zip(self.model.state_dict().values(), model.state_dict().values(), strict=True))
+        pairs = [*{(own.data_ptr(), own.shape): (average, own) for average, own in pairs}.values()]  # tied weights once
         floats = [pair for pair in pairs if pair[0].is_floating_point()]
         self.averages, self.weights = ([pair[i] for pair in floats] for i in (0, 1))
         self.counts = [pair for pair in pairs if not pair[0].is_floating_point()]  # batch norm's number of batches

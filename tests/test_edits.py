@@ -173,6 +173,16 @@ class NineOutputs(MLP):
         return super().forward(x)[:, :9]
 
 
+class Several(MLP):
+    def forward(self, x):
+        return super().forward(x), x
+
+
+class Labelled(MLP):
+    def forward(self, x, labels):
+        return super().forward(x)
+
+
 class Softmax(MLP):
     def forward(self, x):
         return super().forward(x).softmax(1)
@@ -186,6 +196,8 @@ class Softmax(MLP):
         (MadeAtFirst, "make every layer in __init__"),
         (Annealed, "evaluate.py would measure another network"),
         (NineOutputs, "--model mlp gives [2, 9] for 2 images, not [2, 10] logits; give its last layer 10 outputs"),
+        (Several, "--model mlp gives a tuple; return the logits alone"),
+        (Labelled, "--model mlp cannot read images [2, 1, 28, 28] ("),
         (Softmax, "--model mlp gives probabilities, and --loss takes logits; omit its softmax"),
     ],
 )

@@ -35,6 +35,16 @@ def test_ema_follows_its_formula():
     assert not ema.model.training
 
 
+def test_a_tied_weight_is_averaged_once():
+    first, second = torch.nn.Linear(2, 2, bias=False), torch.nn.Linear(2, 2, bias=False)
+    second.weight = first.weight
+    ema = EMA(torch.nn.Sequential(first, second), decay=0.5)
+    before = first.weight.detach().clone()
+    first.weight.data += 1
+    ema.update()
+    torch.testing.assert_close(ema.model[1].weight, before + 0.9)  # 1 - 1 / 10
+
+
 def settings(schedule, optimizer, steps):
     """The learning rate and the momentum of each step."""
     for _ in range(steps):
