@@ -17,7 +17,7 @@ import re
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -251,8 +251,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     refuse_impossible(network, args)
     args.data_dir = args.data_dir or network.options.get("data_dir", "data")
     args.digit = args.digit and class_numbers(args.digit, network.options["classes"])
-    if args.dataset and os.path.realpath(args.dataset) == os.path.realpath(network.options["dataset"]):
-        args.dataset = None  # else a folder's training images would be test images too
+    if args.dataset and network.options["dataset"] not in DATASETS:
+        with suppress(DataError), redirect_stdout(io.StringIO()):  # it may have no training part
+            if digest(*load(args.dataset, args.data_dir)) == network.options.get("dataset_digest"):
+                network.options["dataset"], args.dataset = args.dataset, None  # only its test part was not trained on
     folder = evaluation_folder(Path(args.run)) / (short_name(args.dataset) if args.dataset else "")
     warn_if_unfinished(args.run, checkpoint)
     make_folder(folder)

@@ -9,6 +9,7 @@ and mean ± standard deviation.
 
 import itertools
 import json
+import os
 import statistics
 import sys
 from collections.abc import Iterable
@@ -73,9 +74,9 @@ def read_measures(folder: Path) -> dict[str, float]:
 
 def read_settings(patterns: list[str]) -> list[Setting]:
     """The runs of each setting. Raises UserError."""
-    folders = dict.fromkeys(Path(path) for each in patterns for path in sorted(glob(each)) or [each])
+    folders = {os.path.realpath(path): Path(path) for each in patterns for path in sorted(glob(each)) or [each]}
     settings: dict[str, Setting] = {}
-    for run in map(read_run, folders):
+    for run in map(read_run, folders.values()):
         settings.setdefault(run.setting, []).append(run)
     return list(settings.values())
 

@@ -80,7 +80,8 @@ def test_other_devices_and_edited_code_are_other_settings(runs):
     checkpoint = load("again/checkpoint.pt")
     checkpoint["options"].update(threads=2, products="torch")  # a run chooses them itself
     save_sealed(checkpoint, runs / "again" / "checkpoint.pt")
-    assert [len(setting) for setting in compare.read_settings(["relu-*", "again"])] == [3]
+    twice = ["relu-*", "again", str(runs / "relu-0")]
+    assert [len(setting) for setting in compare.read_settings(twice)] == [3]
     config = json.loads((runs / "relu-1" / "config.json").read_text())
     (runs / "relu-1" / "config.json").write_text(json.dumps({**config, "device": "cuda:0"}))
     checkpoint["code"]["train_classifier.py"] = "edited"

@@ -137,7 +137,8 @@ def test_a_training_image_remains_one_when_others_are_added(one_level):
 def test_a_folder_of_the_runs_own_is_scored_on_its_test_part(one_level, monkeypatch):
     monkeypatch.chdir(one_level.parent)
     train_classifier.main(["--dataset", "one", *CPU, "--epochs", "1"])
-    for words in ([], ["--dataset", str(one_level)]):
+    moved = shutil.copytree(one_level, one_level.parent / "elsewhere" / "copy")
+    for words in ([], ["--dataset", str(one_level)], ["--dataset", str(moved)]):
         assert evaluate.main(["runs/mlp-one", *words])["test_images"] == 11
 
 
