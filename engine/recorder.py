@@ -223,8 +223,8 @@ def user_line() -> str:
 
 def is_capturable(optimizer: Optimizer, device: torch.device) -> bool:
     """Whether the optimizer keeps everything that changes from step to step on the device."""
-    made_so = device.type != "cpu"  # by `prepare`
-    return all(("capturable" in group and made_so) or group.get("fused") for group in optimizer.param_groups)
+    refuses = device.type == "cpu" and type(optimizer).__module__.startswith("torch.")  # to be capturable there
+    return all(group.get("fused") or ("capturable" in group and not refuses) for group in optimizer.param_groups)
 
 
 def prepare(optimizer: Optimizer, device: torch.device) -> None:
