@@ -6,7 +6,7 @@ python benchmarks/tables.py
 import json
 import statistics
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ SLIDES = [
 
 # The slide "Various generative models": each family's row of results.json; they train for ten minutes of one core.
 FAMILIES = ["hmm-ten-minutes", "rbm-lecture", "vae-lecture", "rnn-ten-minutes", "gan-ten-minutes"]
+BEST_FAMILIES = ["hmm-best", "rbm-best", "vae-best", "rnn-best", "gan-best-large"]  # without a limit of time
 
 # The rows of results.json that the README shows, and what each one is.
 BEST = {
@@ -100,8 +101,8 @@ def conditional_accuracy(seeds: list[Row]) -> str:
 
 
 def named(name: str, row: Row) -> str:
-    """The name of a row, with ¹, ² or ³ if it has one, two or three seeds."""
-    return name + {1: " ¹", 2: " ²", 3: " ³"}.get(len(row.get("test_errors", row.get("seeds", []))), "")
+    """The name of a row, with ² if it has two seeds."""
+    return name + " ²" * (len(row.get("test_errors", row.get("seeds", []))) == 2)
 
 
 def extremes(values: list[float]) -> str:
@@ -146,34 +147,34 @@ def results_table() -> str:
 def generators_table() -> str:
     """Each generator trained against a discriminator, and real images."""
     rows = {name: row for name, row in read("results.json").items() if "seeds" in row and "kind" not in row["seeds"][0]}
-    rows["real training images"] = {"seeds": [real_images(rows.values())], "published": ""}
     lines = []
     for name, row in rows.items():
-        name = named(name, row) if "command" in row else name
-        cells = [*measures(row["seeds"]), conditional_accuracy(row["seeds"])]
-        lines.append([name, *cells, minutes(row), row["published"].removeprefix("Parzen ")])
+        cells = [*measures(row["seeds"]), conditional_accuracy(row["seeds"]), minutes(row)]
+        lines.append([named(name, row), *cells, row["published"].removeprefix("Parzen ")])
+    real = [real_images(rows.values())]
+    lines.append(["real training images", *measures(real), conditional_accuracy(real), "", ""])
     return table(["name", *MEASURES, "conditional accuracy", "minutes", "published Parzen"], lines)
 
 
-def likelihood_table() -> str:
-    lines = []
-    for name, row in read("results.json").items():
-        if seeds := [seed for seed in row.get("seeds", []) if "kind" in seed]:
-            published = row["published"].replace(" nats", "")
-            lines.append([named(name, row), nats(seeds), *measures(seeds), minutes(row), published])
-    return table(["name", "nats per image", *MEASURES, "minutes", "published nats"], lines)
+def likelihood_table(names: Sequence[str] = ()) -> str:
+    """The rows of these names; without names, of all models with a likelihood."""
+    rows, lines = read("results.json"), []
+    for name in names or [name for name, row in rows.items() if nats(row.get("seeds", [{}]))]:
+        seeds, row = rows[name]["seeds"], rows[name]
+        lines.append([named(name, row), nats(seeds), *measures(seeds), minutes(row), row["published"]])
+    return table(["name", "nats per image", *MEASURES, "minutes", "published"], lines)
 
 
 def families_table() -> str:
     """The slide's five families with their samples, and real images."""
     results, lines = read("results.json"), []
-    rows = [results[name] for name in FAMILIES]
-    for name, row in zip(FAMILIES, rows):
-        seeds, samples = row["seeds"], f"![Samples of {name}](../assets/{name}.png)"
+    for name in FAMILIES:
+        seeds, samples = results[name]["seeds"], f"![Samples of {name}](../assets/{name}.png)"
         seconds = statistics.mean(seed["sampling_seconds"] for seed in seeds)
         cells = [nats(seeds), *measures(seeds)[1:], f"{seconds:.1f}"]
         lines.append([name[:3].upper(), samples, seeds[0].get("kind", "none"), *cells])
-    lines.append(["real images", "![Test images](../assets/real.png)", "", "", *measures([real_images(rows)])[1:], ""])
+    real = measures([real_images(results.values())])[1:]
+    lines.append(["real images", "![Test images](../assets/real.png)", "", "", *real, ""])
     return table(["", "samples", "likelihood", "nats per image", "FID", "coverage", "seconds for 10,000"], lines)
 
 
@@ -272,7 +273,6 @@ def experiments_table() -> str:
 
 # Photos ---------------------------------------------------------------------------------------------------------
 
-
 FEW = 10  # kinds of fewer real pictures share a row
 
 
@@ -307,9 +307,8 @@ def slides_table() -> str:
     for slide, file, start in SLIDES:
         text = (ROOT / file).read_text("utf-8").splitlines()
         number, line = next((i, line.strip()) for i, line in enumerate(text, 1) if line.strip().startswith(start))
-        lines.append(
-            [slide, f"[{file}:{number}](../{file}#L{number})", f"`{line.split('  #')[0]}`".replace("|", r"\|")]
-        )
+        code = line.split("  #")[0].replace("|", r"\|")
+        lines.append([slide, f"[{file}:{number}](../{file}#L{number})", f"`{code}`"])
     return table(["title of the slide", "code", ""], lines)
 
 
@@ -322,6 +321,7 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
         "generators": generators_table,
         "likelihood": likelihood_table,
         "families": families_table,
+        "best families": partial(likelihood_table, BEST_FAMILIES),
         "rendered": partial(photo_table, "rendered"),
         "real": partial(photo_table, "real"),
     },
