@@ -11,6 +11,7 @@ import os
 import tempfile
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -145,12 +146,14 @@ def for_this_machine(app: Any) -> Any:
     """ASGI middleware that refuses what the page of another website sends."""
 
     async def answer(scope: Any, receive: Any, send: Any) -> None:
+        from starlette.requests import ClientDisconnect
         from starlette.responses import PlainTextResponse
 
         headers = dict(scope.get("headers", ()))
         host, origin = (headers.get(name, b"").decode("latin-1") for name in (b"host", b"origin"))
         good = host.partition(":")[0] in ("", "127.0.0.1", "localhost") and origin in ("", f"http://{host}")
-        await (app if good else PlainTextResponse("only for this machine", 403))(scope, receive, send)
+        with suppress(ClientDisconnect):  # the page was closed while it sent a drawing
+            await (app if good else PlainTextResponse("only for this machine", 403))(scope, receive, send)
 
     return answer
 

@@ -147,6 +147,17 @@ def upload(process, content, **headers):
     return ask(process, "/gradio_api/upload", form, **headers)
 
 
+def test_a_page_that_is_closed_while_it_sends_a_drawing_leaves_no_traceback(process):
+    """Which the end of `process` would find."""
+    connection = http.client.HTTPConnection(process.address.removeprefix("http://"))
+    connection.putrequest("POST", "/gradio_api/upload")
+    connection.putheader("Content-Type", "multipart/form-data; boundary=x")
+    connection.putheader("Content-Length", "1000")
+    connection.endheaders(b"--x\r\n")
+    connection.close()
+    ask(process, "/")
+
+
 def test_other_websites_and_other_users_have_no_access(process):
     assert ask(process, "/")[0] == ask(process, "/", Origin=process.address)[0] == 200
     for headers in ({"Origin": "http://evil.example"}, {"Origin": "null"}, {"Host": "evil.example"}):
