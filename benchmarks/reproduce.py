@@ -68,9 +68,9 @@ def train(tasks: list[tuple[list[str], int, Path]], args: Namespace) -> list[Row
     """Train and evaluate each (command, seed, folder), --jobs side by side; returns what each metrics.json holds."""
     left, files = [], [folder / "evaluation" / "metrics.json" for _, _, folder in tasks]
     for (words, seed, folder), file in zip(tasks, files):
-        if file.is_file() and is_finished(folder):
+        if file.is_file() and is_finished(checkpoint := load_checkpoint(folder)):
             print(f"{folder} is finished; delete it, or name another --output-dir, to train it again")
-            warn_if_code_changed(load_checkpoint(folder), folder)
+            warn_if_code_changed(checkpoint, folder)
         else:
             left.append(calls(words, seed, folder, args.data_dir))
     environment = {**os.environ}
@@ -81,9 +81,8 @@ def train(tasks: list[tuple[list[str], int, Path]], args: Namespace) -> list[Row
     return [json.loads(file.read_text()) for file in files]
 
 
-def is_finished(folder: Path) -> bool:
+def is_finished(checkpoint: Row) -> bool:
     """Whether a run has ended, by its epochs alone if it is not to end early."""
-    checkpoint = load_checkpoint(folder)
     options = checkpoint["options"]
     ends_early = options.get("patience") or options.get("goal")
     return bool(ends_early) or options["dry_run"] or checkpoint["epoch"] >= options["epochs"]

@@ -17,10 +17,10 @@ sys.path.insert(0, str(ROOT))
 
 # Slide -> where it is in the code: file, and the beginning of a line.
 SLIDES = [
-    ("How does it work? Forward path, loss, backward path", "train_classifier.py", "def train_step("),
+    ("How does it work? Forward pass, loss, backward pass", "train_classifier.py", "def train_step("),
     ("How does it work? Iteration", "utils.py", "def train("),
-    ("Forward path", "models/mlp.py", "x = self.activation(self.bn1(self.linear1(x)))"),
-    ("Backward path (∂L/∂W)", "train_classifier.py", "loss.backward()"),
+    ("Forward pass", "models/mlp.py", "x = self.activation(self.bn1(self.linear1(x)))"),
+    ("Backward pass (∂L/∂W)", "train_classifier.py", "loss.backward()"),
     ("Update (W = W - rate · ∂L/∂W)", "train_classifier.py", "optimizer.step()"),
     ("Cross-entropy loss", "train_classifier.py", '"cross-entropy":'),
     ("Convolution", "models/cnn.py", "self.conv1 = nn.Conv2d("),
@@ -309,7 +309,7 @@ def slides_table() -> str:
         number, line = next((i, line.strip()) for i, line in enumerate(text, 1) if line.strip().startswith(start))
         code = line.split("  #")[0].replace("|", r"\|")
         lines.append([slide, f"[{file}:{number}](../{file}#L{number})", f"`{code}`"])
-    return table(["title of the slide", "code", ""], lines)
+    return table(["slide", "code", ""], lines)
 
 
 # page -> section, between `<!-- NAME -->` and `<!-- /NAME -->` -> what makes it

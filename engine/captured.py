@@ -134,7 +134,7 @@ class CapturedStep:
         """Check the step, capture it, and roll back what that changed."""
         self.inputs = [tensor.clone() for tensor in inputs]  # a graph reads these very tensors
         random, before = random_state(), Before()
-        recorders = [Recorder(self.device, self.inputs, before) for _ in range(COMPARED)]
+        recorders = [Recorder(self.device, self.inputs, before) for _ in range(1 + COMPARED)]
         try:
             with side_stream() if self.graph else nullcontext():
                 self.warm_up(recorders)
@@ -147,25 +147,23 @@ class CapturedStep:
             for generator, state, _ in recorders[0].generators.values():
                 generator.set_state(state)
             set_random_state(random, fresh_seed=0)
-        self.recorded = recorders[0]
+        self.recorded = recorders[1]
         if (reason := unsaved(self.recorded, self.state)) != self.warning:
             self.warning = reason
             print(f"{WARNING}: {reason}")
         return self.record_graph(function) if self.graph else function
 
     def warm_up(self, recorders: list[Recorder]) -> None:
-        """The warm-up check. Raises NotCapturable."""
+        """The warm-up check. Its first step, which may make the gradients, is not compared. Raises NotCapturable."""
         values, random = plain_values(self.state), []
-        with Recorder(self.device, self.inputs, recorders[0].before) as first:  # after a resume, it makes the gradients
-            self.step(*self.inputs)
-        recorders[0].generators.update(first.generators)
         for recorder in recorders:
             torch.rand((), device=self.device)  # the random numbers of each step begin elsewhere
             with recorder:
                 self.step(*self.inputs)
-            if reason := difference(recorders[0], recorder):
-                raise NotCapturable(reason)
             random.append(random_state()[self.device.type])
+        for recorder in recorders[2:]:
+            if reason := difference(recorders[1], recorder):
+                raise NotCapturable(reason)
         if torch.equal(random[0], random[1]):
             raise NotCapturable("it seeds the random numbers anew in each step; seed them before the first step")
         for name, value in plain_values(self.state).items():

@@ -30,14 +30,9 @@ class Watch(Recorder):
         self.sizes = [len(tensor) for tensor in inputs]
 
     def record(self, name: str, inputs: list[Any], outputs: list[torch.Tensor], line: str) -> None:
-        self.silent = self.optimizing or line == THE_STEP
         super().record(name, inputs, outputs, line)
-        if self.silent:
-            self.operations.pop()
-            self.lines.pop()
-
-    def describe(self, value: Any) -> Any:
-        return "" if self.silent else super().describe(value)
+        if self.optimizing or line == THE_STEP:
+            del self.operations[-1], self.lines[-1]
 
     def __enter__(self) -> "Watch":
         self.hooks = [
