@@ -22,7 +22,7 @@ from engine.errors import AT_ONCE, UserError
 from engine.recorder import COMPARED, Before, NotCapturable, Recorder, difference, is_capturable, prepare
 from engine.state import plain_values, unsaved
 from engine.threads import tuned
-from engine.watched import WARNING, watched
+from engine.watched import WARNING, settings_of, watched
 
 if TYPE_CHECKING:
     from engine.run import Run
@@ -84,6 +84,7 @@ class CapturedStep:
         self.products_of = products_of
         self.step, self.state, self.batch_size, self.device = step, state, batch_size, device
         self.compiled, self.graph, self.begun, self.is_first, self.eager = compiled, graph, begun, is_first, False
+        self.left_out = ("momentum",) if compiled else ()  # of operations: what a compiled step reads from a tensor
         self.captured: Callable | None = None
         self.recorded: Recorder | None = None  # the step as it was captured
         self.settings: list[Any] | None = None  # of the optimizers, as recorded
@@ -122,7 +123,7 @@ class CapturedStep:
         if self.recorded is None:
             return self.step(*inputs)
         try:
-            with Recorder(self.device, inputs) as recorder:
+            with Recorder(self.device, inputs, left_out=self.left_out) as recorder:
                 self.step(*inputs)
         except NotCapturable as error:
             raise UserError(self.refusal(error)) from error
@@ -134,7 +135,7 @@ class CapturedStep:
         """Check the step, capture it, and roll back what that changed."""
         self.inputs = [tensor.clone() for tensor in inputs]  # a graph reads these very tensors
         random, before = random_state(), Before()
-        recorders = [Recorder(self.device, self.inputs, before) for _ in range(1 + COMPARED)]
+        recorders = [Recorder(self.device, self.inputs, before, self.left_out) for _ in range(1 + COMPARED)]
         try:
             with side_stream() if self.graph else nullcontext():
                 self.warm_up(recorders)
@@ -155,15 +156,19 @@ class CapturedStep:
 
     def warm_up(self, recorders: list[Recorder]) -> None:
         """The warm-up check. Its first step, which may make the gradients, is not compared. Raises NotCapturable."""
-        values, random = plain_values(self.state), []
+        values, random, settings = plain_values(self.state), [], []
         for recorder in recorders:
             torch.rand((), device=self.device)  # the random numbers of each step begin elsewhere
             with recorder:
                 self.step(*self.inputs)
             random.append(random_state()[self.device.type])
+            settings.append([settings_of(optimizer) for optimizer in self.optimizers])
         for recorder in recorders[2:]:
             if reason := difference(recorders[1], recorder):
                 raise NotCapturable(reason)
+        if settings[1] != settings[-1]:
+            remedy = "change them in `after_epoch`, or by a schedule in `state`"
+            raise NotCapturable(f"it changes settings of an optimizer, which are Python numbers; {remedy}")
         if torch.equal(random[0], random[1]):
             raise NotCapturable("it seeds the random numbers anew in each step; seed them before the first step")
         for name, value in plain_values(self.state).items():

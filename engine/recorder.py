@@ -48,11 +48,18 @@ class Recorder(TorchDispatchMode):
         cannot repeat.
     inputs: of the step.
     before: gets each tensor and a copy from before it was first written to, by its place in memory.
+    left_out: keywords of operations whose values may change.
     """
 
-    def __init__(self, device: torch.device | None, inputs: Sequence[torch.Tensor] = (), before: Before | None = None):
+    def __init__(
+        self,
+        device: torch.device | None,
+        inputs: Sequence[torch.Tensor] = (),
+        before: Before | None = None,
+        left_out: Sequence[str] = (),
+    ):
         super().__init__()
-        self.device, self.before = device, before
+        self.device, self.before, self.left_out = device, before, left_out
         self.operations: list[tuple] = []
         self.lines: list[str] = []  # of each operation
         self.made = {storage_of(tensor): -i for i, tensor in enumerate(inputs)}  # storage -> operation, or input
@@ -81,7 +88,7 @@ class Recorder(TorchDispatchMode):
         if function.namespace == "profiler":
             return function(*args, **kwargs)
         line = user_line()
-        inputs = tree_leaves((args, kwargs))
+        inputs = tree_leaves((args, {name: value for name, value in kwargs.items() if name not in self.left_out}))
         if function.__name__ == "lift_fresh.default" and args[0].device.type != "meta":  # torch.tensor(x)
             self.made[storage_of(args[0])] = len(self.operations)
             inputs.append(values_of(args[0]))

@@ -140,8 +140,8 @@ KINDS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
-def test_the_updates_are_torchs(name, tmp_path):
-    """Over 40 steps, while a schedule changes the learning rate, and the momentum once.
+def test_the_updates_are_torchs(name, tmp_path, capsys):
+    """Over 40 steps, compiled once, while a schedule changes the learning rate, and `after_epoch` the momentum.
 
     Of a layer whose weight was frozen at first, weight and bias have a bias correction each.
     """
@@ -158,13 +158,28 @@ def test_the_updates_are_torchs(name, tmp_path):
 
         def change(row, group=optimizer.param_groups[0]):
             if group.get("momentum"):
-                group["momentum"] = 0.5
+                group["momentum"] -= 0.01
 
         state = {"layer": layer, "optimizer": optimizer, "schedule": schedule}
         run = start(tmp_path / str(compiled), state, epochs=8, compile=compiled)
         utils.train(run, fit(layer, optimizer), ten_images(batch_size=2), after_epoch=change)
         weights[compiled] = layer.weight.detach()
     torch.testing.assert_close(weights[True], weights[False], rtol=1e-5, atol=1e-7)
+    assert capsys.readouterr().out.count("compiled in") == (name not in ("amsgrad", "maximize"))  # which run eagerly
+
+
+def test_a_compiled_step_may_not_change_the_momentum_itself(tmp_path):
+    layer = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9, fused=True)
+    step = fit(layer, optimizer)
+
+    def train_step(images, labels):
+        optimizer.param_groups[0]["momentum"] *= 0.99
+        return step(images, labels)
+
+    run = start(tmp_path / "run", {"layer": layer, "optimizer": optimizer}, compile=True)
+    with pytest.raises(UserError, match=r"changes settings of an optimizer.*change them in `after_epoch`"):
+        utils.train(run, train_step, ten_images(batch_size=2))
 
 
 def test_dropout_within_attention_uses_the_eager_steps_random_numbers(monkeypatch):
