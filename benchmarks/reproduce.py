@@ -4,6 +4,7 @@ python benchmarks/reproduce.py --list
 python benchmarks/reproduce.py mlp-lecture --seeds 5 --jobs 2
 python benchmarks/reproduce.py --command "train_classifier.py --model mlp --lr 1e-3" --seeds 5
 python benchmarks/reproduce.py mlp-fast --command "train_classifier.py --model mlp --lr 1e-3" --record    # a new row
+python benchmarks/reproduce.py --minutes  # how long the rows take: three epochs of each, an hour on an idle machine
 python benchmarks/reproduce.py --quick    # a minute: do short forms of some rows fall where they fell before?
 
 If it was interrupted, the same command resumes it. With --jobs 2, two seeds train side by side, each on half of the
@@ -37,6 +38,7 @@ from tables import MEASURES, accuracy, measures, nats
 
 RESULTS = ROOT / "benchmarks" / "results" / "results.json"
 BANDS = ROOT / "benchmarks" / "results" / "quick.json"  # short forms: command, what is compared, and its band
+MINUTES = ROOT / "benchmarks" / "results" / "minutes.json"  # the seconds of three epochs of each row
 Row = dict[str, Any]
 
 # name -> command, in which a row's name stands for the same seed's run of that row.
@@ -144,7 +146,6 @@ def record(name: str, metrics: list[Row], folders: list[Path]) -> None:
         "published": rows.get(name, {}).get("published", ""),  # a new row's is written there by hand
         "options": {key: value for key, value in config["options"].items() if key not in LEFT_OUT},
         "epochs_trained": [len(run.history) for run in runs],
-        "training_seconds": [round(run.seconds[-1]) for run in runs],
         "epochs_evaluated": [seed["epochs"] for seed in metrics],  # best.pt's, if images are held out
         **measured(metrics),
         **{key: config[key] for key in PROVENANCE},
@@ -154,6 +155,23 @@ def record(name: str, metrics: list[Row], folders: list[Path]) -> None:
         if shown == name:
             shutil.copy(folders[0] / file, ROOT / "assets" / asset)
     print(f"wrote {RESULTS}")
+
+
+def time_epochs(names: list[str], args: Namespace) -> None:
+    """Time three epochs of each row in float32, eagerly, with one thread. With --record: write minutes.json anew."""
+    seconds: dict[str, list[float]] = {}
+    for name in names:
+        words = [word for word in shlex.split(ROWS[name]) if word not in ("--amp", "--compile")]
+        with tempfile.TemporaryDirectory() as folder:
+            run = Path(folder, name)
+            own = ["--epochs", 3, "--device", "cpu", "--threads", 1, "--data-dir", args.data_dir, "--output-dir", run]
+            wait([start(ROOT, [*words, *own])])
+            seconds[name] = [round(each, 2) for each in load_checkpoint(run)["seconds"].tolist()[:3]]
+            config = read_config(run)
+        print(f"{name}: {seconds[name]} seconds an epoch")
+        if args.record:
+            machine = {key: config[key] for key in PROVENANCE}
+            MINUTES.write_text(json.dumps({"seconds": seconds, **machine}, indent=2) + "\n")
 
 
 def quick(args: Namespace) -> bool:
@@ -186,7 +204,8 @@ def get_args_parser() -> flags.ArgumentParser:
     add("--list", action="store_true", help="print the rows and their commands")
     add("--command", type=shlex.split, metavar='"SCRIPT ..."', help="run this training command of your own")
     add("--quick", action="store_true", help="train short forms and compare with their bands")
-    add("--record", action="store_true", help="write the rows, or with --quick the bands, to benchmarks/results/")
+    add("--minutes", action="store_true", help="time three epochs of each row that continues no other")
+    add("--record", action="store_true", help="write the rows, bands or seconds to benchmarks/results/")
     add("--seeds", type=positive, default=5, help="number of seeds, from 0")
     add("--jobs", type=positive, default=1, help="seeds side by side")
     add("--data-dir", type=flags.path, default="data", help="folder of the datasets")
@@ -206,6 +225,8 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"there is no row {min(unknown)}; --list prints them")
     if args.quick:
         sys.exit(0 if quick(args) else "a short form falls outside its band in benchmarks/results/quick.json")
+    if args.minutes:
+        return time_epochs(args.names or [name for name, text in ROWS.items() if not ROWS.keys() & text.split()], args)
     if args.list:
         print("\n".join(f"{name:25}  python {text}" for name, text in ROWS.items()))
     for name in args.names:

@@ -37,7 +37,7 @@ def args(tmp_path, monkeypatch):
 def in_this_process(monkeypatch):
     """Scripts run in this process, which saves seconds."""
 
-    def start(_, *commands, env):
+    def start(_, *commands, env=None):
         for script, *words in commands:
             importlib.import_module(Path(script).stem).main([*map(str, words)])
         return Namespace(wait=lambda: 0)
@@ -98,6 +98,21 @@ def test_a_command_of_ones_own_runs_over_seeds_and_resumes(args, tmp_path, monke
     assert f"{folders[0]} is finished" in output
     assert "run already finished at epoch 1" in output
     assert "train_classifier.py changed since" in errors
+
+
+def test_three_epochs_of_each_row_that_continues_no_other_are_timed_eagerly(
+    args, in_this_process, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(reproduce, "MINUTES", tmp_path / "minutes.json")
+    monkeypatch.setattr(reproduce, "ROWS", {"light": f"{OWN} --amp --compile", "second": "train_gan.py --resume light"})
+    reproduce.main(["--minutes", "--record"])
+    measured, output = json.loads(reproduce.MINUTES.read_text()), capsys.readouterr().out
+    assert list(measured["seconds"]) == ["light"]
+    assert len(measured["seconds"]["light"]) == 3
+    assert measured["threads"] == 1
+    assert f"light: {measured['seconds']['light']} seconds an epoch" in output
+    assert "compiling" not in output
+    assert not (tmp_path / "light").exists()
 
 
 def test_a_seed_that_was_evaluated_before_its_end_is_not_finished():
