@@ -25,6 +25,7 @@ import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator
+from signal import SIGINT
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from tqdm import tqdm
 
 from engine import optim
 from engine.captured import capture
+from engine.checkpoint import has_checkpoint
 from engine.distributed import broadcast, rank, sync_flags, world_size
 from engine.errors import Stopped, caught_signals, command
 from engine.meter import Meter, validated
@@ -67,8 +69,8 @@ def train(
     check: runs on rank 0 in eval mode, before the first step and after the last, as measures.trained.check_rebuilt.
 
     Saves checkpoint.pt before the first step, every --save-interval seconds, after each epoch, and on a signal,
-    after which it raises Stopped. Raises UserError if a metric or a weight is not finite. Returns the run
-    folder and the metrics of the last epoch.
+    after which it raises Stopped; a second Ctrl-C does so at once. Raises UserError if a metric or a weight is not
+    finite. Returns the run folder and the metrics of the last epoch.
     """
     try:
         steps = min(len(batches), DRY_RUN_STEPS) if run.args.dry_run else len(batches)
@@ -99,6 +101,10 @@ def train(
         if "kind" in run.args:  # by which evaluate.py rebuilds the network
             done = "dry run of a few steps, whose results mean nothing; to train, omit --dry-run"
             print(done if run.args.dry_run else f"now evaluate it: {command('evaluate.py', run.folder)}")
+    except KeyboardInterrupt as error:  # the second Ctrl-C
+        if not has_checkpoint(run.folder):
+            raise
+        raise stopped(run, error.args[0] if error.args else SIGINT, "interrupted") from None
     finally:
         run.lock.release()
     return {"folder": str(run.folder), **run.history[-1]}
@@ -205,8 +211,12 @@ def save(run: Run, signals: list[int], due: bool) -> None:
         run.save()
     if signal:
         save_plots(run)
-        again = "the same command" if run.args.auto_resume else command(run.script, "--resume", run.folder)
-        raise Stopped(signal, f"stopped and saved; resume with: {again}" if rank() == 0 else "")
+        raise stopped(run, signal, "stopped and saved")
+
+
+def stopped(run: Run, signal: int, how: str) -> Stopped:
+    again = "the same command" if run.args.auto_resume else command(run.script, "--resume", run.folder)
+    return Stopped(signal, f"{how}; resume with: {again}" if rank() == 0 else "")
 
 
 def listed(metrics: Metrics) -> str:

@@ -34,7 +34,7 @@ class DataError(OSError):
 
 
 class Stopped(OneLine):
-    """A signal ended the training after a whole step, and the run was saved. Arguments: signal, message."""
+    """A signal ended a training, whose run can be resumed. Arguments: signal, message."""
 
 
 def shell(*words: object) -> str:
