@@ -136,8 +136,8 @@ def faster(products: list[Matrices], replacing: float) -> str:
     rounds = [(seconds(products), replacing + by_onednn(seconds, products)) for _ in range(3)]  # in turn: times drift
     own, other = map(min, zip(*rounds))
     library = "onednn" if other < WORTH * own else "torch"
-    times = f"torch's own take {1000 * own:.2f} ms a step, oneDNN's {1000 * other:.2f}"
-    print(f"products: {library} ({times}; oneDNN is chosen below {1000 * WORTH * own:.2f})")
+    times = f"torch's take {1000 * own:.2f} ms a step, oneDNN's {1000 * other:.2f} ms"
+    print(f"products: {library} ({times}; oneDNN is chosen below {1000 * WORTH * own:.2f} ms)")
     return library
 
 

@@ -244,7 +244,7 @@ def test_a_run_chooses_the_faster_products_and_a_resumed_run_keeps_them(flags, t
     seconds = itertools.cycle([0.001, 0.0005])  # torch's, oneDNN's
     monkeypatch.setattr(products, "seconds", lambda products: next(seconds))
     kill_and_resume(tmp_path, (1, 4), *flags)
-    assert capsys.readouterr().out.count("products: onednn (torch's own take 1.00 ms a step, ") == 2
+    assert capsys.readouterr().out.count("products: onednn (torch's take 1.00 ms a step, ") == 2
     assert load_checkpoint(tmp_path / "run" / "checkpoint.pt")["options"]["products"] == "onednn"
     losses = {}
     for name in ("torch", "onednn"):
