@@ -110,11 +110,10 @@ def extremes(values: list[float]) -> str:
     return " to ".join(dict.fromkeys(map(str, (min(values), max(values)))))
 
 
-def minutes(row: Row) -> str:
-    """Of training, per seed; empty for a row that was measured before runs kept them."""
-    if not row.get("training_seconds"):
-        return ""
-    return mean_sd((seconds / 60 for seconds in row["training_seconds"]), 1) + " (GPU)" * bool(row.get("gpu"))
+def minutes(name: str, row: Row) -> str:
+    """Of training, by the seconds of three epochs; empty for a row that continues another."""
+    epochs, seconds = statistics.mean(row["epochs_trained"]), read("minutes.json")["seconds"].get(name)
+    return mean_sd((epochs * each / 60 for each in seconds), 1 if epochs > 1 else 2) if seconds else ""
 
 
 def nats(seeds: list[Row]) -> str:
@@ -140,7 +139,7 @@ def results_table() -> str:
     for name, row in read("results.json").items():
         if "test_errors" in row:
             epochs = extremes(row["epochs_trained"])
-            lines.append([named(name, row), epochs, accuracy(row), minutes(row), row["published"]])
+            lines.append([named(name, row), epochs, accuracy(row), minutes(name, row), row["published"]])
     return table(["name", "epochs", "test accuracy", "minutes", "published"], lines)
 
 
@@ -149,7 +148,7 @@ def generators_table() -> str:
     rows = {name: row for name, row in read("results.json").items() if "seeds" in row and "kind" not in row["seeds"][0]}
     lines = []
     for name, row in rows.items():
-        cells = [*measures(row["seeds"]), conditional_accuracy(row["seeds"]), minutes(row)]
+        cells = [*measures(row["seeds"]), conditional_accuracy(row["seeds"]), minutes(name, row)]
         lines.append([named(name, row), *cells, row["published"].removeprefix("Parzen ")])
     real = [real_images(rows.values())]
     lines.append(["real training images", *measures(real), conditional_accuracy(real), "", ""])
@@ -161,7 +160,7 @@ def likelihood_table(names: Sequence[str] = ()) -> str:
     rows, lines = read("results.json"), []
     for name in names or [name for name, row in rows.items() if nats(row.get("seeds", [{}]))]:
         seeds, row = rows[name]["seeds"], rows[name]
-        lines.append([named(name, row), nats(seeds), *measures(seeds), minutes(row), row["published"]])
+        lines.append([named(name, row), nats(seeds), *measures(seeds), minutes(name, row), row["published"]])
     return table(["name", "nats per image", *MEASURES, "minutes", "published"], lines)
 
 

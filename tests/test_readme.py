@@ -66,6 +66,13 @@ def test_rows_were_made_with_the_options_of_their_commands_and_with_five_seeds()
         assert not (row["commit"] or "").endswith("-dirty"), name
 
 
+def test_the_epochs_of_every_row_that_continues_no_other_were_timed_on_one_machine():
+    measured = tables.read("minutes.json")
+    assert list(measured["seconds"]) == [name for name in reproduce.ROWS if name != "maxout-paper"]
+    assert (measured["threads"], measured["gpu"]) == (1, None)
+    assert not measured["commit"].endswith("-dirty")
+
+
 def test_the_page_shows_what_was_measured_of_the_pretrained_networks():
     for path in (ROOT / "weights").glob("*.pt"):
         seed = load_checkpoint(path)["measured"]
