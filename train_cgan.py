@@ -31,10 +31,10 @@ RECIPES = {
         noise="centred", init="he", epochs=100, batch_size=200, optimizer="adam", lr=1e-3, betas=[0.0, 0.9], val_size=0,
         r1=0.5, wrong_label=0.1, dropout_g=0.0, dropout_d=0.2, ema=0.9999,
     ),
-    # Mirza & Osindero 2014, section 4.1; the initial weights are the GAN paper's, and the EMA is ours.
+    # Mirza & Osindero 2014, section 4.1. Noise and initial weights are those of the GAN paper's code; the EMA is ours.
     "paper": dict(
-        init="paper", epochs=100, batch_size=100, optimizer="sgd", lr=0.1, momentum=0.5, schedule="maxout",
-        simultaneous=True, val_size=10_000, ema=0.9999,
+        noise="centred", init="paper", epochs=100, batch_size=100, optimizer="sgd", lr=0.1, momentum=0.5,
+        schedule="maxout", simultaneous=True, val_size=10_000, ema=0.9999,
     ),
 }  # fmt: skip
 VARIANTS: flags.Variants = {("best", "digits"): dict(epochs=500), ("paper", "digits"): dict(val_size=137)}
