@@ -200,7 +200,8 @@ def finish_epoch(
         run.save("best.pt")
     print(f"epoch {run.epoch}/{run.epochs}  {listed(row)}  {run.seconds[run.epoch - 1]:.1f} s")
     if after_epoch:
-        after_epoch(row)
+        with run.unchanged():
+            after_epoch(row)
     run.write_metrics()
 
 

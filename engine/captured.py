@@ -91,15 +91,16 @@ class CapturedStep:
         self.warning = ""  # the last one
         self.calls = 0  # of the captured step
         self.short_lived = 0  # how many captured steps in a row were replayed only a few times
-        self.optimizers = [item for item in state.values() if isinstance(item, Optimizer)]
+        self.rates: list[Any] = []  # learning rates
+        self.prepare()
         self.momenta = [torch.zeros((), device=device) for _ in self.groups()]
-        for optimizer in self.optimizers:
-            prepare(optimizer, device)
 
     def __call__(self, *inputs: torch.Tensor) -> Any:
         if self.eager or not self.begun or len(inputs[0]) != self.batch_size:
             self.begun = True
             return self.step(*inputs)
+        if self.is_first():
+            self.prepare()
         if self.settings != (settings := self.recorded_settings()):
             self.renew(self.settings is not None, "a setting of the optimizer changes")
             self.settings = settings
@@ -109,6 +110,16 @@ class CapturedStep:
             self.captured = self.capture(inputs)
         self.calls += 1
         return self.captured(*inputs)
+
+    def prepare(self) -> None:
+        """Again before each epoch: `after_epoch` may have replaced an optimizer, or a learning rate by a number."""
+        self.optimizers = [item for item in self.state.values() if isinstance(item, Optimizer)]
+        for group, rate in zip(self.groups(), self.rates):
+            if isinstance(rate, torch.Tensor) and not isinstance(group["lr"], torch.Tensor):
+                group["lr"] = rate.fill_(group["lr"])  # which the captured step reads
+        for optimizer in self.optimizers:
+            prepare(optimizer, self.device)
+        self.rates = [group["lr"] for group in self.groups()]
 
     def renew(self, changed: bool, reason: str) -> None:
         """Capture the step again. If that is due for the third time within a few steps, run all steps eagerly."""

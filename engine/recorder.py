@@ -238,7 +238,7 @@ def prepare(optimizer: Optimizer, device: torch.device) -> None:
     """Move what changes in each step onto the device; a learning rate that is read there becomes a tensor."""
     for group in optimizer.param_groups:
         if group.get("fused") or isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
-            group["lr"] = torch.as_tensor(float(group["lr"]), device=device)
+            group["lr"] = torch.as_tensor(group["lr"], device=device)  # a tensor of the user's stays the same
         if "capturable" in group:
             group["capturable"] = device.type != "cpu"  # which torch refuses on the CPU, where it is not needed
     for state in optimizer.state.values():

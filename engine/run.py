@@ -95,6 +95,22 @@ class Run:
     def types(self) -> dict[str, str]:
         return {name: type(item).__name__ for name, item in self.state.items() if name != "step"}
 
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Raise UserError if within this an item of `state` becomes one that a resumed run would not build."""
+        before = self.structure()
+        yield
+        if changed := [name for name, own in self.structure().items() if own != before.get(name)]:
+            remedy = "build it before the first step; what is to learn later, freeze with requires_grad_(False)"
+            raise UserError(f"after_epoch makes {changed[0]} another one, which a resumed run would not do; {remedy}")
+
+    def structure(self) -> dict[str, Any]:
+        """The type of each item of `state`, with a network's keys and the sizes of an optimizer's groups."""
+        optimizers = {name: item for name, item in self.state.items() if isinstance(item, Optimizer)}
+        groups = {name: [len(group["params"]) for group in item.param_groups] for name, item in optimizers.items()}
+        keys = {name: [*network.state_dict()] for name, network in self.networks().items()}
+        return {name: (kind, groups.get(name), keys.get(name)) for name, kind in self.types().items()}
+
     def save(self, name: str = "checkpoint.pt") -> None:
         """Write everything that resuming needs. Raises UserError instead if a metric or a weight is not finite."""
         meter = self.meter.state_dict()

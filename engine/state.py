@@ -7,7 +7,7 @@ tuples and dicts of them).
 
 import copy
 import itertools
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._pytree import tree_leaves
 
@@ -36,7 +37,7 @@ def saved(name: str, item: Any) -> Any:
         content = item
     foreign = lambda part: isinstance(part, dict | list | tuple | deque) and type(part) not in CONTAINERS  # noqa: E731
     for leaf in tree_leaves(content, foreign):
-        if not isinstance(leaf, torch.Tensor) and type(leaf) not in PLAIN:
+        if not isinstance(leaf, torch.Tensor) and type(leaf) not in (*PLAIN, Counter):  # as MultiStepLR's milestones
             what = f"a {type(item).__name__}" + (f" that holds a {type(leaf).__name__}" if leaf is not item else "")
             remedy = "a checkpoint holds tensors and plain values: give it state_dict() and load_state_dict()"
             raise UserError(f"state[{name!r}] is {what}, which cannot be saved; {remedy}")
@@ -47,6 +48,11 @@ def restored(item: Any, before: Any) -> Any:
     """`item` as it was when `saved` returned `before`: changed in place, unless it is a number, a text or a tuple."""
     if isinstance(item, torch.Generator):
         item.set_state(before)
+    elif isinstance(item, Optimizer):
+        rates = [group["lr"] for group in item.param_groups]
+        item.load_state_dict(before)
+        for group, rate in zip(item.param_groups, rates):
+            group["lr"] = rate.fill_(group["lr"]) if isinstance(rate, torch.Tensor) else group["lr"]
     elif isinstance(item, torch.Tensor) and isinstance(before, torch.Tensor):
         if item.shape != before.shape:
             return before.to(item.device)
@@ -87,6 +93,11 @@ def check_optimizers(state: dict[str, Any]) -> None:
             shapes = ", ".join(str(list(weight.shape)) for weight in lacking[:3])
             remedy = "add the network that they belong to"
             raise UserError(f"{name} updates {len(lacking)} weights that `state` lacks ({shapes}); {remedy}")
+    parts = [part for item in state.values() for part in (item, *getattr(item, "__dict__", {}).values())]
+    for name, item in state.items():
+        scheduled = hasattr(getattr(item, "step", None), "_wrapped_by_lr_sched")
+        if scheduled and not any(isinstance(part, LRScheduler) and part.optimizer is item for part in parts):
+            print(f"warning: {name} has a schedule that `state` lacks; add it, so that a resumed run continues it")
 
 
 @contextmanager
@@ -152,7 +163,9 @@ def unsaved(recorder: Recorder, state: dict[str, Any]) -> str:
             return f"{line} uses a torch.Generator that `state` lacks; add it"
     weights = weights_of(state).items()
     gradients = {storage_of(weight.grad): name for weight, name in weights if weight.grad is not None}
-    known = set(map(storage_of, tensors_of([saved(name, item) for name, item in state.items()])))
+    objects = [item for item in state.values() if type(item).__module__.startswith("torch.")]
+    held = [vars(item) for item in objects if not isinstance(item, nn.Module) and hasattr(item, "load_state_dict")]
+    known = set(map(storage_of, tensors_of([held, *(saved(name, item) for name, item in state.items())])))
     for storage, (tensor, line) in recorder.continued().items():
         if storage in gradients:
             remedy = "call optimizer.zero_grad() in each step, and add up gradients within one step alone"

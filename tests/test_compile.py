@@ -141,7 +141,8 @@ KINDS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 def test_the_updates_are_torchs(name, tmp_path, capsys):
-    """Over 40 steps, compiled once, while a schedule changes the learning rate, and `after_epoch` the momentum.
+    """Over 40 steps, compiled once, while a schedule changes the learning rate, and `after_epoch` the momentum and
+    the learning rate, to a number.
 
     Of a layer whose weight was frozen at first, weight and bias have a bias correction each.
     """
@@ -159,6 +160,7 @@ def test_the_updates_are_torchs(name, tmp_path, capsys):
         def change(row, group=optimizer.param_groups[0]):
             if group.get("momentum"):
                 group["momentum"] -= 0.01
+            group["lr"] = float(group["lr"])
 
         state = {"layer": layer, "optimizer": optimizer, "schedule": schedule}
         run = start(tmp_path / str(compiled), state, epochs=8, compile=compiled)

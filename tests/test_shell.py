@@ -164,13 +164,6 @@ def test_a_signal_that_comes_twice_saves_the_last_step(number):
     assert load("run/checkpoint.pt")["batch"] == 4
 
 
-def test_a_second_ctrl_c_ends_a_training_at_once_and_says_how_to_resume_it():
-    act_at((0, 3), lambda: [signal.raise_signal(signal.SIGINT) for _ in range(2)])
-    with pytest.raises(Stopped, match=r"interrupted; resume with: .*train_classifier\.py --resume run"):
-        train(*MLP, "--output-dir", "run")
-    assert load("run/checkpoint.pt")["batch"] == 0
-
-
 @pytest.mark.parametrize(("torchrun", "epochs"), [(False, 2), (True, 0)])
 def test_a_hangup_that_nohup_ignores_stays_ignored(monkeypatch, torchrun, epochs):
     """torchrun does not ignore it: it sends it to its processes, and kills them when they do not end."""

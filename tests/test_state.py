@@ -14,7 +14,8 @@ import utils
 from engine.device import seed_all
 from engine.errors import UserError
 from engine.optim import EMA
-from engine.state import restored
+from engine.recorder import prepare
+from engine.state import restored, saved
 
 # How much noise a step adds to its images, from `state` or from `own`, which `state` holds; and how that begins.
 KEPT = {
@@ -152,6 +153,26 @@ def test_a_layer_that_after_epoch_unfroze_learns_in_a_resumed_run_too(tmp_path):
     assert torch.equal(whole, resumed)
 
 
+def test_what_after_epoch_rebuilds_is_refused(tmp_path):
+    layer, late = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    run = start(tmp_path / "run", {"layer": layer, "late": late, "optimizer": optimizer})
+    add = lambda row: optimizer.add_param_group({"params": late.parameters()})  # noqa: E731
+    with pytest.raises(UserError, match=r"after_epoch makes optimizer another one, .*requires_grad_"):
+        utils.train(run, fit(layer, optimizer), ten_images(batch_size=2), after_epoch=add)
+
+
+def test_a_learning_rate_that_is_a_tensor_of_the_users_remains_that_tensor():
+    layer, rate = torch.nn.Linear(1, 1), torch.tensor(0.1)
+    optimizer = torch.optim.Adam(layer.parameters(), rate, fused=True)
+    prepare(optimizer, torch.device("cpu"))
+    before = saved("optimizer", optimizer)
+    rate.fill_(0.2)
+    restored(optimizer, before)
+    assert optimizer.param_groups[0]["lr"] is rate
+    assert rate == 0.1
+
+
 @pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
 def test_sparse_matrices_and_an_optimizer_that_changes_its_formula_train_without_a_warning(tmp_path, capsys, layout):
     layer, matrix = torch.nn.Linear(1, 1), torch.ones(2, 2).to_sparse(layout=layout)
@@ -179,6 +200,43 @@ def test_gradients_accumulated_across_steps_are_named_and_within_a_step_they_are
 
     utils.train(start(tmp_path / "run", {"layer": layer, "optimizer": optimizer}), train_step, ten_images(batch_size=2))
     assert ("adds to the gradient of layer." in capsys.readouterr().out) == (not within)
+
+
+def test_a_scheduled_rate_and_a_gradient_scaler_are_saved_without_a_warning(tmp_path, capsys):
+    def train(epochs, **options):
+        seed_all(0)
+        layer, scaler = torch.nn.Linear(1, 1), torch.amp.GradScaler("cpu")
+        optimizer = torch.optim.Adam(layer.parameters(), torch.tensor(0.1), fused=True)
+        schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [3, 7])
+
+        def train_step(images, labels):
+            loss = (layer(images.flatten(1)) - 0.3).square().mean()
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            return {}
+
+        state = {"layer": layer, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
+        run = start(tmp_path / f"{len(options)}", state, epochs=epochs, **options)
+        utils.train(run, train_step, ten_images(batch_size=2))
+        return layer.weight
+
+    train(1, cuda_graph=True)
+    whole, resumed = train(2), train(2, cuda_graph=True, resume=str(tmp_path / "1"))
+    assert torch.equal(whole, resumed)
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_a_schedule_that_state_lacks_is_named(tmp_path, capsys):
+    layer = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    state = {"layer": layer, "optimizer": optimizer}
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    start(tmp_path / "run", {**state})
+    assert "warning: optimizer has a schedule that `state` lacks; add it" in capsys.readouterr().out
+    start(tmp_path / "other", {**state, "schedule": schedule})
+    assert "warning" not in capsys.readouterr().out
 
 
 def test_a_step_that_reads_values_or_trains_with_a_schedule_gets_no_warning(tmp_path, capsys):
