@@ -32,8 +32,9 @@ PICK_THE_BRUSH = (
 
 
 def get_args_parser() -> flags.ArgumentParser:
-    parser = flags.ArgumentParser("demo.py", str(__doc__))
-    parser.add_argument("run", metavar="RUN", nargs="*", help="run folders, or files of weights/ (none: all of these)")
+    parser = flags.ArgumentParser("demo.py", __doc__)
+    what = "run folders, or files of weights/ (none: all of these)"
+    parser.add_argument("run", metavar="RUN", type=flags.path, nargs="*", help=what)
     parser.add_argument("--port", type=flags.number(int, 0, 65535), default=7860, help="local port; 0: any free one")
     return parser
 
@@ -166,6 +167,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def serve(runs: Sequence[str], port: int) -> None:
+    for name in ("NO_PROXY", "no_proxy"):  # Gradio calls its own page
+        os.environ[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1", "localhost"]))
     try:
         import gradio as gr
         from PIL import Image
@@ -178,7 +181,10 @@ def serve(runs: Sequence[str], port: int) -> None:
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # no fonts from elsewhere
     where: dict[str, Any] = dict(server_name="127.0.0.1", server_port=port or None, prevent_thread_lock=True)
     limits: dict[str, Any] = dict(max_file_size="5mb", app_kwargs={"middleware": [Middleware(for_this_machine)]})
-    _, url, _ = page.launch(**where, **limits, share=False, quiet=True, theme=theme)
+    try:
+        _, url, _ = page.launch(**where, **limits, share=False, quiet=True, theme=theme)
+    except OSError as error:
+        raise UserError(f"port {port} is taken; choose another one, or any free one with --port 0") from error
     print(f"open {url} in a browser; Ctrl-C stops the page")
     try:
         threading.Event().wait()

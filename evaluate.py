@@ -49,7 +49,7 @@ Plots = dict[str, Any]  # file name -> matplotlib's figure, or the arguments of 
 
 
 def get_args_parser() -> flags.ArgumentParser:
-    parser = flags.ArgumentParser("evaluate.py", str(__doc__))
+    parser = flags.ArgumentParser("evaluate.py", __doc__)
     add, number = parser.add_argument, flags.number
     add("run", metavar="RUN", type=flags.path, help="run folder, or one checkpoint file")
     add("--data-dir", type=flags.path, help="folder of the datasets, by default the run's own")
@@ -125,7 +125,7 @@ def classify_photos(model: Any, paths: Sequence[str], folder: Path) -> None:
                 continue
             reading = read_picture(model, path)
         except OSError as error:
-            print(f"evaluate.py: error: {error}", file=sys.stderr)
+            print(f"evaluate.py: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
             failed = True
             continue
         probabilities, number = read_number(model, reading)
@@ -231,13 +231,15 @@ def refuse_impossible(network: Any, args: argparse.Namespace) -> None:
 def warn_if_unfinished(run: str, checkpoint: dict[str, Any]) -> None:
     if checkpoint["options"].get("dry_run"):
         print(f"warning: {run} is a dry run of a few steps; its results mean nothing", file=sys.stderr)
-    folder = evaluation_folder(Path(run)).parent
+    folder, batch = evaluation_folder(Path(run)).parent, checkpoint.get("batch", 0)
+    where = f"epoch {checkpoint['epoch']}" + f" and {batch} batches of the next" * bool(batch)
+    if batch:
+        print(f"warning: {run} was saved within an epoch; these are the results of {where}", file=sys.stderr)
     try:
         if (folder / ".lock").is_file():
             lock(folder).release()
     except UserError:
-        words = f"is still training; these are the results of epoch {checkpoint['epoch']}"
-        print(f"warning: {run} {words}", file=sys.stderr)
+        print(f"warning: {run} is still training; these are the results of {where}", file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
@@ -266,7 +268,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
         return None
     measure = evaluate_generator if hasattr(network, "sample") else evaluate_classifier
     measured, plots = measure(network, args, device)
-    metrics = {"dataset": args.dataset or network.options["dataset"], "epochs": checkpoint["epoch"], **measured}
+    position = {"epochs": checkpoint["epoch"], **({"batch": batch} if (batch := checkpoint.get("batch")) else {})}
+    metrics = {"dataset": args.dataset or network.options["dataset"], **position, **measured}
     write_atomically(folder / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
     save(plots, folder, "metrics.json")
     return metrics

@@ -65,11 +65,13 @@ def read_measures(folder: Path) -> dict[str, float]:
         return {}
     try:
         read = json.loads(path.read_text("utf-8"))
-        epochs, measures = read["epochs"], {name: float(read[name]) for name in MEASURES if name in read}
+        position = read["epochs"], read.get("batch", 0)
+        measures = {name: float(read[name]) for name in MEASURES if name in read}
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         remedy = f"write it again: {command('evaluate.py', folder)}"
         raise UserError(f"{path} is not as evaluate.py wrote it; {remedy}") from error
-    return measures if epochs == load_result(folder)["epoch"] else {}
+    result = load_result(folder)
+    return measures if position == (result["epoch"], result["batch"]) else {}
 
 
 def read_settings(patterns: list[str]) -> list[Setting]:
@@ -167,7 +169,8 @@ def print_table(settings: list[Setting]) -> None:
 
 def get_args_parser() -> flags.ArgumentParser:
     parser = flags.ArgumentParser("compare.py", __doc__)
-    parser.add_argument("runs", metavar="RUN", nargs="+", help='run folders, or patterns such as "runs/mlp-*"')
+    what = 'run folders, or patterns such as "runs/mlp-*"'
+    parser.add_argument("runs", metavar="RUN", type=flags.run_folder, nargs="+", help=what)
     parser.add_argument("--output", metavar="FILE", type=flags.path, default="compare.png", help="the plot, a PNG")
     return parser
 

@@ -216,8 +216,8 @@ def get_args_parser() -> flags.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     parser = get_args_parser()
     args = parser.parse_args(argv)
-    if args.command:
-        if not (ROOT / args.command[0]).is_file():
+    if args.command is not None:
+        if not args.command or not (ROOT / args.command[0]).is_file():
             parser.error('--command must begin with a training script, like "train_gan.py --recipe best"')
         args.names = args.names or [folder_name(args.command)]
         ROWS[args.names[0]] = shlex.join(args.command)
@@ -229,6 +229,8 @@ def main(argv: list[str] | None = None) -> None:
         return time_epochs(args.names or [name for name, text in ROWS.items() if not ROWS.keys() & text.split()], args)
     if args.list:
         print("\n".join(f"{name:25}  python {text}" for name, text in ROWS.items()))
+    if not args.names and not args.list:
+        parser.error("name a row; --list prints them")
     for name in args.names:
         run_row(name, args)
 

@@ -11,7 +11,7 @@ import secrets
 import struct
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,8 @@ def write_atomically(path: Path, content: bytes) -> None:
                 os.replace(path, path.with_name("previous.pt"))
             os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # which would replace the message
+            temporary.unlink(missing_ok=True)
 
 
 def append(path: Path, content: bytes) -> None:
@@ -68,7 +69,7 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        remedy = "free space there or allow writing; everything saved before is unchanged"
+        remedy = "free space there, allow writing, or use another name; everything saved before is unchanged"
         raise UserError(f"{path} could not be written ({error.strerror}); {remedy}") from error
 
 
@@ -108,7 +109,10 @@ def load_result(path: str | Path) -> dict[str, Any]:
 def read_checkpoint(path: Path, keys: set[str] = KEYS) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path} does not exist: this is not a run, or nothing was saved yet; name another")
-    content = path.read_bytes()
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); allow reading it, or copy the run") from error
     if not is_sealed(content):
         raise UserError(
             f"{path} is damaged or not a checkpoint of this repository (its SHA-256 does not match); name another"

@@ -41,8 +41,8 @@ class ArgumentParser(argparse.ArgumentParser):
     doc: the script's docstring: its first line describes the script, the others are examples.
     """
 
-    def __init__(self, prog: str, doc: str):
-        description, _, examples = doc.partition("\n")
+    def __init__(self, prog: str, doc: str | None):
+        description, _, examples = (doc or "").partition("\n")  # None: python -OO
         how: dict[str, Any] = dict(formatter_class=HelpFormatter, allow_abbrev=False)
         super().__init__(prog=prog, description=description, epilog=examples.strip("\n"), **how)
         self._negative_number_matcher = re.compile(r"-(\.?\d|inf|nan)", re.IGNORECASE)  # argparse's knows no -5e-1
@@ -101,12 +101,14 @@ def run_folder(text: str) -> str:
 
 def device_name(text: str) -> str:
     """An argparse type: the name of a device."""
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", text):
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:(0|[1-9]\d?))?", text):
         raise argparse.ArgumentTypeError(f"must be auto, cpu, cuda, cuda:1, ... or mps, not {text}")
     return text
 
 
-def training_parser(kind: str, script: str, doc: str, recipes: Recipes, datasets: Sequence[str]) -> ArgumentParser:
+def training_parser(
+    kind: str, script: str, doc: str | None, recipes: Recipes, datasets: Sequence[str]
+) -> ArgumentParser:
     """A parser with the flags of every training script. kind: of its runs, a key of models.KINDS."""
     parser = ArgumentParser(Path(script).name, doc)
     # classes: the names of the dataset's classes; datasets.split sets them
@@ -125,14 +127,18 @@ def training_parser(kind: str, script: str, doc: str, recipes: Recipes, datasets
     add("--lr", type=number(float, 0), default=2e-4, help="learning rate")
     add("--optimizer", choices=["sgd", "adam", "adamw"], default="adam", help="optimizer")
     add("--betas", type=number(float, 0, 0.999999), nargs=2, default=[0.9, 0.999], help="Adam's decay rates")
-    add("--eps", type=number(float, 0), default=1e-8, help="Adam's constant against division by 0")
+    add("--eps", type=number(float, 1e-30), default=1e-8, help="Adam's constant against division by 0")
     add("--momentum", type=number(float, 0, 1), default=0.0, help="SGD's momentum")
     add("--weight-decay", type=number(float, 0), default=0.0, help="weight decay")
     add("--ema", type=number(float, 0, 1), help="decay of an EMA of the weights; the averaged weights are the result")
     add("--seed", type=number(int, 0, 2**31 - 1), help="random seed of weights, order, noise")
     add = parser.group("where to compute")
     add("--device", type=device_name, default="auto", help="auto, cpu, cuda, cuda:1, ... or mps")
-    add("--threads", type=number(int, 1), help="threads of the CPU (none: as many as are fastest in the first steps)")
+    add(
+        "--threads",
+        type=number(int, 1, 1024),
+        help="threads of the CPU (none: as many as are fastest in the first steps)",
+    )
     library = "library of the matrix products on a CPU (none: the faster one)"
     add("--products", choices=["torch", "onednn"], help=library)
     compiler = "compile the whole step (needs a C++ compiler; Triton on CUDA)"

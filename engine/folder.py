@@ -29,6 +29,9 @@ def new_folder(wanted: str | None, name: str) -> Path:
             return folder
         except FileExistsError:
             folder, number = Path("runs") / f"{name}-{number + 1}", number + 1
+        except OSError as error:
+            remedy = "allow writing there, or name another folder with --output-dir"
+            raise UserError(f"{folder} cannot be created ({error.strerror}); {remedy}") from error
 
 
 def is_unstarted(path: Path) -> bool:

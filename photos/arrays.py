@@ -16,7 +16,10 @@ def to_pixels(images: Any) -> Tensor:
     as in MNIST. Its range follows from all its pixels: a negative one means -1 to 1, one above 1 means 0 to 255,
     otherwise it is 0 to 1, whatever the type. Raises DataError.
     """
-    pixels = images.detach().cpu() if isinstance(images, Tensor) else torch.as_tensor(np.asarray(images))
+    try:  # a copy: torch takes no negative strides, no big-endian numbers, and warns of what it could not write to
+        pixels = images.detach().cpu() if isinstance(images, Tensor) else torch.from_numpy(np.array(images, np.float32))
+    except (TypeError, ValueError) as error:
+        raise DataError(f"images are numbers in an array or tensor [N, 1, 28, 28], not these: {error}") from error
     shape = [*pixels.shape]
     ends = [28, 28], [28, 28, 1], [784], [1, 28, 28]
     if not pixels.numel() or not any(shape in (end, [len(pixels), *end]) for end in ends):

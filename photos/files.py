@@ -35,6 +35,10 @@ def open_image(image: "str | Path | Image.Image", side: int) -> "Image.Image":
             return in_colour(file, side)
     except DataError:
         raise
+    except PermissionError as error:
+        raise DataError(f"{name} cannot be read; allow reading it, or remove it") from error
+    except Image.DecompressionBombError as error:
+        raise DataError(f"{name} has too many pixels; shrink it below 100 megapixels, or remove it") from error
     except Exception as error:  # each format raises its own kinds
         reason = " ".join(str(error).split()) or type(error).__name__
         remedy = "save it as PNG or JPEG, or remove it"

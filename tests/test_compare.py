@@ -71,8 +71,9 @@ def test_seeds_of_one_setting_are_mean_and_sd(runs, capsys):
 
 def test_a_result_measured_before_the_run_trained_on_is_left_out(runs):
     assert compare.read_run(Path("tanh-0")).values["test_accuracy"]
-    save_sealed({**load("tanh-0/checkpoint.pt"), "epoch": 1}, runs / "tanh-0" / "best.pt")
-    assert "test_accuracy" not in compare.read_run(Path("tanh-0")).values
+    for position in ({"epoch": 1}, {"batch": 3}):
+        save_sealed({**load("tanh-0/checkpoint.pt"), **position}, runs / "tanh-0" / "best.pt")
+        assert "test_accuracy" not in compare.read_run(Path("tanh-0")).values
 
 
 def test_other_devices_and_edited_code_are_other_settings(runs):

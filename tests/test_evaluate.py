@@ -141,6 +141,15 @@ def test_evaluating_says_that_a_run_is_still_training_or_was_a_dry_run(small_run
     assert capsys.readouterr().err.splitlines() == [f"warning: {path} {words}" for words in said]
 
 
+def test_evaluating_says_that_a_run_was_saved_within_an_epoch(small_run, tmp_path, capsys):
+    save_sealed({**load(small_run / "checkpoint.pt"), "batch": 3}, tmp_path / "run" / "checkpoint.pt")
+    call(tmp_path / "run")
+    assert (
+        "saved within an epoch; these are the results of epoch 1 and 3 batches of the next" in capsys.readouterr().err
+    )
+    assert metrics_of(tmp_path / "run")["batch"] == 3
+
+
 @pytest.fixture(scope="module")
 def generators(tmp_path_factory):
     """A run of each training script of generators, after two steps."""

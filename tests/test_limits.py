@@ -47,11 +47,23 @@ def no_rights():
     ctypes.CDLL(None).capset((ctypes.c_uint32 * 2)(version_3, whole_process), (ctypes.c_uint32 * 6)())
 
 
-def test_no_right_to_make_a_folder_is_one_line(tmp_path):
-    tmp_path.chmod(0o555)
+@pytest.mark.parametrize("closed", ["", "runs"])
+def test_no_right_to_make_a_folder_is_one_line(tmp_path, closed):
+    folder = tmp_path / closed
+    folder.mkdir(exist_ok=True)
+    folder.chmod(0o555)
     _, errors = run("train_classifier.py", *FLAGS, cwd=tmp_path, code=1, before=no_rights)
-    tmp_path.chmod(0o755)
+    folder.chmod(0o755)
     assert_one_line(errors, "cannot be created (Permission denied)", "allow writing", "run")
+
+
+def test_the_previous_checkpoint_stands_in_for_one_that_the_system_does_not_read(begun):
+    (begun / "checkpoint.pt").rename(begun / "previous.pt")
+    (begun / "checkpoint.pt").touch(0o000)
+    output, errors = run("evaluate.py", "run", cwd=begun.parent, before=no_rights)
+    assert "run/checkpoint.pt cannot be read (Permission denied)" in errors
+    assert "using run/previous.pt" in errors
+    assert "test accuracy" in output
 
 
 def test_a_folder_that_vanishes_is_named(tmp_path):

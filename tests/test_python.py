@@ -50,6 +50,7 @@ def test_arrays_of_the_usual_shapes_and_ranges_are_the_same_images(images, shape
     [
         *((np.zeros(shape), rf"images of shape \[{', '.join(map(str, shape))}\]")
           for shape in ((32, 32), (0, 28, 28), (6, 3, 28, 28))),  # of another size, none, in colour
+        (["a.png"], "images are numbers in an array"),
         (np.full((28, 28), 300.0), "pixels from 300 to 300"),
         (np.full((28, 28), np.nan), "pixels from nan"),
         *((np.array([low, high] * 392), f"pixels from {low:.3g} to {high:.3g}")
@@ -61,6 +62,12 @@ def test_arrays_of_the_usual_shapes_and_ranges_are_the_same_images(images, shape
 def test_arrays_of_other_shapes_and_ranges_are_one_line(given, reason):
     with pytest.raises(DataError, match=reason):
         to_pixels(given)
+
+
+def test_turned_and_big_endian_arrays_are_read_as_they_are():
+    image = np.arange(784, dtype=np.float32).reshape(28, 28) / 783
+    assert torch.equal(to_pixels(np.rot90(image)[::-1]), to_pixels(np.rot90(image)[::-1].copy()))
+    assert torch.equal(to_pixels(image.astype(">f4")), to_pixels(image))
 
 
 @pytest.mark.parametrize("kind", [np.uint8, bool, np.int64, np.float32, np.float16])

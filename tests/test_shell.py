@@ -118,6 +118,11 @@ def test_paths_of_the_home_folder_and_files_of_a_run(tmp_path, monkeypatch):
 
 
 # Commands -------------------------------------------------------------------------------------------------------------
+def test_a_name_that_is_too_long_is_one_line_with_a_remedy():
+    with pytest.raises(UserError, match=r"could not be written \(File name too long\); .* or use another name"):
+        write_atomically(Path("a" * 250), b"")
+
+
 @pytest.mark.parametrize("name", ["my runs/first", "-x", "a\\n\tb"])
 def test_a_printed_path_is_one_line_and_reaches_a_program_as_it_is(name):
     line = shell("cat", Path(name))
