@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from engine import products
 from engine.device import random_state, set_random_state
@@ -168,9 +169,9 @@ class CapturedStep:
     def warm_up(self, recorders: list[Recorder]) -> None:
         """The warm-up check. Its first step, which may make the gradients, is not compared. Raises NotCapturable."""
         values, random, settings = plain_values(self.state), [], []
-        for recorder in recorders:
+        for i, recorder in enumerate(recorders):
             torch.rand((), device=self.device)  # the random numbers of each step begin elsewhere
-            with recorder:
+            with advanced(self.state, i), recorder:
                 self.step(*self.inputs)
             random.append(random_state()[self.device.type])
             settings.append([settings_of(optimizer) for optimizer in self.optimizers])
@@ -196,10 +197,16 @@ class CapturedStep:
         momenta = {parameter.data_ptr(): momentum for group, momentum in pairs for parameter in group["params"]}
         states = [state for optimizer in self.optimizers for state in optimizer.state.values()]
         counts = {state["step"].data_ptr(): state["step"].item() for state in states if "step" in state}
+        random, ends = random_state(), []
         AT_ONCE.append(True)
         try:
             function = compile_step(self.step, self.inputs, momenta, counts, self.products_of(self.step, self.inputs))
-            function(*self.inputs)
+            for each in (self.step, function):
+                set_random_state(random, fresh_seed=0)
+                each(*self.inputs)
+                ends.append(random_state()[self.device.type])
+            if not torch.equal(*ends):
+                raise RuntimeError("it sets random numbers back within the step, as torch.utils.checkpoint does")
         except (Exception, KeyboardInterrupt) as error:  # no compiler, no Triton, another torch, Ctrl-C
             print(f"not compiled: {reason_of(error)}")
             self.compiled, self.eager = False, not self.graph
@@ -251,6 +258,20 @@ class CapturedStep:
                 elif name != "params" and not isinstance(value, torch.Tensor):
                     settings.append(value)
         return settings
+
+
+@contextmanager
+def advanced(state: dict[str, Any], steps: int) -> Iterator[None]:
+    """Within this, what a step may read of the schedules in `state` is another one after every step."""
+    schedules = [item for item in state.values() if isinstance(item, LRScheduler)]
+    before = [(schedule, schedule.last_epoch, schedule._last_lr) for schedule in schedules]
+    try:
+        for schedule, epoch, rates in before:
+            schedule.last_epoch, schedule._last_lr = epoch + steps, [rate * (1 + steps) for rate in rates]
+        yield
+    finally:
+        for schedule, epoch, rates in before:
+            schedule.last_epoch, schedule._last_lr = epoch, rates
 
 
 def reason_of(error: BaseException) -> str:

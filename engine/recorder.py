@@ -20,6 +20,7 @@ LOOP = str(ROOT / "utils.py")
 THE_STEP = "the step"  # what has no line of the user's
 COMPARED = 5  # steps in a row: enough to see `if i % 5 == 0`
 OVERWRITES = ("zero_", "_foreach_zero_", "fill_", "copy_", "normal_", "uniform_", "bernoulli_", "random_")
+MANY = "values"  # how a hash of them begins
 PLAIN = (bool, int, float, str, type(None))  # with tensors, what a checkpoint may hold
 Before = dict[tuple, tuple[torch.Tensor, torch.Tensor]]
 
@@ -176,10 +177,10 @@ def tensors_of(values: Any) -> list[torch.Tensor]:
 
 
 def values_of(constant: torch.Tensor) -> Any:
-    """A number, or numbers; of many, a hash."""
+    """A number, or a few; of many, a hash."""
     with torch._C.DisableTorchFunction():
         values = constant.tolist()
-    return values if constant.numel() < 5 else hash(str(values))
+    return values if constant.numel() < 5 else f"{MANY} {hash(str(values))}"
 
 
 def storage_of(tensor: torch.Tensor) -> int:
@@ -208,7 +209,10 @@ def change(first: tuple, second: tuple) -> str:
         return f", as after `if i % 5 == 0`; {remedy}"
     a, b = next((a, b) for a, b in zip(first, second) if a != b)
     if isinstance(a, tuple):
-        return f": {first[0]} reads a tensor that was replaced; update it in place, as with x.copy_(...)"
+        remedy = 'update it in place, as with x.copy_(...), or read optimizer.param_groups[0]["lr"] if it is the rate'
+        return f": {first[0]} reads a tensor that was replaced; {remedy}"
+    if a.startswith(f"'{MANY}"):
+        return f": {first[0]} gets other values from Python or numpy; draw or compute them with torch"
     remedy = 'compute it from state["step"], or keep it in a tensor in `state` that the step updates in place'
     return f": {first[0]} gets the number {a}, then {b}; {remedy}"
 

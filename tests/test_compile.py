@@ -184,6 +184,15 @@ def test_a_compiled_step_may_not_change_the_momentum_itself(tmp_path):
         utils.train(run, train_step, ten_images(batch_size=2))
 
 
+def test_a_step_that_sets_random_numbers_back_is_not_compiled(tmp_path, capsys):
+    network = torch.nn.Sequential(torch.nn.Linear(1, 8), torch.nn.Dropout(), torch.nn.Linear(8, 1))
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1, fused=True)
+    recomputed = partial(torch.utils.checkpoint.checkpoint, network, use_reentrant=False)
+    run = start(tmp_path / "run", {"network": network, "optimizer": optimizer}, compile=True)
+    utils.train(run, fit(recomputed, optimizer), ten_images(batch_size=2))
+    assert "not compiled: it sets random numbers back within the step" in capsys.readouterr().out
+
+
 def test_dropout_within_attention_uses_the_eager_steps_random_numbers(monkeypatch):
     """Its memory is in another order than its dimensions, which Inductor changes: only dense dropout is left to it."""
     x, graphs = torch.rand(5, 3, 4).transpose(0, 1), []

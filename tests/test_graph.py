@@ -12,6 +12,7 @@ import utils
 from engine import captured
 from engine.captured import COMPARED, CapturedStep
 from engine.errors import UserError
+from engine.recorder import prepare
 
 
 class FakeGraph:
@@ -90,6 +91,20 @@ def test_what_a_captured_step_changes_and_state_lacks_is_named(capsys):
     memory, how = torch.zeros(3), {"compiled": False, "graph": False, "begun": True}
     call(CapturedStep(lambda rows: memory.add_(1), {}, 2, torch.device("cpu"), **how), 1)
     assert "warning: a resumed run would not continue exactly: tests/test_graph.py:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "read", [lambda schedule: schedule.last_epoch / 20, lambda schedule: schedule.get_last_lr()[0]]
+)
+def test_what_a_step_reads_of_a_schedule_is_seen_to_change(read):
+    optimizer = sgd()
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    prepare(optimizer, torch.device("cpu"))
+    before = schedule.last_epoch, schedule.get_last_lr()
+    state, how = {"optimizer": optimizer, "schedule": schedule}, {"compiled": False, "graph": False, "begun": True}
+    with pytest.raises(UserError, match=r"tests/test_graph.py:\d+ does not do the same in every step"):
+        call(CapturedStep(lambda rows: torch.ones(1) * read(schedule), state, 2, torch.device("cpu"), **how), 1)
+    assert (schedule.last_epoch, schedule.get_last_lr()) == before
 
 
 def test_the_warm_up_check_leaves_no_trace(fake_cuda):

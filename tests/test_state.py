@@ -88,6 +88,7 @@ LACKING = {  # what a step adds to its images from `own`, which it keeps outside
     "a tensor": (lambda own, layer: own["average"].lerp_(layer.weight.detach(), 0.1),
                  "updates a tensor [1, 1] that `state` lacks"),
     "a number in a tensor": (lambda own, layer: torch.tensor(next(own["count"]) / 10), "gets the number 0.2"),
+    "numbers in a tensor": (lambda own, layer: torch.tensor([next(own["count"])] * 5).sum(), "gets other values"),
     "a new tensor": (lambda own, layer: own.update(sigma=own["sigma"] * 0.9) or own["sigma"],
                      "reads a tensor that was replaced"),
     "a generator": (lambda own, layer: torch.rand((), generator=own["generator"]),
