@@ -8,7 +8,7 @@ tuples and dicts of them).
 import copy
 import itertools
 from collections import Counter, OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -155,8 +155,11 @@ def evaluating(*networks: nn.Module) -> Iterator[None]:
             layer.training = training
 
 
-def unsaved(recorder: Recorder, state: dict[str, Any]) -> str:
-    """What the recorded step changed and `state` lacks, with the line of the user's code; "" if nothing."""
+def unsaved(recorder: Recorder, state: dict[str, Any], before: Sequence[int] = ()) -> str:
+    """What the recorded step changed and `state` lacks, with the line of the user's code; "" if nothing.
+
+    before: the storages of what `state` held before the step, which may have replaced them.
+    """
     generators = {address_of(item) for item in state.values() if isinstance(item, torch.Generator)}
     for address, (_, _, line) in recorder.generators.items():
         if address not in generators:
@@ -165,7 +168,7 @@ def unsaved(recorder: Recorder, state: dict[str, Any]) -> str:
     gradients = {storage_of(weight.grad): name for weight, name in weights if weight.grad is not None}
     objects = [item for item in state.values() if type(item).__module__.startswith("torch.")]
     held = [vars(item) for item in objects if not isinstance(item, nn.Module) and hasattr(item, "load_state_dict")]
-    known = set(map(storage_of, tensors_of([held, *(saved(name, item) for name, item in state.items())])))
+    known = {*before} | set(map(storage_of, tensors_of([held, *(saved(name, item) for name, item in state.items())])))
     for storage, (tensor, line) in recorder.continued().items():
         if storage in gradients:
             remedy = "call optimizer.zero_grad() in each step, and add up gradients within one step alone"

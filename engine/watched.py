@@ -9,7 +9,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from engine.device import random_state
 from engine.recorder import COMPARED, THE_STEP, Recorder, difference, storage_of, tensors_of, user_line
-from engine.state import plain_values, unsaved
+from engine.state import plain_values, saved, unsaved
 
 if TYPE_CHECKING:
     from engine.run import Run
@@ -73,7 +73,7 @@ def watched(step: Callable, run: "Run") -> Callable:
         with Watch(inputs, run.optimizers()) as watch:
             metrics = step(*inputs)
         after = host_values(run.state)
-        reasons = [unsaved(watch, run.state)]
+        reasons = [unsaved(watch, run.state, before[1])]
         if last and last[0].sizes == watch.sizes and not watch.reads_values and before == after:
             reasons.append(difference(last[0], watch))
         last[:] = [watch]
@@ -89,8 +89,12 @@ def watched(step: Callable, run: "Run") -> Callable:
 def host_values(state: dict[str, Any]) -> list[Any]:
     """What `state` saves of Python: plain values, and the random numbers of numpy and `random`."""
     generators = random_state()
-    places = [storage_of(tensor) for tensor in tensors_of(list(state.values()))]  # else: of tensors that it replaces
-    return [plain_values(state), places, generators["python"], generators["numpy"]]
+    return [plain_values(state), places_of(state), generators["python"], generators["numpy"]]
+
+
+def places_of(state: dict[str, Any]) -> list[int]:
+    """Of what a checkpoint holds, in memory: a step may replace a tensor, as `p.data = p.data - lr * p.grad` does."""
+    return [storage_of(tensor) for tensor in tensors_of([saved(name, item) for name, item in state.items()])]
 
 
 def settings_of(optimizer: Optimizer) -> list[Any]:

@@ -229,6 +229,21 @@ def test_a_scheduled_rate_and_a_gradient_scaler_are_saved_without_a_warning(tmp_
     assert "warning" not in capsys.readouterr().out
 
 
+def test_weights_and_buffers_that_a_step_replaces_get_no_warning(tmp_path, capsys):
+    layer = torch.nn.Linear(1, 1)
+    layer.register_buffer("mean", torch.zeros(1))
+
+    def train_step(images, labels):
+        layer.mean = 0.9 * layer.mean + 0.1 * images.mean((0, 2, 3))
+        loss = (layer(images.flatten(1)) - layer.mean).square().mean()
+        for weight, gradient in zip(layer.parameters(), torch.autograd.grad(loss, [*layer.parameters()])):
+            weight.data = weight.data - 0.1 * gradient
+        return {}
+
+    utils.train(start(tmp_path / "run", {"layer": layer}), train_step, ten_images(batch_size=2))
+    assert "warning" not in capsys.readouterr().out
+
+
 def test_a_schedule_that_state_lacks_is_named(tmp_path, capsys):
     layer = torch.nn.Linear(1, 1)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
