@@ -5,7 +5,6 @@ with `state_dict()` and `load_state_dict()`; tensors; torch.Generators; plain va
 tuples and dicts of them).
 """
 
-import copy
 import itertools
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterator, Sequence
@@ -178,7 +177,8 @@ def unsaved(recorder: Recorder, state: dict[str, Any], before: Sequence[int] = (
     return ""
 
 
-def plain_values(state: dict[str, Any]) -> dict[str, Any]:
-    """Of state; what holds tensors is compared by its operations."""
-    kinds = (*PLAIN, list, tuple, dict)
-    return {name: copy.deepcopy(item) for name, item in state.items() if type(item) in kinds and not tensors_of([item])}
+def plain_values(state: dict[str, Any]) -> dict[str, list[Any]]:
+    """Python's values in what a checkpoint holds of each item; the settings of optimizers are compared apart."""
+    others = {name: item for name, item in state.items() if not isinstance(item, nn.Module | Optimizer)}
+    leaves = {name: tree_leaves(saved(name, item)) for name, item in others.items()}
+    return {name: [leaf for leaf in own if not isinstance(leaf, torch.Tensor)] for name, own in leaves.items()}

@@ -25,6 +25,8 @@ KEPT = {
     "a list": (lambda state, own: own.append(len(own)) or 1 / len(own), lambda: [1]),
     "a dict": (lambda state, own: own.update(n=own["n"] + 1) or 1 / own["n"], lambda: {"n": 1}),
     "a dict of tensors": (lambda state, own: own["mean"].mul_(0.9).sum(), lambda: {"mean": torch.ones(2)}),
+    "a number beside a tensor": (lambda state, own: own.update(n=own["n"] + 1) or own["mean"].sum() / own["n"],
+                                 lambda: {"n": 1, "mean": torch.ones(2)}),
     "tensors that it collects": (lambda state, own: own.append(0.1 * own[-1]) or sum(own), lambda: [torch.ones(())]),
     "a tensor that it replaces": (lambda state, own: state.update(own=state["own"] * 0.9) or state["own"],
                                   lambda: torch.ones(())),
