@@ -98,13 +98,9 @@ def train(
                 save(run, [] if finished(run, should_stop) else signals, due=True)
         broadcast(check)
         save_plots(run)
-        if "kind" in run.args:  # by which evaluate.py rebuilds the network
-            done = "dry run of a few steps, whose results mean nothing; to train, omit --dry-run"
-            print(done if run.args.dry_run else f"now evaluate it: {command('evaluate.py', run.folder)}")
+        print_what_is_next(run)
     except KeyboardInterrupt as error:  # the second Ctrl-C
-        if not has_checkpoint(run.folder):
-            raise
-        raise stopped(run, error.args[0] if error.args else SIGINT, "interrupted") from None
+        raise interrupted(run, error) from None
     finally:
         run.lock.release()
     return {"folder": str(run.folder), **run.history[-1]}
@@ -215,6 +211,12 @@ def save(run: Run, signals: list[int], due: bool) -> None:
         raise stopped(run, signal, "stopped and saved")
 
 
+def interrupted(run: Run, error: KeyboardInterrupt) -> BaseException:
+    """What to raise: how to resume the run, if anything was saved."""
+    signal = error.args[0] if error.args else SIGINT
+    return stopped(run, signal, "interrupted") if has_checkpoint(run.folder) else error
+
+
 def stopped(run: Run, signal: int, how: str) -> Stopped:
     again = "the same command" if run.args.auto_resume else command(run.script, "--resume", run.folder)
     return Stopped(signal, f"{how}; resume with: {again}" if rank() == 0 else "")
@@ -222,6 +224,12 @@ def stopped(run: Run, signal: int, how: str) -> Stopped:
 
 def listed(metrics: Metrics) -> str:
     return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name != "epoch")
+
+
+def print_what_is_next(run: Run) -> None:
+    if "kind" in run.args:  # by which evaluate.py rebuilds the network
+        done = "dry run of a few steps, whose results mean nothing; to train, omit --dry-run"
+        print(done if run.args.dry_run else f"now evaluate it: {command('evaluate.py', run.folder)}")
 
 
 def save_plots(run: Run) -> None:

@@ -20,7 +20,7 @@ from engine import products
 from engine.device import random_state, set_random_state
 from engine.distributed import world_size
 from engine.errors import AT_ONCE, UserError
-from engine.recorder import COMPARED, Before, NotCapturable, Recorder, difference, is_capturable, prepare
+from engine.recorder import COMPARED, Before, NotCapturable, Recorder, difference, is_capturable, keep_rates, prepare
 from engine.state import plain_values, unsaved
 from engine.threads import tuned
 from engine.watched import WARNING, settings_of, watched
@@ -115,9 +115,7 @@ class CapturedStep:
     def prepare(self) -> None:
         """Again before each epoch: `after_epoch` may have replaced an optimizer, or a learning rate by a number."""
         self.optimizers = [item for item in self.state.values() if isinstance(item, Optimizer)]
-        for group, rate in zip(self.groups(), self.rates):
-            if isinstance(rate, torch.Tensor) and not isinstance(group["lr"], torch.Tensor):
-                group["lr"] = rate.fill_(group["lr"])  # which the captured step reads
+        keep_rates(self.groups(), self.rates)
         for optimizer in self.optimizers:
             prepare(optimizer, self.device)
         self.rates = [group["lr"] for group in self.groups()]

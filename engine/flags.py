@@ -134,11 +134,7 @@ def training_parser(
     add("--seed", type=number(int, 0, 2**31 - 1), help="random seed of weights, order, noise")
     add = parser.group("where to compute")
     add("--device", type=device_name, default="auto", help="auto, cpu, cuda, cuda:1, ... or mps")
-    add(
-        "--threads",
-        type=number(int, 1, 1024),
-        help="threads of the CPU (none: as many as are fastest in the first steps)",
-    )
+    add("--threads", type=number(int, 1, 1024), help="CPU threads (none: as many as are fastest in the first steps)")
     library = "library of the matrix products on a CPU (none: the faster one)"
     add("--products", choices=["torch", "onednn"], help=library)
     compiler = "compile the whole step (needs a C++ compiler; Triton on CUDA)"

@@ -250,6 +250,13 @@ def prepare(optimizer: Optimizer, device: torch.device) -> None:
             state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=device)
 
 
+def keep_rates(groups: list[dict[str, Any]], rates: list[Any]) -> None:
+    """If the learning rate of a group was a tensor, which a step may read, and is a number now, fill the tensor."""
+    for group, rate in zip(groups, rates):
+        if isinstance(rate, torch.Tensor) and not isinstance(group["lr"], torch.Tensor):
+            group["lr"] = rate.fill_(group["lr"])
+
+
 def portable_state(optimizer: Optimizer) -> dict[str, Any]:
     """The optimizer's state without what `prepare` changed, so that a run saved on a GPU resumes on any device."""
     state = optimizer.state_dict()

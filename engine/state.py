@@ -19,7 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._pytree import tree_leaves
 
 from engine.errors import UserError
-from engine.recorder import PLAIN, THE_STEP, Recorder, address_of, portable_state, storage_of, tensors_of
+from engine.recorder import PLAIN, THE_STEP, Recorder, address_of, keep_rates, portable_state, storage_of, tensors_of
 
 CONTAINERS = (dict, list, tuple, OrderedDict, torch.Size)  # that a checkpoint may hold
 
@@ -50,8 +50,7 @@ def restored(item: Any, before: Any) -> Any:
     elif isinstance(item, Optimizer):
         rates = [group["lr"] for group in item.param_groups]
         item.load_state_dict(before)
-        for group, rate in zip(item.param_groups, rates):
-            group["lr"] = rate.fill_(group["lr"]) if isinstance(rate, torch.Tensor) else group["lr"]
+        keep_rates(item.param_groups, rates)
     elif isinstance(item, torch.Tensor) and isinstance(before, torch.Tensor):
         if item.shape != before.shape:
             return before.to(item.device)
@@ -85,7 +84,7 @@ def held_weights(state: dict[str, Any]) -> dict[str, list[torch.Tensor]]:
 
 
 def check_optimizers(state: dict[str, Any]) -> None:
-    """Raise UserError if an optimizer in `state` holds weights that `state` does not save."""
+    """Raise UserError if an optimizer holds weights that `state` lacks; name an optimizer whose schedule it lacks."""
     known = weights_of(state)
     for name, weights in held_weights(state).items():
         if lacking := [weight for weight in weights if weight not in known]:

@@ -13,6 +13,7 @@ import train_gan
 import train_likelihood
 import utils
 from engine import flags, optim
+from engine.errors import UserError
 from engine.optim import EMA, MaxoutSchedule
 from models.vae import VAE
 
@@ -43,6 +44,13 @@ def test_a_tied_weight_is_averaged_once():
     first.weight.data += 1
     ema.update()
     torch.testing.assert_close(ema.model[1].weight, before + 0.9)  # 1 - 1 / 10
+
+
+def test_the_average_of_a_network_that_cannot_be_copied_is_one_line():
+    layer = torch.nn.utils.weight_norm(torch.nn.Linear(2, 2))
+    for network in (layer, torch.nn.LazyLinear(2)):
+        with pytest.raises(UserError, match=r"^--ema cannot copy the network: [^\n]*; omit --ema[^\n]*$"):
+            EMA(network, 0.9)
 
 
 def settings(schedule, optimizer, steps):

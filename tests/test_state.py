@@ -13,7 +13,6 @@ from test_loop import fit, start, ten_images
 import utils
 from engine.device import seed_all
 from engine.errors import UserError
-from engine.optim import EMA
 from engine.recorder import prepare
 from engine.state import restored, saved
 
@@ -345,10 +344,3 @@ def test_a_plateau_is_seen_in_the_validation_loss_or_the_score(tmp_path, mode, r
     values = iter(range(4, 0, -1))  # a loss that falls; as a score, no epoch after the first is the best
     lr, _ = train_with(tmp_path, make, validate=lambda: {"val_loss": next(values)}, score="val_loss")
     assert lr == pytest.approx(rate)
-
-
-def test_the_average_of_a_network_that_cannot_be_copied_is_one_line():
-    layer = torch.nn.utils.weight_norm(torch.nn.Linear(2, 2))
-    for network in (layer, torch.nn.LazyLinear(2)):
-        with pytest.raises(UserError, match=r"^--ema cannot copy the network: [^\n]*; omit --ema[^\n]*$"):
-            EMA(network, 0.9)
