@@ -138,6 +138,7 @@ def make_step(run: Run, train_step: TrainStep, batches: Any) -> Callable[[torch.
     schedules = optim.schedules(run.state, per_epoch=False).values()
     sizes = [len(rows) for rows in batches.rows(run.epochs)]  # as in every other epoch
     require_batches_for_norm(run.networks(), min(sizes) // world_size())
+    said = set[str]()
 
     def train_on(images: torch.Tensor, labels: torch.Tensor) -> None:
         # Without autocast's cache, which would return stale weights after an update within the step.
@@ -161,8 +162,10 @@ def make_step(run: Run, train_step: TrainStep, batches: Any) -> Callable[[torch.
             captured(part)
         else:
             run.state["step"].add_(1)
-        if run.epoch == run.batch == 0:
-            for problem in untrained(run.state, run.updated):
+        if run.batch == 0:  # in every epoch: `after_epoch` may have unfrozen a layer
+            problems = {*untrained(run.state, run.updated)} - said
+            said.update(problems)
+            for problem in sorted(problems):
                 print(f"warning: {problem}")
         for schedule in schedules:
             schedule.step()

@@ -128,7 +128,7 @@ def require_batches_for_norm(networks: dict[str, nn.Module], size: int) -> None:
 
 
 def untrained(state: dict[str, Any], updated: dict[Optimizer, bool]) -> Iterator[str]:
-    """After the first step: name the optimizers whose weights got no gradient, and weights that no optimizer holds."""
+    """After a step: name the optimizers whose weights got no gradient at first, and the weights that none holds."""
     held = held_weights(state)
     for name, weights in held.items():
         if not updated.get(state[name]) and all(weight.grad is None for weight in weights):

@@ -302,6 +302,16 @@ def test_weights_that_are_not_trained_are_named(tmp_path, capsys, held, train_st
     assert capsys.readouterr().out.count(f"warning: {warning}") == 1
 
 
+def test_a_layer_that_after_epoch_unfreezes_and_no_optimizer_holds_is_named_once(tmp_path, capsys):
+    network = torch.nn.Sequential(torch.nn.Linear(1, 1, bias=False).requires_grad_(False), torch.nn.Linear(1, 1))
+    optimizer = torch.optim.SGD(network[1].parameters(), lr=0.1)
+    run = start(tmp_path / "run", {"network": network, "optimizer": optimizer}, epochs=3)
+    unfreeze = lambda row: network[0].requires_grad_() and None  # noqa: E731
+    utils.train(run, fit(network, optimizer), ten_images(batch_size=2), after_epoch=unfreeze)
+    _, output = capsys.readouterr().out.split("epoch 1/3")
+    assert output.count("warning: 1 weights are not trained: no optimizer holds network.0.weight\n") == 1
+
+
 @pytest.mark.parametrize("callback", ["validate", "sample", "after_epoch"])
 def test_networks_are_in_eval_mode_in_each_callback_and_in_train_mode_in_the_next_step(tmp_path, callback):
     layer, modes = torch.nn.Linear(1, 1), []
