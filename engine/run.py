@@ -165,6 +165,9 @@ class Run:
             random = ranks[rank()]["random"] if len(ranks) == world_size() else {}
             with matching(f"{self.folder} has no random state"):
                 set_random_state(random, self.args.seed + 1_000_003 * (1 + rank()) + self.epoch + self.batch)
+        if self.epoch > self.epochs:
+            done = f"{self.folder} has trained {self.epoch}; omit --epochs, or name more"
+            raise UserError(f"--epochs {self.epochs}: {done}")
         self.write_config()
         if self.epoch:
             self.write_metrics()  # a run that was killed may have added a row too many, or half of one

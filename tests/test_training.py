@@ -172,6 +172,8 @@ def test_resume_reads_what_another_process_saved_before_it_released_the_lock(mon
 
     monkeypatch.setattr(run_module, "lock", late)
     train("--resume", "run", "--epochs", 3)
+    with pytest.raises(UserError, match=r"^--epochs 2: run has trained 3; omit --epochs, or name more$"):
+        train("--resume", "run", "--epochs", 2)
     assert [line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("epoch")] == ["3/3"]
 
 
