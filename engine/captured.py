@@ -88,7 +88,7 @@ class CapturedStep:
         self.left_out = ("momentum",) if compiled else ()  # of operations: what a compiled step reads from a tensor
         self.captured: Callable | None = None
         self.recorded: Recorder | None = None  # the step as it was captured
-        self.settings: list[Any] | None = None  # of the optimizers, as recorded
+        self.settings: list[tuple[str, Any]] | None = None  # of the optimizers, as recorded
         self.warning = ""  # the last one
         self.calls = 0  # of the captured step
         self.short_lived = 0  # how many captured steps in a row were replayed only a few times
@@ -103,7 +103,7 @@ class CapturedStep:
         if self.is_first():
             self.prepare()
         if self.settings != (settings := self.recorded_settings()):
-            self.renew(self.settings is not None, "a setting of the optimizer changes")
+            self.renew(self.settings is not None, changed(self.settings, settings))
             self.settings = settings
         if self.is_first() or self.eager:
             return self.compare(inputs)
@@ -242,7 +242,7 @@ class CapturedStep:
     def groups(self) -> list[dict[str, Any]]:
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
-    def recorded_settings(self) -> list[Any]:
+    def recorded_settings(self) -> list[tuple[str, Any]]:
         """The settings of the optimizers that the captured step holds as numbers.
 
         A compiled step reads SGD's momentum from a tensor, which this keeps up to date.
@@ -252,9 +252,9 @@ class CapturedStep:
             for name, value in group.items():
                 if name == "momentum" and self.compiled:
                     momentum.fill_(value)
-                    settings.append(bool(value))  # without momentum, SGD keeps no average
+                    settings.append((name, bool(value)))  # without momentum, SGD keeps no average
                 elif name != "params" and not isinstance(value, torch.Tensor):
-                    settings.append(value)
+                    settings.append((name, value))
         return settings
 
 
@@ -270,6 +270,11 @@ def advanced(state: dict[str, Any], steps: int) -> Iterator[None]:
     finally:
         for schedule, epoch, rates in before:
             schedule.last_epoch, schedule._last_lr = epoch, rates
+
+
+def changed(before: list[tuple[str, Any]] | None, settings: list[tuple[str, Any]]) -> str:
+    names = {name for pair, (name, value) in zip(before or [], settings) if pair != (name, value)}
+    return f"{' and '.join(sorted(names)) or 'a setting'} of the optimizer changes"
 
 
 def reason_of(error: BaseException) -> str:

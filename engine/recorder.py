@@ -151,8 +151,9 @@ def waits(function: Any, inputs: list[Any]) -> str:
     name = function.__name__.partition(".")[0]
     if name == "_local_scalar_dense":
         return (
-            "as .item(), print and `if` on a tensor do, and a distribution that is built in the step; return metrics "
-            "as tensors, use torch.where, and build distributions before the first step"
+            "as .item(), print and `if` on a tensor do, a distribution that is built in the step, and F.one_hot on a "
+            "CPU; return metrics as tensors, use torch.where, build distributions before the first step, and compare "
+            "labels[:, None] == torch.arange(classes)"
         )
     masks = name.startswith("index") and any(tensor.dtype == torch.bool for tensor in tensors_of(inputs[1:]))
     if name == "equal":

@@ -107,6 +107,14 @@ def test_what_a_step_reads_of_a_schedule_is_seen_to_change(read):
     assert (schedule.last_epoch, schedule.get_last_lr()) == before
 
 
+def test_one_hot_on_a_cpu_is_refused_with_a_remedy():
+    how = {"compiled": True, "graph": False, "begun": True}
+    with pytest.raises(
+        UserError, match=r"F\.one_hot on a CPU; .* compare labels\[:, None\] == torch\.arange\(classes\);"
+    ):
+        call(CapturedStep(lambda rows: torch.nn.functional.one_hot(rows, 10), {}, 2, torch.device("cpu"), **how), 1)
+
+
 def test_the_warm_up_check_leaves_no_trace(fake_cuda):
     """Weights, averages of the optimizer and of batch norm, overlapping views and random numbers are as before."""
     weight, memory, norm = torch.ones(4, requires_grad=True), torch.arange(6.0), torch.nn.BatchNorm1d(3)
@@ -159,7 +167,7 @@ def test_a_momentum_that_changes_in_every_step_runs_eagerly_and_is_said_once(fak
         call(graphed, 1)
     assert position.steps == 20
     assert FakeGraph.replays == 2
-    assert capsys.readouterr().out.count("every step runs eagerly") == 1
+    assert capsys.readouterr().out.count("every step runs eagerly: momentum of the optimizer changes too often\n") == 1
 
 
 def test_a_step_that_changes_in_a_later_epoch_is_captured_again(fake_cuda, capsys):
