@@ -142,5 +142,5 @@ def class_numbers(asked: Sequence[int | str] | None, classes: Sequence[str]) -> 
     known = {str(number): number for number in range(len(classes))} | {name: i for i, name in enumerate(classes)}
     for name in asked or ():
         if str(name) not in known:
-            raise UserError(f"--digit {name}: there is no such class; choose from {', '.join(classes)}")
+            raise UserError(f"digit {name}: there is no such class; choose from {', '.join(classes)}")
     return [known[str(name)] for name in asked or classes]
