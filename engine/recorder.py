@@ -17,7 +17,7 @@ from engine.errors import UserError
 ENGINE, TORCH = str(Path(__file__).parent), str(Path(torch.__file__).parent)
 ROOT = Path(ENGINE).parent
 LOOP = str(ROOT / "utils.py")
-THE_STEP = "the step"  # what has no line of the user's
+NO_LINE = "a metric of train_step, or its backward pass,"  # in place of the line where the user's code is
 COMPARED = 5  # steps in a row: enough to see `if i % 5 == 0`
 OVERWRITES = ("zero_", "_foreach_zero_", "fill_", "copy_", "normal_", "uniform_", "bernoulli_", "random_")
 MANY = "values"  # how a hash of them begins
@@ -30,13 +30,17 @@ class NotCapturable(UserError):
 
 
 class HostReads(TorchFunctionMode):
-    """Calls `read()` before what no operation shows: values of a tensor that become Python's or numpy's."""
+    """Calls `read()` before what no operation shows: values of a tensor that become Python's or numpy's.
+
+    caller: the name of the last function of torch that the step called.
+    """
 
     def __init__(self, read: Callable[[], None]):
         super().__init__()
-        self.read = read
+        self.read, self.caller = read, ""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.caller = getattr(function, "__name__", "")
         if function in (torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__):
             self.read()
         return function(*args, **(kwargs or {}))
@@ -93,7 +97,7 @@ class Recorder(TorchDispatchMode):
         if function.__name__ == "lift_fresh.default" and args[0].device.type != "meta":  # torch.tensor(x)
             self.made[storage_of(args[0])] = len(self.operations)
             inputs.append(values_of(args[0]))
-        if reason := waits(function, inputs):
+        if reason := waits(function, inputs, self.host_reads.caller):
             self.reads_values |= not self.optimizing
             if self.device:
                 raise NotCapturable(f"{line} waits for a value on the device, {reason}")
@@ -146,14 +150,15 @@ class Recorder(TorchDispatchMode):
         return (*value.shape, origin)
 
 
-def waits(function: Any, inputs: list[Any]) -> str:
+def waits(function: Any, inputs: list[Any], caller: str) -> str:
     """The kind of code that makes this operation wait for a value on the device, and the remedy; "" if it does not."""
     name = function.__name__.partition(".")[0]
+    if name == "_local_scalar_dense" and caller == "one_hot":
+        return "as F.one_hot on a CPU does; compare labels[:, None] == torch.arange(classes)"
     if name == "_local_scalar_dense":
         return (
-            "as .item(), print and `if` on a tensor do, a distribution that is built in the step, and F.one_hot on a "
-            "CPU; return metrics as tensors, use torch.where, build distributions before the first step, and compare "
-            "labels[:, None] == torch.arange(classes)"
+            "as .item(), print and `if` on a tensor do, and a distribution that is built in the step; return metrics "
+            "as tensors, use torch.where, and build distributions before the first step"
         )
     masks = name.startswith("index") and any(tensor.dtype == torch.bool for tensor in tensors_of(inputs[1:]))
     if name == "equal":
@@ -230,7 +235,7 @@ def user_line() -> str:
             name = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
             return f"{name}:{frame.f_lineno}"
         frame = frame.f_back
-    return THE_STEP  # in backward passes on a GPU, which run in a thread of their own
+    return NO_LINE  # in backward passes on a GPU, which run in a thread of their own
 
 
 def is_capturable(optimizer: Optimizer, device: torch.device) -> bool:

@@ -19,7 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._pytree import tree_leaves
 
 from engine.errors import UserError
-from engine.recorder import PLAIN, THE_STEP, Recorder, address_of, keep_rates, portable_state, storage_of, tensors_of
+from engine.recorder import NO_LINE, PLAIN, Recorder, address_of, keep_rates, portable_state, storage_of, tensors_of
 
 CONTAINERS = (dict, list, tuple, OrderedDict, torch.Size)  # that a checkpoint may hold
 
@@ -171,7 +171,7 @@ def unsaved(recorder: Recorder, state: dict[str, Any], before: Sequence[int] = (
         if storage in gradients:
             remedy = "call optimizer.zero_grad() in each step, and add up gradients within one step alone"
             return f"{line} adds to the gradient of {gradients[storage]} across steps; {remedy}"
-        if line != THE_STEP and storage not in known:  # without a line, it is the loop's
+        if line != NO_LINE and storage not in known:  # without a line, it is the loop's
             return f"{line} updates a tensor {list(tensor.shape)} that `state` lacks; add it"
     return ""
 

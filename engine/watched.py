@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from engine.device import random_state
-from engine.recorder import COMPARED, THE_STEP, Recorder, difference, storage_of, tensors_of, user_line
+from engine.recorder import COMPARED, NO_LINE, Recorder, difference, storage_of, tensors_of, user_line
 from engine.state import plain_values, saved, unsaved
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class Watch(Recorder):
 
     def record(self, name: str, inputs: list[Any], outputs: list[torch.Tensor], line: str) -> None:
         super().record(name, inputs, outputs, line)
-        if self.optimizing or line == THE_STEP:
+        if self.optimizing or line == NO_LINE:
             del self.operations[-1], self.lines[-1]
 
     def __enter__(self) -> "Watch":

@@ -5,6 +5,7 @@ host fails. `engine.recorder.Recorder` records each operation, as it does in the
 """
 
 import contextlib
+import itertools
 import sys
 
 import pytest
@@ -136,6 +137,15 @@ def test_a_fault_is_detected_and_its_line_is_named(build, name):
     with pytest.raises(NotCapturable, match=r"^tests/test_capture.py:\d+ ") as caught:
         require_all_same(record(run, faulty_step, batches))
     assert_one_line(f"{caught.value}\n", part)
+
+
+def test_a_metric_that_is_a_changing_python_number_is_detected(build):
+    run, train_step, batches = build(train_classifier, "--model", "mlp")
+    rate = itertools.count()
+    with pytest.raises(
+        NotCapturable, match=r"^a metric of train_step, .* gets the number \d\.0, then \d\.0; compute it"
+    ):
+        require_all_same(record(run, lambda *batch: {**train_step(*batch), "rate": next(rate)}, batches))
 
 
 @pytest.mark.parametrize("period", range(2, 6))

@@ -109,9 +109,7 @@ def test_what_a_step_reads_of_a_schedule_is_seen_to_change(read):
 
 def test_one_hot_on_a_cpu_is_refused_with_a_remedy():
     how = {"compiled": True, "graph": False, "begun": True}
-    with pytest.raises(
-        UserError, match=r"F\.one_hot on a CPU; .* compare labels\[:, None\] == torch\.arange\(classes\);"
-    ):
+    with pytest.raises(UserError, match=r"F\.one_hot on a CPU does; compare labels\[:, None\] == torch\.arange"):
         call(CapturedStep(lambda rows: torch.nn.functional.one_hot(rows, 10), {}, 2, torch.device("cpu"), **how), 1)
 
 
