@@ -173,7 +173,7 @@ def families_table() -> str:
         cells = [nats(seeds), *measures(seeds)[1:], f"{seconds:.1f}"]
         lines.append([name[:3].upper(), samples, seeds[0].get("kind", "none"), *cells])
     real = measures([real_images(results.values())])[1:]
-    lines.append(["real images", "![Test images](../assets/real.png)", "", "", *real, ""])
+    lines.append(["real training images", "![Test images, for comparison](../assets/real.png)", "", "", *real, ""])
     return table(["", "samples", "likelihood", "nats per image", "FID", "coverage", "seconds for 10,000"], lines)
 
 
