@@ -19,8 +19,15 @@ from measures.generator import (
     nearest_images,
     neighbour_measures,
 )
+from measures.likelihood import likelihood_measures
 from measures.parzen import SIGMAS, parzen_log_likelihood, parzen_measures
 from measures.reference import load_reference
+from models.vae import VAE
+
+
+def test_a_vaes_log_likelihood_is_the_same_whenever_it_is_measured():
+    vae, images = VAE(), torch.zeros(3, 1, 28, 28)
+    assert likelihood_measures(vae, images) == likelihood_measures(vae, images)
 
 
 # Parzen ---------------------------------------------------------------------------------------------------------------
