@@ -36,9 +36,9 @@ from engine.captured import capture
 from engine.checkpoint import has_checkpoint
 from engine.distributed import broadcast, rank, sync_flags, world_size
 from engine.errors import Stopped, caught_signals, command
-from engine.meter import Meter, validated
+from engine.meter import Metrics, validated
 from engine.plots import plot_curves, save_gif, save_grid
-from engine.run import Metrics, Run
+from engine.run import Run
 from engine.state import evaluating, require_batches_for_norm, untrained, watched_optimizers
 
 TrainStep = Callable[[torch.Tensor, torch.Tensor], dict[str, torch.Tensor | float]]
@@ -74,7 +74,6 @@ def train(
     """
     try:
         steps = min(len(batches), DRY_RUN_STEPS) if run.args.dry_run else len(batches)
-        run.meter = Meter(run.device())
         run.restore()
         run.state["step"].fill_(run.epoch * steps + run.batch)
         run_step = make_step(run, train_step, batches)

@@ -24,6 +24,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+import tables
 from engine import flags, plots
 from engine.checkpoint import load_checkpoint, load_result
 from engine.errors import UserError, command, run_script
@@ -137,19 +138,17 @@ def plot(settings: list[Setting], names: list[str]) -> Figure:
     return figure
 
 
-def mean_sd(name: str, values: list[float]) -> str:
+def with_unit(name: str, values: list[float]) -> str:
     """The mean of a metric's values as text, with ± standard deviation if there are several."""
     scale, unit = (100, " %") if name.endswith("accuracy") else (1, " nats" * name.endswith("log_likelihood"))
-    mean = scale * statistics.mean(values)
-    digits = 1 if name in ("epochs", "seconds") else 2 if unit or abs(mean) >= 10 else 4
-    spread = f" ± {scale * statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{mean:.{digits}f}{spread}{unit}"
+    digits = 1 if name in ("epochs", "seconds") else 2 if unit or abs(statistics.mean(values)) >= 10 else 4
+    return tables.mean_sd((scale * value for value in values), digits) + unit
 
 
 def cell(runs: Setting, name: str) -> str:
-    """A metric's or measure's mean_sd; empty unless all runs have it."""
+    """A metric's or measure's mean; empty unless all runs have it."""
     values = [run.values[name] for run in runs if name in run.values]
-    return mean_sd(name, values) if len(values) == len(runs) else ""
+    return with_unit(name, values) if len(values) == len(runs) else ""
 
 
 def title(runs: Setting) -> str:

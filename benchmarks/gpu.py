@@ -84,13 +84,13 @@ def run_steps(path: Path, args: argparse.Namespace) -> None:
         raise UserError(f"failed: {', '.join(failed)}; their output is in {path}; fix it and run this again")
 
 
-def main(argv: list[str] | None = None) -> None:
+def main() -> None:
     parser = flags.ArgumentParser("gpu.py", __doc__)
     parser.add_argument("names", metavar="STEP", nargs="*", default=list(STEPS), help="steps to run")
     parser.add_argument("--data-dir", default="data", help="folder of the datasets")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="cpu tries the command")
     parser.add_argument("--output-dir", default="runs/gpu", help="folder of the runs")
-    args = parser.parse_args(argv)
+    args = parser.parse_args()
     if unknown := [name for name in args.names if name not in STEPS]:
         parser.error(f"no step {', '.join(unknown)}; choose from {', '.join(STEPS)}")
     if args.device == "cuda":

@@ -311,14 +311,14 @@ def rendered_pages(data_dir: str, number: int) -> dict[str, list[tuple[Path, str
     return {condition: render(*digits, condition) for condition in CONDITIONS}
 
 
-def main(argv: list[str] | None = None) -> None:
+def main() -> None:
     parser = flags.ArgumentParser("photo.py", __doc__)
     add = parser.add_argument
     add("--data-dir", default="data", help="folder that holds MNIST")
     add("--real", metavar="FOLDER", type=Path, help="real photos instead of rendered pages")
     add("--count", type=flags.number(int, 1), default=300, help="digits")
     add("--record", action="store_true", help="write the rows to benchmarks/results/photo.json")
-    args = parser.parse_args(argv)
+    args = parser.parse_args()
     kinds = real_pictures(args.real) if args.real else rendered_pages(args.data_dir, args.count)
     rows = {}
     print(f"{'':24} {'right':>7} {'wrong':>7} {'refused':>7} {'unsure':>7} {'otsu':>7}")

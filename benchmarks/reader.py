@@ -233,10 +233,10 @@ def train(images, labels):
     return network.eval()
 
 
-def main(argv: list[str] | None = None) -> None:
+def main() -> None:
     parser = flags.ArgumentParser("reader.py", __doc__)
     parser.add_argument("--data-dir", default="data", help="folder that holds MNIST")
-    args = parser.parse_args(argv)
+    args = parser.parse_args()
     images, labels = load("mnist", args.data_dir, train=True)
     made = examples(images[:, 0].numpy(), labels.tolist(), np.random.default_rng(0))
     print(f"{len(made[0])} examples", flush=True)

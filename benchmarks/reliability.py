@@ -36,11 +36,11 @@ from helpers import load, same
 
 import train_classifier
 import train_gan
-import utils
 from datasets import mnist
 from engine import flags
 from engine.checkpoint import read_checkpoint
 from engine.errors import DataError, UserError, run_script
+from engine.meter import Meter
 
 RESULTS = ROOT / "benchmarks" / "results" / "reliability.csv"
 FLAGS = "--dataset digits --device cpu --epochs 2 --save-interval 0 --batch-size 500 --log-interval 2"
@@ -54,7 +54,7 @@ SIGNALS: dict[str, list[tuple[int, ...]]] = {
     "signals": [(SIGINT,), (SIGTERM,), (SIGHUP,), (SIGUSR1,), (SIGINT, SIGINT)],
 }
 PLACES = (str(ROOT / "engine"), str(ROOT / "utils.py"))  # where training is interrupted
-STEP = f"meter.py:{utils.Meter.add.__code__.co_firstlineno}"  # which each training step comes to once
+STEP = f"meter.py:{Meter.add.__code__.co_firstlineno}"  # which each training step comes to once
 Trials = Iterator[tuple[str, bool]]  # what was done, and whether it passed
 
 

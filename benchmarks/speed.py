@@ -87,7 +87,6 @@ def ours(command: str, device: str, more: list[str], data_dir: str, folder: str,
     batches, epochs = in_memory(args, data_dir, steps), itertools.count()
     state, train_step, _ = script.build(args, pick_device(device), batches)
     run = utils.Run(args, state)
-    run.meter = utils.Meter(run.device())
     step = utils.make_step(run, train_step, batches)
     with FlopCounterMode(display=False) as counter, Recorder(None) as recorder:
         train_step(*batches.take(next(batches.rows(0))))
@@ -315,7 +314,7 @@ def race(args: argparse.Namespace) -> None:
 WHAT = {"steps": steps, "race": race, "profile": profile_steps}
 
 
-def main(argv: list[str] | None = None) -> None:
+def main() -> None:
     parser = flags.ArgumentParser("speed.py", __doc__)
     add, positive = parser.add_argument, flags.number(int, 1)
     add("what", choices=list(WHAT), nargs="?", default="steps", help="what to measure")
@@ -327,7 +326,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--turns", type=positive, default=7, help="steps: turns")
     add("--seeds", type=positive, default=5, help="race: runs of ours")
     add("--baseline-seeds", type=positive, default=5, help="race: runs of the baseline")
-    args = parser.parse_args(argv)
+    args = parser.parse_args()
     pick_device(args.device)  # the machine's limit is measured with its settings too
     WHAT[args.what](args)
 

@@ -34,12 +34,12 @@ def write_sums() -> None:
     (WEIGHTS / "SHA256SUMS").write_text("".join(sums))
 
 
-def main(argv: list[str] | None = None) -> None:
+def main() -> None:
     parser = flags.ArgumentParser("weights.py", __doc__)
     parser.add_argument("name", metavar="NAME", help="of the file: weights/NAME.pt")
     parser.add_argument("run", metavar="RUN", type=Path, help="run folder, evaluated")
     parser.add_argument("--half", action="store_true", help="keep float16 numbers; evaluate the file afterwards")
-    args = parser.parse_args(argv)
+    args = parser.parse_args()
     measured = args.run / "evaluation" / "metrics.json"
     if not measured.is_file():
         raise UserError(f"{args.run} has not been evaluated: {command('evaluate.py', args.run)}")

@@ -9,8 +9,7 @@ if it has changed, the step is captured again.
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.optim import Optimizer
@@ -21,15 +20,13 @@ from engine.device import random_state, set_random_state
 from engine.distributed import world_size
 from engine.errors import AT_ONCE, UserError
 from engine.recorder import COMPARED, Before, NotCapturable, Recorder, difference, is_capturable, keep_rates, prepare
+from engine.run import Run
 from engine.state import plain_values, unsaved
 from engine.threads import tuned
 from engine.watched import WARNING, settings_of, watched
 
-if TYPE_CHECKING:
-    from engine.run import Run
 
-
-def capture(step: Callable, run: "Run", batch_size: int) -> Callable:
+def capture(step: Callable, run: Run, batch_size: int) -> Callable:
     """`step`, which takes tensors, as a captured step if `run` asks for one and it can be; otherwise eager, watched.
 
     On a CPU, the first steps choose the number of threads.
@@ -37,21 +34,17 @@ def capture(step: Callable, run: "Run", batch_size: int) -> Callable:
     return tuned(step, lambda: captured_or_watched(step, run, batch_size), run, batch_size)
 
 
-def captured_or_watched(step: Callable, run: "Run", batch_size: int) -> Callable:
-    args, device = run.args, run.device()
-    graph = device.type == "cuda" and args.cuda_graph
-    asked = args.compile or graph
+def captured_or_watched(step: Callable, run: Run, batch_size: int) -> Callable:
+    device = run.device()
+    graph = device.type == "cuda" and run.args.cuda_graph
+    asked = run.args.compile or graph
     reason = why_eager(run.optimizers(), device)
     if asked and reason:
         print(f"every step runs eagerly: {reason}")
     if not asked or reason:
         step = products.with_products(step, run)
         return step if world_size() > 1 else watched(step, run)
-    return CapturedStep(
-        step, run.state, batch_size, device,
-        compiled=args.compile, graph=graph, begun=run.begun, is_first=lambda: run.batch == 0,
-        products_of=partial(products.in_compiled, run=run),
-    )  # fmt: skip
+    return CapturedStep(step, run, batch_size, compiled=run.args.compile, graph=graph)
 
 
 def why_eager(optimizers: list[Optimizer], device: torch.device) -> str:
@@ -67,24 +60,16 @@ def why_eager(optimizers: list[Optimizer], device: torch.device) -> str:
 class CapturedStep:
     """`step(*tensors)`, captured.
 
-    state: the run's; what it holds may change from step to step.
     compiled: by Inductor (--compile). graph: as a CUDA graph, of the compiled step if there is one.
-    begun: whether the run has made a step. If not, the first one runs eagerly: it allocates the optimizer's state.
-    is_first: whether the step is the first of an epoch. products_of: as `products.in_compiled`.
 
-    A short last batch runs eagerly. When a setting of an optimizer changes that the recording holds, the step is
-    captured again; if one keeps changing within a few steps, all steps run eagerly. Raises UserError if the step
-    cannot be captured.
+    The first step of a new run, which allocates the optimizer's state, and a short last batch run eagerly. When a
+    setting of an optimizer changes that the recording holds, the step is captured again; if one keeps changing within a
+    few steps, all steps run eagerly. Raises UserError if the step cannot be captured.
     """
 
-    def __init__(
-        self, step: Callable, state: dict[str, Any], batch_size: int, device: torch.device, *,
-        compiled: bool, graph: bool, begun: bool, is_first: Callable[[], bool] = lambda: False,
-        products_of: Callable[..., dict[Any, Callable]] = lambda step, inputs: {},
-    ):  # fmt: skip
-        self.products_of = products_of
-        self.step, self.state, self.batch_size, self.device = step, state, batch_size, device
-        self.compiled, self.graph, self.begun, self.is_first, self.eager = compiled, graph, begun, is_first, False
+    def __init__(self, step: Callable, run: Run, batch_size: int, *, compiled: bool, graph: bool):
+        self.step, self.run, self.batch_size, self.device = step, run, batch_size, run.device()
+        self.compiled, self.graph, self.eager = compiled, graph, False
         self.left_out = ("momentum",) if compiled else ()  # of operations: what a compiled step reads from a tensor
         self.captured: Callable | None = None
         self.recorded: Recorder | None = None  # the step as it was captured
@@ -94,18 +79,19 @@ class CapturedStep:
         self.short_lived = 0  # how many captured steps in a row were replayed only a few times
         self.rates: list[Any] = []  # learning rates
         self.prepare()
-        self.momenta = [torch.zeros((), device=device) for _ in self.groups()]
+        self.momenta = [torch.zeros((), device=self.device) for _ in self.groups()]
 
     def __call__(self, *inputs: torch.Tensor) -> Any:
-        if self.eager or not self.begun or len(inputs[0]) != self.batch_size:
-            self.begun = True
+        if self.eager or not self.run.begun or len(inputs[0]) != self.batch_size:
+            self.run.begun = True
             return self.step(*inputs)
-        if self.is_first():
+        is_first = self.run.batch == 0  # of the epoch
+        if is_first:
             self.prepare()
         if self.settings != (settings := self.recorded_settings()):
             self.renew(self.settings is not None, changed(self.settings, settings))
             self.settings = settings
-        if self.is_first() or self.eager:
+        if is_first or self.eager:
             return self.compare(inputs)
         if self.captured is None:
             self.captured = self.capture(inputs)
@@ -114,9 +100,8 @@ class CapturedStep:
 
     def prepare(self) -> None:
         """Again before each epoch: `after_epoch` may have replaced an optimizer, or a learning rate by a number."""
-        self.optimizers = [item for item in self.state.values() if isinstance(item, Optimizer)]
         keep_rates(self.groups(), self.rates)
-        for optimizer in self.optimizers:
+        for optimizer in self.run.optimizers():
             prepare(optimizer, self.device)
         self.rates = [group["lr"] for group in self.groups()]
 
@@ -159,20 +144,20 @@ class CapturedStep:
                 generator.set_state(state)
             set_random_state(random, fresh_seed=0)
         self.recorded = recorders[1]
-        if (reason := unsaved(self.recorded, self.state)) != self.warning:
+        if (reason := unsaved(self.recorded, self.run.state)) != self.warning:
             self.warning = reason
             print(f"{WARNING}: {reason}")
         return self.record_graph(function) if self.graph else function
 
     def warm_up(self, recorders: list[Recorder]) -> None:
         """The warm-up check. Its first step, which may make the gradients, is not compared. Raises NotCapturable."""
-        values, random, settings = plain_values(self.state), [], []
+        values, random, settings = plain_values(self.run.state), [], []
         for i, recorder in enumerate(recorders):
             torch.rand((), device=self.device)  # the random numbers of each step begin elsewhere
-            with advanced(self.state, i), recorder:
+            with advanced(self.run.state, i), recorder:
                 self.step(*self.inputs)
             random.append(random_state()[self.device.type])
-            settings.append([settings_of(optimizer) for optimizer in self.optimizers])
+            settings.append([settings_of(optimizer) for optimizer in self.run.optimizers()])
         for recorder in recorders[2:]:
             if reason := difference(recorders[1], recorder):
                 raise NotCapturable(reason)
@@ -181,7 +166,7 @@ class CapturedStep:
             raise NotCapturable(f"it changes settings of an optimizer, which are Python numbers; {remedy}")
         if torch.equal(random[0], random[1]):
             raise NotCapturable("it seeds the random numbers anew in each step; seed them before the first step")
-        for name, value in plain_values(self.state).items():
+        for name, value in plain_values(self.run.state).items():
             if value != values[name]:
                 remedy = "make it a tensor on the device that the step updates in place"
                 raise NotCapturable(f"it changes state[{name!r}], a Python value; {remedy}")
@@ -193,12 +178,13 @@ class CapturedStep:
         started = time.monotonic()
         pairs = zip(self.groups(), self.momenta)
         momenta = {parameter.data_ptr(): momentum for group, momentum in pairs for parameter in group["params"]}
-        states = [state for optimizer in self.optimizers for state in optimizer.state.values()]
+        states = [state for optimizer in self.run.optimizers() for state in optimizer.state.values()]
         counts = {state["step"].data_ptr(): state["step"].item() for state in states if "step" in state}
         random, ends = random_state(), []
         AT_ONCE.append(True)
         try:
-            function = compile_step(self.step, self.inputs, momenta, counts, self.products_of(self.step, self.inputs))
+            replaced = products.in_compiled(self.step, self.inputs, self.run)
+            function = compile_step(self.step, self.inputs, momenta, counts, replaced)
             for each in (self.step, function):
                 set_random_state(random, fresh_seed=0)
                 each(*self.inputs)
@@ -240,7 +226,7 @@ class CapturedStep:
         return f"train_step cannot be compiled: {reason}; {flags} to run it eagerly"
 
     def groups(self) -> list[dict[str, Any]]:
-        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        return [group for optimizer in self.run.optimizers() for group in optimizer.param_groups]
 
     def recorded_settings(self) -> list[tuple[str, Any]]:
         """The settings of the optimizers that the captured step holds as numbers.

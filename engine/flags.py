@@ -135,11 +135,9 @@ def training_parser(
     add = parser.group("where to compute")
     add("--device", type=device_name, default="auto", help="auto, cpu, cuda, cuda:1, ... or mps")
     add("--threads", type=number(int, 1, 1024), help="CPU threads (none: as many as are fastest in the first steps)")
-    library = "library of the matrix products on a CPU (none: the faster one)"
-    add("--products", choices=["torch", "onednn"], help=library)
-    compiler = "compile the whole step (needs a C++ compiler; Triton on CUDA)"
+    add("--products", choices=["torch", "onednn"], help="library of matrix products on a CPU (none: the faster one)")
     add("--cuda-graph", action=BooleanOptionalAction, help="on CUDA, replay the step as one graph")
-    add("--compile", action=BooleanOptionalAction, help=compiler)
+    add("--compile", action=BooleanOptionalAction, help="compile the whole step (needs a C++ compiler; Triton on CUDA)")
     add("--amp", action="store_true", help="mixed precision (bfloat16)")
     add = parser.group("where to save")
     add("--output-dir", metavar="RUN", type=path, help="new run folder (none: the next free runs/<model>-<dataset>)")

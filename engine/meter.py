@@ -7,8 +7,8 @@ import torch
 
 from engine.distributed import all_gather, rank, world_size
 from engine.errors import UserError
-from engine.run import Metrics
 
+Metrics = dict[str, float]  # a row of metrics, by name
 Totals = dict[str, tuple[float, float]]  # metric -> its sum over images, and their number
 
 

@@ -27,18 +27,14 @@ def plot_curves(history: list[dict], curve: list[dict], path: Path) -> None:
     figure = Figure(figsize=(5 * columns, 4 * rows), layout="constrained")
     for place, (name, lines) in enumerate(panels.items(), 1):
         axis = figure.add_subplot(rows, columns, place, xlabel="epoch", ylabel=name)
-        for line in lines:
-            plot_line(axis, *line)
+        for table, key, style, label in lines:
+            points = [(row["epoch"], row[key]) for row in table if key in row]
+            axis.plot(*zip(*points), style if len(points) > 1 else "o", lw=1, ms=3, label=label)
         axis.set_xlim(left=0)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
         axis.legend()
     save_figure(figure, path)
-
-
-def plot_line(axis: Any, table: list[dict], key: str, style: str, label: str) -> None:
-    points = [(row["epoch"], row[key]) for row in table if key in row]
-    axis.plot(*zip(*points), style if len(points) > 1 else "o", lw=1, ms=3, label=label)
 
 
 def names_of(rows: list[dict]) -> list[str]:

@@ -7,16 +7,14 @@ import timeit
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine.distributed import broadcast, rank
-
-if TYPE_CHECKING:
-    from engine.run import Run
+from engine.distributed import broadcast
+from engine.run import Run
 
 WORTH = 0.8  # of MKL's time, which oneDNN must not exceed: the choice seldom differs on a busy day
 MM, ADDMM = torch.ops.aten.mm.default, torch.ops.aten.addmm.default
@@ -38,7 +36,7 @@ if not hasattr(torch.ops.onednn_products, "mm"):  # this module may be imported 
 warnings.filterwarnings("ignore", "Warning only once for all operators")  # of torch 2.10, about the replacement below
 
 
-def with_products(step: Callable, run: "Run") -> Callable:
+def with_products(step: Callable, run: Run) -> Callable:
     """`step`, which runs eagerly, with its products by oneDNN if that is faster, as its first call finds out."""
     if not available(run):
         return step
@@ -98,7 +96,7 @@ class Products(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def in_compiled(step: Callable, inputs: Sequence[Tensor], run: "Run") -> dict[Any, Callable]:
+def in_compiled(step: Callable, inputs: Sequence[Tensor], run: Run) -> dict[Any, Callable]:
     """What computes the products of a step that is compiled: {}, or oneDNN if that is faster, as one step finds out."""
     if available(run) and not run.args.products:
         with Products() as products:
@@ -115,21 +113,20 @@ def compiled_addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha
     return torch.ops.onednn_products.mm(a, b, bias) if adds_a_row(bias, a, b, beta, alpha) else NotImplemented
 
 
-def available(run: "Run") -> bool:
+def available(run: Run) -> bool:
     """On a CPU, and if torch still has the two private functions that this needs."""
     private = hasattr(torch.ops.mkldnn, "_linear_pointwise") and hasattr(torch.library, "_scoped_library")
     return private and run.device().type == "cpu"
 
 
-def choose(products: list[Matrices], run: "Run", replacing: float = 0.0) -> None:
+def choose(products: list[Matrices], run: Run, replacing: float = 0.0) -> None:
     """Put the faster library into the run's options, so that a resumed run makes the same choice.
 
     replacing: the seconds that a step takes to replace torch's products.
     """
     run.args.products = broadcast(lambda: faster(products, replacing)) if products else "torch"
     run.options["products"] = run.args.products
-    if rank() == 0:
-        run.write_config()
+    run.write_config()
 
 
 def faster(products: list[Matrices], replacing: float) -> str:

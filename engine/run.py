@@ -18,13 +18,13 @@ from engine.device import random_state, set_random_state
 from engine.distributed import all_gather, broadcast, rank, sum_gradients, world_size
 from engine.errors import UserError
 from engine.folder import lock, new_folder, read_config
+from engine.meter import Meter, Metrics
 from engine.optim import EMA
 from engine.provenance import code_fingerprint, environment, warn_if_code_changed
 from engine.recorder import tensors_of
 from engine.state import check_optimizers, restored, saved, weights_of
 from engine.table import Table
 
-Metrics = dict[str, float]  # a row of metrics, by name
 WHERE = dict(resume=None, output_dir=None, auto_resume=False)  # options that are not saved
 # The options that the loop reads, and their defaults. engine/flags.py has a flag for each.
 DEFAULTS: dict[str, Any] = dict(
@@ -62,8 +62,8 @@ class Run:
         self.counted = self.saved = time.monotonic()  # when these seconds were last updated; of the last save
         state["step"] = torch.zeros((), dtype=torch.int64, device=self.device())
         self.updated: dict[Optimizer, bool] = {}  # whether its weights had a gradient at its first step
-        self.begun = False  # whether this process continues a run whose first step was made by the same code
-        self.meter: Any = None  # sums of the current epoch's metrics; utils.train sets it
+        self.begun = False  # whether the first step has been made, by the code as it is now
+        self.meter = Meter(self.device())  # sums of the current epoch's metrics
         self.fraction = 1.0  # fraction of the batch that this rank computes
         sum_gradients(self.optimizers(), lambda: self.fraction)
         if self.args.start_from and not self.args.resume:

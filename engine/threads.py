@@ -3,20 +3,17 @@
 import os
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 
 from engine.distributed import world_size
-
-if TYPE_CHECKING:
-    from engine.run import Run
+from engine.run import Run
 
 CORES = torch.get_num_threads()
 WORTH = 0.95  # of the time with fewer threads, which more threads must not exceed
 
 
-def tuned(step: Callable, then: Callable[[], Callable], run: "Run", batch_size: int) -> Callable:
+def tuned(step: Callable, then: Callable[[], Callable], run: Run, batch_size: int) -> Callable:
     """`step` with 1, 2, 4, ... threads in turn, three times each; afterwards `then()`, with the fastest.
 
     These are steps of the training. The choice goes into the run's options, so that a resumed run makes the same one.
@@ -48,7 +45,7 @@ def tuned(step: Callable, then: Callable[[], Callable], run: "Run", batch_size: 
     return run_step
 
 
-def choose(seconds: dict[int, float], run: "Run") -> None:
+def choose(seconds: dict[int, float], run: Run) -> None:
     """Set the number of threads to the fastest. seconds: of a step with so many threads, fewest first."""
     best = 1
     for threads, own in seconds.items():

@@ -1,7 +1,7 @@
 """An eager step is watched for a few steps: would a resumed run continue what it does?"""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.optim import Optimizer
@@ -9,10 +9,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from engine.device import random_state
 from engine.recorder import COMPARED, NO_LINE, Recorder, difference, storage_of, tensors_of, user_line
-from engine.state import plain_values, saved, unsaved
-
-if TYPE_CHECKING:
-    from engine.run import Run
+from engine.run import Run
+from engine.state import plain_values, unsaved
 
 WARNING = "warning: a resumed run would not continue exactly"
 
@@ -55,7 +53,7 @@ class Watch(Recorder):
             hook.remove()
 
 
-def watched(step: Callable, run: "Run") -> Callable:
+def watched(step: Callable, run: Run) -> Callable:
     """`step(images, labels)`, which runs eagerly. Its second to sixth call are recorded and compared.
 
     What changes from one to the next and is not in `run.state` is named in a warning.
@@ -69,10 +67,10 @@ def watched(step: Callable, run: "Run") -> Callable:
         calls += 1
         if calls == 1 or calls > 1 + COMPARED:
             return step(*inputs)
-        before = host_values(run.state)
+        before = host_values(run)
         with Watch(inputs, run.optimizers()) as watch:
             metrics = step(*inputs)
-        after = host_values(run.state)
+        after = host_values(run)
         reasons = [unsaved(watch, run.state, before[1])]
         if last and last[0].sizes == watch.sizes and not watch.reads_values and before == after:
             reasons.append(difference(last[0], watch))
@@ -86,15 +84,13 @@ def watched(step: Callable, run: "Run") -> Callable:
     return watched_step
 
 
-def host_values(state: dict[str, Any]) -> list[Any]:
-    """What `state` saves of Python: plain values, and the random numbers of numpy and `random`."""
-    generators = random_state()
-    return [plain_values(state), places_of(state), generators["python"], generators["numpy"]]
+def host_values(run: Run) -> list[Any]:
+    """What a checkpoint holds of Python: plain values, the places of tensors, and numpy's and Python's random numbers.
 
-
-def places_of(state: dict[str, Any]) -> list[int]:
-    """Of what a checkpoint holds, in memory: a step may replace a tensor, as `p.data = p.data - lr * p.grad` does."""
-    return [storage_of(tensor) for tensor in tensors_of([saved(name, item) for name, item in state.items()])]
+    A step may replace a tensor, as `p.data = p.data - lr * p.grad` does.
+    """
+    places, generators = list(map(storage_of, tensors_of(run.content()))), random_state()
+    return [plain_values(run.state), places, generators["python"], generators["numpy"]]
 
 
 def settings_of(optimizer: Optimizer) -> list[Any]:

@@ -54,9 +54,7 @@ def build(tmp_path, capsys):
         images, labels = torch.zeros(count, 1, 28, 28, dtype=torch.uint8), torch.zeros(count, dtype=torch.int64)
         state, train_step, _ = script.build(args, META, Batches(images, labels, args.batch_size, "cpu"))
         batches = Batches(images, labels, args.batch_size, META, black=getattr(args, "black", 0.0))
-        run = utils.Run(args, state)
-        run.meter = utils.Meter(META)
-        return run, train_step, batches
+        return utils.Run(args, state), train_step, batches
 
     return build
 

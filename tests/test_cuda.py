@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from helpers import DIGITS, ROOT, assert_close, killed_at, load
+from test_graph import captured_step
 from test_loop import Position, fit, start, ten_images
 
 import evaluate
@@ -15,7 +16,6 @@ import train_classifier
 import train_gan
 import utils
 from datasets import Batches
-from engine.captured import CapturedStep
 from engine.errors import UserError
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -101,7 +101,7 @@ def test_what_only_capture_notices_names_its_cause():
         torch.cuda.synchronize()
         return ()
 
-    step = CapturedStep(waiting, {}, 2, torch.device("cuda"), compiled=False, graph=True, begun=True)
+    step = captured_step(waiting, {}, "cuda", graph=True)
     with pytest.raises(UserError, match=r"capturing.*--no-cuda-graph"):
         step(torch.zeros(2, device="cuda"))
     drawn = torch.zeros(2, device="cuda")
@@ -110,7 +110,7 @@ def test_what_only_capture_notices_names_its_cause():
         drawn.copy_(torch.rand(2, device="cuda"))
         return ()
 
-    step = CapturedStep(drawing, {}, 2, torch.device("cuda"), compiled=False, graph=True, begun=True)
+    step = captured_step(drawing, {}, "cuda", graph=True)
     step(torch.zeros(2, device="cuda"))  # a notebook can go on
     assert drawn.any()
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+from argparse import Namespace
 from unittest.mock import MagicMock
 
 import pytest
@@ -13,6 +14,7 @@ from engine import captured
 from engine.captured import COMPARED, CapturedStep
 from engine.errors import UserError
 from engine.recorder import prepare
+from engine.run import Run
 
 
 class FakeGraph:
@@ -47,9 +49,11 @@ def fake_cuda(monkeypatch):
     return lambda graphed, position: monkeypatch.setattr(torch.cuda, "graph", graph_of(graphed, position))
 
 
-def graphed_step(step, optimizer, begun=False, **state):
-    state, how = {"optimizer": optimizer, **state}, {"compiled": False, "graph": True, "begun": begun}
-    return CapturedStep(step, state, 2, torch.device("cpu"), **how)
+def captured_step(step, state, device="cpu", begun=True, compiled=False, graph=False):
+    """As in the middle of an epoch. begun: whether the run has made a step."""
+    run, run.state, run.begun, run.batch = object.__new__(Run), state, begun, 1
+    run.args, run.device = Namespace(products="torch"), lambda: torch.device(device)
+    return CapturedStep(step, run, 2, compiled=compiled, graph=graph)
 
 
 def graphed_counter(fake_cuda, optimizer, begun=False):
@@ -59,7 +63,7 @@ def graphed_counter(fake_cuda, optimizer, begun=False):
         position.steps += 1
         seen.append(rows.clone())
 
-    graphed = graphed_step(step, optimizer, begun, position=position)
+    graphed = captured_step(step, {"optimizer": optimizer, "position": position}, begun=begun, graph=True)
     fake_cuda(graphed, position)
     return graphed, position, seen
 
@@ -88,8 +92,8 @@ def test_every_call_is_one_step_on_its_own_rows_and_all_but_a_runs_first_are_rep
 
 
 def test_what_a_captured_step_changes_and_state_lacks_is_named(capsys):
-    memory, how = torch.zeros(3), {"compiled": False, "graph": False, "begun": True}
-    call(CapturedStep(lambda rows: memory.add_(1), {}, 2, torch.device("cpu"), **how), 1)
+    memory = torch.zeros(3)
+    call(captured_step(lambda rows: memory.add_(1), {}), 1)
     assert "warning: a resumed run would not continue exactly: tests/test_graph.py:" in capsys.readouterr().out
 
 
@@ -101,16 +105,10 @@ def test_what_a_step_reads_of_a_schedule_is_seen_to_change(read):
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
     prepare(optimizer, torch.device("cpu"))
     before = schedule.last_epoch, schedule.get_last_lr()
-    state, how = {"optimizer": optimizer, "schedule": schedule}, {"compiled": False, "graph": False, "begun": True}
+    state = {"optimizer": optimizer, "schedule": schedule}
     with pytest.raises(UserError, match=r"tests/test_graph.py:\d+ does not do the same in every step"):
-        call(CapturedStep(lambda rows: torch.ones(1) * read(schedule), state, 2, torch.device("cpu"), **how), 1)
+        call(captured_step(lambda rows: torch.ones(1) * read(schedule), state), 1)
     assert (schedule.last_epoch, schedule.get_last_lr()) == before
-
-
-def test_one_hot_on_a_cpu_is_refused_with_a_remedy():
-    how = {"compiled": True, "graph": False, "begun": True}
-    with pytest.raises(UserError, match=r"F\.one_hot on a CPU does; compare labels\[:, None\] == torch\.arange"):
-        call(CapturedStep(lambda rows: torch.nn.functional.one_hot(rows, 10), {}, 2, torch.device("cpu"), **how), 1)
 
 
 def test_the_warm_up_check_leaves_no_trace(fake_cuda):
@@ -131,7 +129,7 @@ def test_the_warm_up_check_leaves_no_trace(fake_cuda):
         state = [weight.detach(), memory, *optimizer.state[weight].values(), *norm.state_dict().values()]
         return [each.clone() for each in (*state, torch.get_rng_state(), own.get_state())]
 
-    graphed = graphed_step(step, optimizer, own=own)
+    graphed = captured_step(step, {"optimizer": optimizer, "own": own}, begun=False, graph=True)
     graphed.record_graph = lambda function: lambda *inputs: None
     call(graphed, 1)
     before = everything()
@@ -170,23 +168,22 @@ def test_a_momentum_that_changes_in_every_step_runs_eagerly_and_is_said_once(fak
 
 def test_a_step_that_changes_in_a_later_epoch_is_captured_again(fake_cuda, capsys):
     """As when `after_epoch` unfreezes a layer: the first step of each epoch runs eagerly and is compared."""
-    layers, calls, position = [torch.nn.Linear(1, 1)], [], Position()
-    layers[0].weight.requires_grad_(False)
+    layer, position = torch.nn.Linear(1, 1), Position()
+    layer.weight.requires_grad_(False)
 
     def step(rows):
         position.steps += 1
-        layers[0](torch.ones(2, 1)).sum().backward()
-        layers[0].zero_grad()
+        layer(torch.ones(2, 1)).sum().backward()
+        layer.zero_grad()
 
-    graphed = graphed_step(step, sgd(), position=position, layer=layers[0])
-    graphed.is_first = lambda: len(calls) % 10 == 0
+    state = {"optimizer": sgd(), "position": position, "layer": layer}
+    graphed = captured_step(step, state, begun=False, graph=True)
     fake_cuda(graphed, position)
     for epoch in range(4):
-        for _ in range(10):
+        for graphed.run.batch in range(10):
             call(graphed, 1)
-            calls.append(0)
         if epoch == 1:
-            layers[0].weight.requires_grad_(True)
+            layer.weight.requires_grad_(True)
     assert position.steps == 40
     assert (FakeGraph.captures, FakeGraph.replays) == (2, 36)
     assert capsys.readouterr().out.count("capturing the training step again: tests/test_graph.py:") == 1
@@ -197,11 +194,13 @@ def test_a_step_that_changes_in_a_later_epoch_is_captured_again(fake_cuda, capsy
     [
         (lambda state: torch.manual_seed(0), "it seeds the random numbers anew in each step"),
         (lambda state: state.update(count=state["count"] + 1), r"it changes state\['count'\], a Python value"),
+        (lambda state: torch.nn.functional.one_hot(torch.tensor([1]), 10),
+         r".* F\.one_hot on a CPU does; compare labels\[:, None\] == torch\.arange\(classes\)"),
     ],
-)
+)  # fmt: skip
 def test_what_a_captured_step_would_leave_out_is_refused(change, message):
-    state, how = {"count": 0}, {"compiled": True, "graph": False, "begun": True}
-    step = CapturedStep(lambda rows: change(state) and torch.rand(()), state, 2, torch.device("cpu"), **how)
+    state = {"count": 0}
+    step = captured_step(lambda rows: change(state) and torch.rand(()), state, compiled=True)
     words = f"train_step cannot be compiled: {message}.*; omit --compile to run it eagerly"
     with pytest.raises(UserError, match=words):
         call(step, 1)
@@ -228,8 +227,9 @@ def test_a_run_on_cuda_is_captured_when_dry_and_when_resumed(fake_cuda, tmp_path
     folder, position = tmp_path / "run", Position()
 
     class Graphed(CapturedStep):
-        def __init__(self, step, state, batch_size, device, **how):
-            super().__init__(step, state, batch_size, torch.device("cpu"), **how)
+        def __init__(self, step, run, batch_size, **how):
+            run.device = lambda: torch.device("cpu")
+            super().__init__(step, run, batch_size, **how)
             fake_cuda(self, position)
 
     def train_step(images, labels):
@@ -237,7 +237,6 @@ def test_a_run_on_cuda_is_captured_when_dry_and_when_resumed(fake_cuda, tmp_path
         return {"loss": torch.zeros(())}
 
     monkeypatch.setattr(captured, "CapturedStep", Graphed)
-    monkeypatch.setattr(utils, "Meter", lambda device, meter=utils.Meter: meter("cpu"))
     for options in ({"dry_run": True}, {"resume": str(folder), "epochs": 2}):
         weight = torch.zeros(1, requires_grad=True)
         optimizer = torch.optim.Adam([weight], lr=0.1, fused=True)
@@ -253,6 +252,6 @@ def test_a_run_on_cuda_is_captured_when_dry_and_when_resumed(fake_cuda, tmp_path
 def test_an_optimizer_that_cannot_be_captured_runs_eagerly_and_is_said(tmp_path, capsys):
     weight = torch.zeros(1, requires_grad=True)
     run = start(tmp_path / "run", {"weight": weight, "optimizer": torch.optim.Adagrad([weight], lr=0.1)})
-    run.device, run.meter = lambda: torch.device("cuda"), utils.Meter()
+    run.device = lambda: torch.device("cuda")
     utils.make_step(run, lambda images, labels: {}, ten_images(batch_size=2))(torch.tensor([1, 2]))
     assert capsys.readouterr().out.count("every step runs eagerly: Adagrad") == 1

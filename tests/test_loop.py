@@ -59,22 +59,17 @@ def fit(layer, optimizer):
 
 def test_best_pt_is_the_best_epoch_and_the_run_ends_when_it_should_stop(tmp_path):
     accuracies = iter([0.5, 0.9, 0.9, 0.7, 0.8, 0.95])
-    position = Position()
-    run = start(tmp_path / "run", {"position": position}, epochs=6)
+    run = start(tmp_path / "run", {}, epochs=6)
 
-    def train_step(images, labels):
-        position.steps += 1
-        return {"loss": torch.zeros(())}
-
-    def two_epochs_without_a_better_one(row):
+    def should_stop(row):
         return row["epoch"] - run.best_epoch("val_accuracy") >= 2
 
     def validate():
         return {"val_accuracy": next(accuracies)}
 
-    utils.train(run, train_step, ten_images(10), validate, "val_accuracy", should_stop=two_epochs_without_a_better_one)
-    assert load(tmp_path / "run" / "best.pt")["state"]["position"]["steps"] == 2
-    assert load(tmp_path / "run" / "checkpoint.pt")["state"]["position"]["steps"] == 4
+    utils.train(run, lambda *_: {}, ten_images(10), validate, "val_accuracy", should_stop=should_stop)
+    assert load(tmp_path / "run" / "best.pt")["epoch"] == 2
+    assert load(tmp_path / "run" / "checkpoint.pt")["epoch"] == 4
 
 
 def test_every_schedule_and_every_ema_in_the_state_is_updated_once_a_step(tmp_path):
@@ -221,15 +216,6 @@ def test_a_stopped_run_leaves_its_plots_and_resumes_even_with_other_metrics(tmp_
     assert [float(row["old"]) for row in rows[:2]] == pytest.approx([4.5, sum(second_epoch[:3]) / 3])
     assert [float(row["new"]) for row in rows[1:]] == pytest.approx([sum(second_epoch[3:]) / 2, 4.5])
     assert (rows[0]["new"], rows[2]["old"]) == ("", "")
-
-
-def test_a_network_is_evaluated_in_eval_mode_and_each_layer_has_its_own_mode_afterwards():
-    network = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Dropout())
-    network[0].eval()  # as a user may hold a layer's statistics fixed
-    with utils.evaluating(network):
-        assert not any(layer.training for layer in network.modules())
-        assert not torch.is_grad_enabled()
-    assert [layer.training for layer in network.modules()] == [True, False, True]
 
 
 def test_curves_are_the_reports_as_a_line_and_validation_as_dots(monkeypatch, tmp_path):

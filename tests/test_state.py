@@ -313,17 +313,18 @@ def test_a_layer_that_after_epoch_unfreezes_and_no_optimizer_holds_is_named_once
 
 
 @pytest.mark.parametrize("callback", ["validate", "sample", "after_epoch"])
-def test_networks_are_in_eval_mode_in_each_callback_and_in_train_mode_in_the_next_step(tmp_path, callback):
-    layer, modes = torch.nn.Linear(1, 1), []
+def test_each_callback_runs_in_eval_mode_and_the_next_step_in_each_layers_own_mode(tmp_path, callback):
+    network, modes = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Dropout()), []
+    network[0].eval()  # as a user may hold a layer's statistics fixed
     returned = {"validate": {}, "sample": torch.zeros(1, 1, 2, 2)}.get(callback)
-    run = start(tmp_path / "run", {"layer": layer})
 
-    def train_step(images, labels):
-        modes.append(layer.training)
-        return {}
+    def note(result):
+        modes.append([torch.is_grad_enabled(), *(layer.training for layer in network.modules())])
+        return result
 
-    utils.train(run, train_step, ten_images(10), **{callback: lambda *_: modes.append(layer.training) or returned})
-    assert modes == [True, False] * 2
+    run = start(tmp_path / "run", {"network": network})
+    utils.train(run, lambda *_: note({}), ten_images(10), **{callback: lambda *_: note(returned)})
+    assert modes == [[True, True, False, True], [False] * 4] * 2
 
 
 def train_with(tmp_path, make, **callbacks):
