@@ -62,21 +62,21 @@ class VAE(nn.Module):
         kl = (mean**2 + (2 * log_std).exp() - 1 - 2 * log_std).sum(1) / 2  # KL(q(z|x) || p(z))
         return (kl - log_p).mean()  # ELBO = E_q log p(x|z) - KL
 
-    def log_weights(self, images: Tensor, mean: Tensor, log_std: Tensor, k: int, generator=None) -> Tensor:
+    def log_weights(self, images: Tensor, mean: Tensor, log_std: Tensor, k: int) -> Tensor:
         """log w = log p(x, z) - log q(z|x) for k samples z ~ q(z|x) of each image; [k, N] in nats."""
-        eps = torch.randn(k, *mean.shape, device=mean.device, generator=generator)
+        eps = torch.randn(k, *mean.shape, device=mean.device)
         z = mean + log_std.exp() * eps  # [k, N, latent]
         log_p = bernoulli_log_prob(images.flatten(1), self.decoder(z).float()).sum(-1)  # log p(x|z)
         return log_p + ((eps**2 - z**2) / 2 + log_std).sum(-1)  # + log p(z) - log q(z|x); both have -1/2 log 2 pi
 
     @torch.no_grad()
-    def log_likelihood(self, images: Tensor, samples=5000, block=1000, generator: Generator | None = None) -> Tensor:
+    def log_likelihood(self, images: Tensor, samples=5000, block=1000) -> Tensor:
         """The bound L_samples on log p(x), [N] in nats. `block`: how many decoded images fit in memory at once."""
         bounds = []
         for x in images.split(max(1, block // samples)):
             mean, log_std = self.encode(x)
             sizes = [min(block, samples - done) for done in range(0, samples, block)]
-            parts = [self.log_weights(x, mean, log_std, k, generator).logsumexp(0) for k in sizes]
+            parts = [self.log_weights(x, mean, log_std, k).logsumexp(0) for k in sizes]
             bounds.append(torch.stack(parts).logsumexp(0) - math.log(samples))
         return torch.cat(bounds)
 

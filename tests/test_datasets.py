@@ -15,13 +15,12 @@ import torch.nn.functional as F
 from helpers import PROCESSES
 
 from datasets import hold_out, load, mnist
-from datasets.mnist import MIRRORS, SHA256, find_idx
+from datasets.mnist import FOLDERS, MIRRORS, SHA256, find_idx
 from engine.errors import DataError
 
 TRAIN_IMAGES, TRAIN_LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
 TEST_IMAGES, TEST_LABELS = "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"
 FILES = [TRAIN_IMAGES, TRAIN_LABELS, TEST_IMAGES, TEST_LABELS]
-FOLDERS = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST"}
 PINNED, PUBLISHED = dict(SHA256), dict(MIRRORS)
 
 

@@ -17,7 +17,7 @@ from functools import partial
 import helpers
 import pytest
 import torch
-from helpers import DIGITS, ROOT, act_at, assert_close, assert_one_line, few_digits, load, tensors, train
+from helpers import DIGITS, ROOT, act_at, assert_close, assert_one_line, few_digits, load, same, train
 from test_loop import start
 
 import datasets
@@ -222,9 +222,7 @@ def test_each_process_resumes_with_its_own_buffers(tmp_path, monkeypatch):
     def start_here(**options):
         network = torch.nn.Linear(1, 1)
         network.register_buffer("chains", torch.zeros(2))
-        run = start(tmp_path / "run", {"network": network}, **options)
-        run.meter = utils.Meter()
-        return run, network
+        return start(tmp_path / "run", {"network": network}, **options), network
 
     run, _ = start_here()
     monkeypatch.setattr(run_module, "world_size", lambda: 2)
@@ -285,7 +283,7 @@ def test_after_the_death_of_a_process_torchrun_ends_with_the_same_run(tmp_path, 
     errors = torchrun(tmp_path, one_dies, *MLP, "--save-interval", "0", "--auto-resume", launcher=launcher, agents=2)
     assert re.search("another process of this job has ended|: interrupted", errors)  # or torchrun stops it before that
     whole, again = (load(tmp_path / folder / "checkpoint.pt") for folder in ("whole", "run"))
-    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(tensors(whole["state"]), tensors(again["state"])))
+    assert same(whole["state"], again["state"])
     assert (tmp_path / "whole" / "metrics.csv").read_bytes() == (tmp_path / "run" / "metrics.csv").read_bytes()
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["processes"] == 2
