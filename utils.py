@@ -225,7 +225,7 @@ def stopped(run: Run, signal: int, how: str) -> Stopped:
 
 
 def listed(metrics: Metrics) -> str:
-    return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name != "epoch")
+    return "  ".join(f"{name} {value:#.4g}" for name, value in metrics.items() if name != "epoch")
 
 
 def print_what_is_next(run: Run) -> None:

@@ -179,6 +179,10 @@ def test_a_metric_is_averaged_over_the_images_that_it_was_returned_for(tmp_path)
     assert [row.get("late") for row in run.curve] == [mean([i for i in steps if i > 6]) for steps in reports]
 
 
+def test_small_metrics_are_shown_with_as_many_digits_as_large_ones():
+    assert utils.listed({"epoch": 3, "lr": 2e-6, "loss": 0.46}) == "lr 2.000e-06  loss 0.4600"
+
+
 def test_sums_keep_growing_in_bfloat16(tmp_path):
     run = start(tmp_path / "run", {}, epochs=1)
     one = torch.ones((), dtype=torch.bfloat16)
