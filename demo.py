@@ -33,7 +33,7 @@ PICK_THE_BRUSH = (
 
 def get_args_parser() -> flags.ArgumentParser:
     parser = flags.ArgumentParser("demo.py", __doc__)
-    what = "run folders, or files of weights/ (none: all of these)"
+    what = "run folders, or files of weights/ (default: all files of weights/)"
     parser.add_argument("run", metavar="RUN", type=flags.path, nargs="*", help=what)
     parser.add_argument("--port", type=flags.number(int, 0, 65535), default=7860, help="local port; 0: any free one")
     return parser
@@ -76,7 +76,7 @@ def enlarge(image: torch.Tensor) -> Any:
 
 
 def say_in_page(gr: Any, component: Any) -> None:
-    """Have the page, and not a traceback, say that the component holds what it cannot read."""
+    """If the component holds what it cannot read, show an error in the page instead of printing a traceback."""
     read = component.preprocess
 
     def preprocess(payload: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Train the lecture's MLP or CNN, or the Maxout network, to classify digits.
+"""Train a classifier: the lecture's MLP or CNN, a ResNet, or the Maxout network.
 
 python train_classifier.py --dataset digits --recipe best      # a minute, no download
 python train_classifier.py --model mlp                         # the lecture's recipe on MNIST

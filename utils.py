@@ -66,7 +66,7 @@ def train(
     score: the metric to maximise: best.pt is saved whenever it beats all earlier epochs. Without a validation split
         there is no best.pt, and the last epoch is the result.
     should_stop: gets the last row, on every rank; training ends once it returns True.
-    check: runs on rank 0 in eval mode, before the first step and after the last, as measures.trained.check_rebuilt.
+    check: runs on rank 0 in eval mode, before the first step and after the last; see measures.trained.check_rebuilt.
 
     Saves checkpoint.pt before the first step, every --save-interval seconds, after each epoch, and on a signal,
     after which it raises Stopped; a second Ctrl-C does so at once. Raises UserError if a metric or a weight is not
@@ -129,8 +129,9 @@ def progress(run: Run, batches: Any, steps: int) -> Iterator[torch.Tensor]:
 def make_step(run: Run, train_step: TrainStep, batches: Any) -> Callable[[torch.Tensor], None]:
     """Return a function that runs one step, from row numbers to sums of metrics.
 
-    It also advances every EMA and schedule in `run.state`. The step is compiled with --compile, and is a CUDA graph on
-    a GPU; otherwise it runs eagerly. Reading the images is part of it, unless `batches.on_device` is False.
+    It also updates every EMA in `run.state`, and advances the schedules that do not count epochs. The step is compiled
+    with --compile, and is a CUDA graph on a GPU; otherwise it runs eagerly. Reading the images is part of the step,
+    unless `batches.on_device` is False.
     """
     device = run.device()
     emas = [item for item in run.state.values() if isinstance(item, optim.EMA)]
@@ -184,7 +185,7 @@ def report(run: Run, steps: int) -> None:
 def finish_epoch(
     run: Run, validate: Callable | None, score: str | None, sample: Callable | None, after_epoch: Callable | None
 ) -> None:
-    """Validate, append a row of metrics to the history, save samples, and best.pt if it is the best; print the row."""
+    """Validate, append a row of metrics to the history and print it, save samples, and best.pt in the best epoch."""
     metrics = {**run.meter.epoch_means(), **(broadcast(lambda: validated(validate)) if validate else {})}
     run.count_seconds()
     run.seconds.append(0.0)

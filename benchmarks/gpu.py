@@ -1,4 +1,4 @@
-"""Everything that waits for a GPU, in order of worth: one command for the first GPU that comes.
+"""All tests and measurements that need a GPU, in one command, the most important first.
 
 python benchmarks/gpu.py --data-dir data
 
@@ -88,14 +88,14 @@ def main() -> None:
     parser = flags.ArgumentParser("gpu.py", __doc__)
     parser.add_argument("names", metavar="STEP", nargs="*", default=list(STEPS), help="steps to run")
     parser.add_argument("--data-dir", default="data", help="folder of the datasets")
-    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="cpu tries the command")
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="cpu: only try the command")
     parser.add_argument("--output-dir", default="runs/gpu", help="folder of the runs")
     args = parser.parse_args()
     if unknown := [name for name in args.names if name not in STEPS]:
         parser.error(f"no step {', '.join(unknown)}; choose from {', '.join(STEPS)}")
     if args.device == "cuda":
         if not torch.cuda.is_available():
-            raise UserError("this machine or this build of torch has no CUDA device; --device cpu tries the command")
+            raise UserError("this machine or this build of torch has no CUDA device; for a trial, add --device cpu")
         torch.cuda.init()  # so that environment() names the GPU
     run_steps(RESULTS if args.device == "cuda" else Path(args.output_dir) / "trial.json", args)
 

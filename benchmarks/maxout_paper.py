@@ -32,6 +32,8 @@ RECIPES, VARIANTS = train_classifier.RECIPES, train_classifier.VARIANTS
 def get_args_parser() -> flags.ArgumentParser:
     parser = train_classifier.get_args_parser()
     parser.prog = "benchmarks/maxout_paper.py"
+    description, _, examples = (__doc__ or "").partition("\n")
+    parser.description, parser.epilog = description, examples.strip("\n")
     parser.set_defaults(script=parser.prog, kind="classifier", recipe="paper")
     parser.add_argument("--first-stage", metavar="RUN", help="run of train_classifier.py --recipe paper")
     return parser
@@ -39,7 +41,9 @@ def get_args_parser() -> flags.ArgumentParser:
 
 def begin(args: argparse.Namespace, state: dict[str, Any], epoch_length: int) -> None:
     """Load the best epoch of --first-stage, with a schedule that starts from its learning rate. Raises UserError."""
-    first = load_checkpoint(Path(args.first_stage or "") / "best.pt")
+    if not args.first_stage:
+        raise UserError("the first stage is missing; add --first-stage RUN, of train_classifier.py --recipe paper")
+    first = load_checkpoint(Path(args.first_stage) / "best.pt")
     for name in ("dataset", "val_size", "batch_size"):
         if first["options"][name] != getattr(args, name):
             raise UserError(f"{args.first_stage} was trained with another {name}; use the same here")

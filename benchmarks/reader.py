@@ -2,9 +2,9 @@
 
 python benchmarks/reader.py --data-dir data    # a quarter of an hour on one core
 
-It is trained on MNIST's training images, drawn with other pens and bent; on drawn ones with a flag and sevens with a
+It is trained on MNIST's training images, drawn with other pens and distorted; on drawn 1s with a flag and 7s with a
 bar, as in Europe, of which MNIST has few; and on what is no digit: digits that touch, parts of digits, frames, lines,
-blobs. All become images as a photo's pieces do.
+blobs. All are made into images like the pieces of a photo.
 """
 
 import sys

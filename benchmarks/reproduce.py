@@ -7,8 +7,8 @@ python benchmarks/reproduce.py mlp-fast --command "train_classifier.py --model m
 python benchmarks/reproduce.py --minutes  # how long the rows take: three epochs of each, an hour on an idle machine
 python benchmarks/reproduce.py --quick    # a minute: do short forms of some rows fall where they fell before?
 
-If it was interrupted, the same command resumes it. With --jobs 2, two seeds train side by side, each on half of the
-cores; OMP_NUM_THREADS sets another number of threads for each. Only --record writes to benchmarks/results/ and assets/.
+To resume, run the same command again. With --jobs 2, two seeds train side by side, each on half of the cores;
+OMP_NUM_THREADS sets another number of threads for each. Only --record writes to benchmarks/results/ and assets/.
 """
 
 import json
@@ -205,7 +205,7 @@ def get_args_parser() -> flags.ArgumentParser:
     add("--command", type=shlex.split, metavar='"SCRIPT ..."', help="run this training command of your own")
     add("--quick", action="store_true", help="train short forms and compare with their bands")
     add("--minutes", action="store_true", help="time three epochs of each row that continues no other")
-    add("--record", action="store_true", help="write the rows, bands or seconds to benchmarks/results/")
+    add("--record", action="store_true", help="write the results to benchmarks/results/ and assets/")
     add("--seeds", type=positive, default=5, help="number of seeds, from 0")
     add("--jobs", type=positive, default=1, help="seeds side by side")
     add("--data-dir", type=flags.path, default="data", help="folder of the datasets")

@@ -36,13 +36,13 @@ def write_sums() -> None:
 
 def main() -> None:
     parser = flags.ArgumentParser("weights.py", __doc__)
-    parser.add_argument("name", metavar="NAME", help="of the file: weights/NAME.pt")
-    parser.add_argument("run", metavar="RUN", type=Path, help="run folder, evaluated")
+    parser.add_argument("name", metavar="NAME", help="name of the file, weights/NAME.pt")
+    parser.add_argument("run", metavar="RUN", type=Path, help="run folder that evaluate.py has evaluated")
     parser.add_argument("--half", action="store_true", help="keep float16 numbers; evaluate the file afterwards")
     args = parser.parse_args()
     measured = args.run / "evaluation" / "metrics.json"
     if not measured.is_file():
-        raise UserError(f"{args.run} has not been evaluated: {command('evaluate.py', args.run)}")
+        raise UserError(f"{args.run} has not been evaluated; run: {command('evaluate.py', args.run)}")
     network, checkpoint = evaluate.load_network(args.run, "cpu")
     name, _ = KINDS[checkpoint["options"]["kind"]]
     weights = {key: tensor.half() if args.half and tensor.is_floating_point() else tensor

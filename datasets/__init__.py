@@ -42,8 +42,8 @@ def load(name: str, data_dir: str, train: bool = True) -> Images:
 def load_test(name: str, data_dir: str, classes: list[str], read: Callable[[str], Tensor] | None = None) -> tuple:
     """The test images, their labels as numbers of `classes`, and their paths (built-in datasets: numbers).
 
-    classes: those that the network knows. read: reads the files of a folder that it was not trained on. This one may
-    lack some classes. Raises DataError.
+    classes: those that the network knows. read: reads the files of a folder that it was not trained on. Such a folder
+    may lack some classes. Raises DataError.
     """
     now = class_names(name, data_dir, None if read else classes)
     if read and (new := {*now} - {*classes}):
@@ -112,7 +112,7 @@ def split(args: argparse.Namespace) -> tuple[Images, Images]:
 
 
 def digest(images: Tensor, labels: Tensor) -> str:
-    """The SHA-256 of a part of a dataset, by which a run knows its training images again."""
+    """The SHA-256 of a part of a dataset, by which a run recognises its training images."""
     content = hashlib.sha256(images.contiguous().numpy().data)
     content.update(labels.contiguous().numpy().data)
     return content.hexdigest()

@@ -22,7 +22,7 @@ from photos import open_image
 from photos.files import FORMATS
 
 SIDE, MODE = 28, "L"  # width and height in pixels; Pillow's name for grey. Colour is "RGB"
-# Beside names that start with a dot: what systems and editors leave, never a class or an image.
+# Besides names that start with a dot: what systems and editors leave, never a class or an image.
 HIDDEN = {"__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found", "__pycache__",
           "thumbnails", "thumbs.db", "desktop.ini"}  # fmt: skip
 PARTS = {"train", "training", "test", "testing", "val", "valid", "validation"}

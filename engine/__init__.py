@@ -1,4 +1,4 @@
-"""What the loop in utils.py stands on: flags, errors, run folders, processes, capture, pictures. It knows no model."""
+"""The internals of the loop in utils.py: flags, errors, run folders, processes, capture, plots. They know no model."""
 
 import os
 import signal

@@ -36,7 +36,8 @@ def adversarial_parser(*args) -> ArgumentParser:
     add("--noise", choices=["unit", "centred"], default="unit", help="z uniform on [0, 1), or with mean 0, variance 1")
     add("--init", choices=["torch", "he", "paper"], default="torch", help="initial weights")
     add = parser.group("how to train")
-    add("--r1", type=number(float, 0), default=0.0, help="weight of the penalty on D's gradient at real images (R1)")
+    what = "weight of R1, the penalty on the gradient of D at real images (--loss relativistic: also at fakes)"
+    add("--r1", type=number(float, 0), default=0.0, help=what)
     add("--simultaneous", action=BooleanOptionalAction, default=False, help="compute both updates before applying D's")
     add("--schedule", choices=["constant", "maxout"], default="constant", help="learning rate over time")
     return parser

@@ -27,7 +27,7 @@ from engine.watched import WARNING, settings_of, watched
 
 
 def capture(step: Callable, run: Run, batch_size: int) -> Callable:
-    """`step`, which takes tensors, as a captured step if `run` asks for one and it can be; otherwise eager, watched.
+    """`step`, which takes tensors, as a captured step if `run` asks for one and its optimizers allow it; else eager.
 
     On a CPU, the first steps choose the number of threads.
     """
@@ -62,9 +62,9 @@ class CapturedStep:
 
     compiled: by Inductor (--compile). graph: as a CUDA graph, of the compiled step if there is one.
 
-    The first step of a new run, which allocates the optimizer's state, and a short last batch run eagerly. When a
-    setting of an optimizer changes that the recording holds, the step is captured again; if one keeps changing within a
-    few steps, all steps run eagerly. Raises UserError if the step cannot be captured.
+    The first step of a new run, which allocates the optimizer's state, and a short last batch run eagerly. When an
+    optimizer setting that the recording holds changes, the step is captured again; if one keeps changing within a few
+    steps, all steps run eagerly. Raises UserError if the step cannot be captured.
     """
 
     def __init__(self, step: Callable, run: Run, batch_size: int, *, compiled: bool, graph: bool):
@@ -165,7 +165,7 @@ class CapturedStep:
             remedy = "change them in `after_epoch`, or by a schedule in `state`"
             raise NotCapturable(f"it changes settings of an optimizer, which are Python numbers; {remedy}")
         if torch.equal(random[0], random[1]):
-            raise NotCapturable("it seeds the random numbers anew in each step; seed them before the first step")
+            raise NotCapturable("it seeds the random number generator in each step; seed it before the first step")
         for name, value in plain_values(self.run.state).items():
             if value != values[name]:
                 remedy = "make it a tensor on the device that the step updates in place"
@@ -190,7 +190,7 @@ class CapturedStep:
                 each(*self.inputs)
                 ends.append(random_state()[self.device.type])
             if not torch.equal(*ends):
-                raise RuntimeError("it sets random numbers back within the step, as torch.utils.checkpoint does")
+                raise RuntimeError("it resets the random number generator in the step, as torch.utils.checkpoint does")
         except (Exception, KeyboardInterrupt) as error:  # no compiler, no Triton, another torch, Ctrl-C
             print(f"not compiled: {reason_of(error)}")
             self.compiled, self.eager = False, not self.graph

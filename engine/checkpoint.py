@@ -25,7 +25,7 @@ TEMPORARY = f"*.{'[0-9a-f]' * 8}.tmp"  # pattern of the names of files that are 
 DIGEST_SIZE = hashlib.sha256().digest_size
 POSITION = ("epoch", "batch")  # where the training is: attributes of engine.run.Run
 TABLES = ("history", "curve")  # likewise
-NETWORK = {"options", "code", "state", "epoch"}  # what a network is built from; all that the files of weights/ hold
+NETWORK = {"options", "code", "state", "epoch"}  # what a network is built from: all that a file of weights/ must hold
 KEYS = {*NETWORK, "types", "ranks", "seconds", *POSITION, *TABLES}  # what resuming needs
 
 
@@ -88,7 +88,8 @@ def load_checkpoint(path: str | Path, warn: bool = True) -> dict[str, Any]:
         if not (path / "previous.pt").is_file():
             raise
         if warn:
-            print(f"warning: {error}; using {path / 'previous.pt'}", file=sys.stderr)
+            reason = str(error).rpartition("; ")[0]
+            print(f"warning: {reason}; using {path / 'previous.pt'}", file=sys.stderr)
         return read_checkpoint(path / "previous.pt")
 
 
@@ -108,14 +109,14 @@ def load_result(path: str | Path) -> dict[str, Any]:
 
 def read_checkpoint(path: Path, keys: set[str] = KEYS) -> dict[str, Any]:
     if not path.is_file():
-        raise UserError(f"{path} does not exist: this is not a run, or nothing was saved yet; name another")
+        raise UserError(f"{path} does not exist: this is not a run, or nothing was saved yet; name another run")
     try:
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); allow reading it, or copy the run") from error
     if not is_sealed(content):
         raise UserError(
-            f"{path} is damaged or not a checkpoint of this repository (its SHA-256 does not match); name another"
+            f"{path} is damaged or not a checkpoint of this repository (its SHA-256 does not match); name another run"
         )
     try:
         checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
@@ -127,7 +128,7 @@ def read_checkpoint(path: Path, keys: set[str] = KEYS) -> dict[str, Any]:
 
 
 def require(checkpoint: dict[str, Any], keys: set[str]) -> None:
-    """Fail unless it has these keys, what is read before a network is built has its type, and `script` lies in here."""
+    """Fail if a key is missing, what is read before a network is built has another type, or `script` lies elsewhere."""
     options, code, state = (checkpoint[key] for key in ("options", "code", "state"))
     script, *others = (options.get(key, "") for key in ("script", "kind", "dataset", "data_dir"))
     classes: Any = options.get("classes", [])

@@ -56,7 +56,7 @@ def compile_step(
 
 
 def lift_tensors(traced: GraphModule) -> list[torch.Tensor]:
-    """Make the tensors that a traced function holds inputs of its graph, behind the others; return them."""
+    """Turn the tensors that a traced function holds into inputs of its graph, after the others; return them."""
     graph: Graph = traced.graph
     *_, place = (node for node in graph.nodes if node.op == "placeholder")
     found: list[torch.Tensor] = []

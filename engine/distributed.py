@@ -31,7 +31,8 @@ def join(device: torch.device) -> torch.device:
         raise UserError("--device mps: there is only one such device; start the script without torchrun")
     if device.type == "cuda":
         if local_rank >= torch.cuda.device_count():
-            raise UserError(f"--device cuda: there are {torch.cuda.device_count()}; lower --nproc-per-node to that")
+            count = torch.cuda.device_count()
+            raise UserError(f"--device cuda: more processes than GPUs ({count}); lower --nproc-per-node to {count}")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     store, number, size = next(dist.rendezvous("env://"))
@@ -95,8 +96,8 @@ def sync_flags(signals: list[int], due: bool) -> tuple[int, bool]:
 def sum_gradients(optimizers: list[torch.optim.Optimizer], fraction: Callable[[], float]) -> None:
     """Have each backward pass end with the gradient of the whole batch's mean loss, the same on every rank.
 
-    fraction: of the batch, which this rank computes. Not DistributedDataParallel, which does not support
-    `create_graph=True`, as the R1 penalty needs it.
+    fraction: returns the fraction of the batch that this rank computes. Not DistributedDataParallel, which does not
+    support `create_graph=True`, which the R1 penalty needs.
     """
 
     def total(gradient: torch.Tensor) -> torch.Tensor:

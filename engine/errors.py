@@ -69,7 +69,7 @@ def interrupt(number, _) -> None:
 
 @contextmanager
 def handled(handler: Callable | signal.Handlers) -> Iterator[None]:
-    """Within this, `handler` gets those signals. Python delivers them to the main thread alone."""
+    """Within this, `handler` gets the `ending_signals`. Python delivers signals to the main thread alone."""
     numbers = ending_signals() if threading.current_thread() is threading.main_thread() else ()
     before = [(number, signal.signal(number, handler)) for number in numbers]
     try:
@@ -100,7 +100,8 @@ def run_script(main: Callable[[], object]) -> None:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        print(f"{name}: error: out of memory; start again with a smaller --batch-size", file=sys.stderr)
+        remedy = "close other programs, or use a smaller --batch-size (when training: in a new run)"
+        print(f"{name}: error: out of memory; {remedy}", file=sys.stderr)
         sys.exit(1)
     finally:
         if dist.is_initialized():

@@ -26,7 +26,7 @@ Variants = dict[tuple[str, str], dict[str, Any]]  # (recipe; model, networks or 
 WHERE_TO_COMPUTE = {"data_dir", "device", "threads", "products", "cuda_graph", "compile"}
 FREE_ON_RESUME = {*WHERE, *WHERE_TO_COMPUTE, "epochs", "log_interval", "save_interval"}
 
-# A flag -> the option and the values with which alone it has an effect, and what it needs.
+# A flag -> the option that it depends on, the values of that option with which it has an effect, and the remedy.
 NEEDS = {
     "momentum": ("optimizer", ("sgd",), "--optimizer sgd"),
     "betas": ("optimizer", ("adam", "adamw"), "--optimizer adam"),
@@ -116,7 +116,8 @@ def training_parser(
     parser.datasets = datasets
     add = parser.group("what to train")
     add("--recipe", choices=list(recipes), default="lecture", help="named set of defaults")
-    add("--start-from", metavar="RUN", type=path, help="initial weights: RUN's, or of weights/ (classifiers, VAE)")
+    what = "initial weights: those of this run or, for classifiers and the VAE, of this file of weights/"
+    add("--start-from", metavar="RUN", type=path, help=what)
     add = parser.group("on what")
     add("--dataset", metavar="NAME", type=path, default="mnist", help=f"{', '.join(datasets)}, or a folder of images")
     add("--data-dir", type=path, default="data", help="folder of the datasets; missing files are downloaded")
@@ -134,18 +135,18 @@ def training_parser(
     add("--seed", type=number(int, 0, 2**31 - 1), help="random seed of weights, order, noise")
     add = parser.group("where to compute")
     add("--device", type=device_name, default="auto", help="auto, cpu, cuda, cuda:1, ... or mps")
-    add("--threads", type=number(int, 1, 1024), help="CPU threads (none: as many as are fastest in the first steps)")
-    add("--products", choices=["torch", "onednn"], help="library of matrix products on a CPU (none: the faster one)")
+    add("--threads", type=number(int, 1, 1024), help="CPU threads (default: as many as are fastest in the first steps)")
+    add("--products", choices=["torch", "onednn"], help="library of matrix products on a CPU (default: the faster one)")
     add("--cuda-graph", action=BooleanOptionalAction, help="on CUDA, replay the step as one graph")
     add("--compile", action=BooleanOptionalAction, help="compile the whole step (needs a C++ compiler; Triton on CUDA)")
     add("--amp", action="store_true", help="mixed precision (bfloat16)")
     add = parser.group("where to save")
-    add("--output-dir", metavar="RUN", type=path, help="new run folder (none: the next free runs/<model>-<dataset>)")
+    add("--output-dir", metavar="RUN", type=path, help="new run folder (default: the next free runs/<model>-<dataset>)")
     add("--resume", metavar="RUN", type=run_folder, help="resume this run with its own options")
     add("--auto-resume", action="store_true", help="resume the run in --output-dir, or start it if there is none")
     add("--log-interval", type=number(int, 1), help="steps between two reports")
     add("--save-interval", type=number(float, 0), help="seconds between checkpoints")
-    add("--dry-run", action="store_true", help="a few steps and one evaluation; writes everything")
+    add("--dry-run", action="store_true", help="train for a few steps, validate, and write every file of a run")
     return parser
 
 
@@ -194,7 +195,7 @@ def options_of(run: str, parser: ArgumentParser) -> dict[str, Any]:
     for name, value in options.items():
         default = parser.get_default(name)
         if default is not None and kind_of(value) != kind_of(default):
-            raise UserError(f"{run} has another {name} than a run of {parser.prog}; train again")
+            raise UserError(f"{run} has {name}={value!r}, which {parser.prog} does not take; train again")
     return options
 
 
@@ -234,7 +235,7 @@ def refuse_changes(parser: ArgumentParser, args: argparse.Namespace, changed: di
     """Raise UserError if a flag would make the resumed run another one."""
     if args.schedule == "cosine" and "epochs" in changed:
         remedy = f"to train longer, start a new run with {shell('--start-from', Path(args.resume))}"
-        raise UserError(f"--epochs {args.epochs}: this run's learning rate ends with its last epoch; {remedy}")
+        raise UserError(f"--epochs {args.epochs}: this run's schedule ends with its last epoch; {remedy}")
     for name in changed.keys() - FREE_ON_RESUME:
         value, flag = changed[name], name.replace("_", "-")
         flag = f"--no-{flag}" if value is False else f"--{flag}" if value is True else shell(f"--{flag}", value)

@@ -53,7 +53,7 @@ def make_folder(folder: Path) -> None:
             if path.is_symlink() and not path.exists():
                 reason, remedy = f"{path} is a link to {os.readlink(path)}, which is missing", "create that"
             elif path.is_file():
-                reason = f"{path} is a file"
+                reason, remedy = f"{path} is a file", "rename that"
         raise UserError(f"{folder} cannot be created ({reason}); {remedy}, or use another folder") from error
 
 

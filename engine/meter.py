@@ -76,7 +76,7 @@ def check_metrics(function: str, metrics: Any) -> None:
     """Raise UserError unless what `function` returned is a dict of scalars whose names only it uses."""
     if not isinstance(metrics, dict):
         what = "nothing" if metrics is None else f"a {type(metrics).__name__}"
-        raise UserError(f'{function} returns {what}; return a dict of metrics, as {{"loss": loss.detach()}}')
+        raise UserError(f'{function} returns {what}; return a dict of metrics, such as {{"loss": loss.detach()}}')
     for name, value in metrics.items():
         check_name(function, name)
         if tuple(getattr(value, "shape", ())):
@@ -89,7 +89,7 @@ def check_name(function: str, name: Any) -> None:
     rule = "begin it with val_" if function == "validate" else "val_... is for validate, epoch for the loop"
     plain = isinstance(name, str) and name != "epoch" and "$" not in name
     if not plain or name.startswith("val_") != (function == "validate"):
-        raise UserError(f"{function} returns a metric of the name {name!r}; use another name, without $: {rule}")
+        raise UserError(f"{function} returns a metric named {name!r}; use another name, without $: {rule}")
 
 
 def add_up(parts: list[Totals]) -> Totals:

@@ -20,7 +20,7 @@ def build_optimizer(args: Namespace, parameters: Iterable[nn.Parameter]) -> Opti
         decay = args.weight_decay
         optimizer = torch.optim.SGD(parameters, args.lr, momentum=args.momentum, weight_decay=decay, fused=True)
         for group in optimizer.param_groups if args.momentum else ():
-            for weight in group["params"]:  # fused, all need to have one, also what is unfrozen later
+            for weight in group["params"]:  # the fused update needs one for each weight, frozen or not
                 optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
         return optimizer
     kind = torch.optim.Adam if args.optimizer == "adam" else torch.optim.AdamW
@@ -66,8 +66,11 @@ def step_schedules(state: dict[str, Any], row: dict[str, float], score: str | No
             schedule.step()
             continue
         metric = score if schedule.mode == "max" else "val_loss" if "val_loss" in row else "loss"
+        if metric is None:
+            raise UserError(f'{name} has mode="max"; name its metric with train(..., score="val_accuracy")')
         if metric not in row:
-            raise UserError(f"{name} needs the metric {metric}; return it from train_step or validate")
+            remedy = "return it from train_step or validate, which may need --val-size N"
+            raise UserError(f"{name} needs the metric {metric}; {remedy}")
         schedule.step(row[metric])
 
 
@@ -77,8 +80,9 @@ def warn_of_short_schedules(state: dict[str, Any], epochs: int, epoch_length: in
         numbers = [getattr(schedule, key, 0) for key in ("T_max", "T_0", "total_iters", "total_steps", "step_size")]
         end = max(*numbers, *getattr(schedule, "milestones", ()))
         if 1 < end <= epochs < epochs * epoch_length:
-            advice = f'if it counts epochs, put it into `state` as "epoch_{name}"'
-            print(f"warning: {name} is advanced after each step, {end} of {epochs * epoch_length}; {advice}")
+            unit = f"so its {end} counts steps, of {epochs * epoch_length} in all"
+            advice = f'if it should count epochs, put it into `state` as "epoch_{name}"'
+            print(f"warning: {name} is advanced after each step, {unit}; {advice}")
 
 
 class MaxoutSchedule(LRScheduler):
@@ -102,14 +106,14 @@ class EMA:
     """Exponential moving average of a network's weights and of batch norm's statistics, as the network `self.model`.
 
     average = d * average + (1 - d) * weights, where d rises from 0.1 to `decay` as (1 + updates) / (10 + updates).
-    Not torch's AveragedModel, which waits for the device at each update. Raises UserError if it cannot be copied.
+    Not torch's AveragedModel, which waits for the device at each update. Raises UserError if `model` cannot be copied.
     """
 
     def __init__(self, model: nn.Module, decay: float):
         try:
             self.model = copy.deepcopy(model).eval().requires_grad_(False)
             for average in self.model.state_dict().values():
-                average.isfinite()  # which a layer without a size, as LazyLinear, does not allow
+                average.isfinite()  # which a layer without a size, such as LazyLinear, does not allow
         except (RuntimeError, ValueError) as error:
             remedy = "omit --ema, give each layer its size, or use torch.nn.utils.parametrizations"
             raise UserError(f"--ema cannot copy the network: {str(error).splitlines()[0]}; {remedy}") from error
@@ -138,7 +142,7 @@ class EMA:
 
 
 def training_state(args: Namespace, model: nn.Module, optimizer: Optimizer, epoch_length: int) -> dict[str, Any]:
-    """What training one network saves: the network, its optimizer, and a schedule and an EMA if the options ask."""
+    """What training one network saves: the network, its optimizer, and a schedule and an EMA if asked for."""
     state: dict[str, Any] = {"model": model, "optimizer": optimizer}
     if schedule := build_schedule(args, optimizer, epoch_length):
         state["schedule"] = schedule
@@ -150,7 +154,7 @@ def training_state(args: Namespace, model: nn.Module, optimizer: Optimizer, epoc
 def adversarial_state(
     args: Namespace, generator: nn.Module, discriminator: nn.Module, epoch_length: int, decay: float
 ) -> dict[str, Any]:
-    """The same of a generator and its discriminator; the EMA is the generator's. decay: of --schedule maxout."""
+    """The same for a generator and its discriminator; the EMA is the generator's. decay: of --schedule maxout."""
     state: dict[str, Any] = {"generator": generator, "discriminator": discriminator}
     for letter, network in (("g", generator), ("d", discriminator)):
         state[f"optimizer_{letter}"] = build_optimizer(args, network.parameters())

@@ -12,7 +12,7 @@ from engine.checkpoint import write_atomically
 
 def plot_curves(history: list[dict], curve: list[dict], path: Path) -> None:
     """One panel per metric: reports during training as a line, validation after each epoch as dots."""
-    from matplotlib.figure import Figure  # imported late, as torchvision and Pillow below: it takes a while
+    from matplotlib.figure import Figure  # imported late, like torchvision and Pillow below: it takes a while
     from matplotlib.ticker import MaxNLocator
 
     panels = {name: [(curve, name, "-", "training")] for name in names_of(curve)}
@@ -70,7 +70,7 @@ def save_grid(images: torch.Tensor, path: Path, columns: int, scale: int = 2, ca
 
 
 def write(text: str, image: Any, place: tuple[int, int]) -> None:
-    """In white, into a PIL image. Pillow's own font has hardly more than ASCII."""
+    """Write `text` in white into a PIL image. Pillow's own font has hardly more than ASCII."""
     from matplotlib import get_data_path
     from PIL import ImageDraw, ImageFont
 

@@ -74,7 +74,7 @@ def addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float =
 
 
 def are_float32(a: Tensor, b: Tensor, *others: Tensor) -> bool:
-    """And whether oneDNN can multiply a and b; if they do not fit, torch's own product says so."""
+    """Whether all are dense and float32, and a and b fit; otherwise torch's own product runs, or raises its error."""
     dense = all(tensor.dtype == torch.float32 and tensor.layout == torch.strided for tensor in (a, b, *others))
     return dense and a.shape[1] == len(b) > 0
 

@@ -20,7 +20,7 @@ LOOP = str(ROOT / "utils.py")
 NO_LINE = "a metric of train_step, or its backward pass,"  # in place of the line where the user's code is
 COMPARED = 5  # steps in a row: enough to see `if i % 5 == 0`
 OVERWRITES = ("zero_", "_foreach_zero_", "fill_", "copy_", "normal_", "uniform_", "bernoulli_", "random_")
-MANY = "values"  # how a hash of them begins
+MANY = "values"  # prefix of the hash of many values
 PLAIN = (bool, int, float, str, type(None))  # with tensors, what a checkpoint may hold
 Before = dict[tuple, tuple[torch.Tensor, torch.Tensor]]
 

@@ -163,7 +163,7 @@ class Run:
                 weight.requires_grad_(name in checkpoint["learning"])  # a layer may have been unfrozen
         if self.args.resume or world_size() > 1:  # each rank draws its own random numbers
             random = ranks[rank()]["random"] if len(ranks) == world_size() else {}
-            with matching(f"{self.folder} has no random state"):
+            with matching(f"{self.folder} has no random state that can be restored; train again"):
                 set_random_state(random, self.args.seed + 1_000_003 * (1 + rank()) + self.epoch + self.batch)
         if self.epoch > self.epochs:
             done = f"{self.folder} has trained {self.epoch}; omit --epochs, or name more"
@@ -189,7 +189,8 @@ class Run:
                 remedy = "name a run folder of this script and model"
                 raise UserError(f"--start-from {path}: it has no weights that fit the {name}; {remedy}")
             if fresh := own.keys() - taken:
-                print(f"--start-from: {name} took {len(taken)} tensors; new weights: {', '.join(sorted(fresh))}")
+                new = f"newly initialised: {', '.join(sorted(fresh))}"
+                print(f"--start-from: loaded {len(taken)} tensors into {name}; {new}")
         for item in self.state.values():
             if isinstance(item, EMA):
                 torch._foreach_copy_(item.averages, item.weights)
@@ -253,7 +254,7 @@ def plain(options: dict[str, Any]) -> dict[str, Any]:
     try:
         return json.loads(json.dumps(options))
     except (TypeError, ValueError) as error:
-        raise UserError(f"the options of a run are numbers, texts, and lists and dicts of them: {error}") from error
+        raise UserError(f"the options of a run must be numbers, strings, lists and dicts of them: {error}") from error
 
 
 @contextmanager

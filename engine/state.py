@@ -121,7 +121,7 @@ def watched_optimizers(state: dict[str, Any], updated: dict[Optimizer, bool]) ->
 
 
 def require_batches_for_norm(networks: dict[str, nn.Module], size: int) -> None:
-    """Raise UserError if the smallest batch is a single image, of which batch norm of linear layers has no variance."""
+    """Raise UserError if the smallest batch is one image, for which BatchNorm1d has no variance."""
     for name, network in networks.items():
         if size == 1 and any(isinstance(layer, nn.BatchNorm1d) for layer in network.modules()):
             raise UserError(f"batch norm of the {name}: one image would form a batch by itself; change --batch-size")
@@ -169,7 +169,7 @@ def unsaved(recorder: Recorder, state: dict[str, Any], before: Sequence[int] = (
     known = {*before} | set(map(storage_of, tensors_of([held, *(saved(name, item) for name, item in state.items())])))
     for storage, (tensor, line) in recorder.continued().items():
         if storage in gradients:
-            remedy = "call optimizer.zero_grad() in each step, and add up gradients within one step alone"
+            remedy = "call optimizer.zero_grad() in each step, and accumulate gradients within one step only"
             return f"{line} adds to the gradient of {gradients[storage]} across steps; {remedy}"
         if line != NO_LINE and storage not in known:  # without a line, it is the loop's
             return f"{line} updates a tensor {list(tensor.shape)} that `state` lacks; add it"
@@ -177,7 +177,7 @@ def unsaved(recorder: Recorder, state: dict[str, Any], before: Sequence[int] = (
 
 
 def plain_values(state: dict[str, Any]) -> dict[str, list[Any]]:
-    """Python's values in what a checkpoint holds of each item; the settings of optimizers are compared apart."""
+    """Python's values in what a checkpoint holds of each item; the settings of optimizers are compared separately."""
     others = {name: item for name, item in state.items() if not isinstance(item, nn.Module | Optimizer)}
     leaves = {name: tree_leaves(saved(name, item)) for name, item in others.items()}
     return {name: [leaf for leaf in own if not isinstance(leaf, torch.Tensor)] for name, own in leaves.items()}

@@ -13,7 +13,7 @@ from engine.checkpoint import append, write_atomically
 
 
 class Table(list[dict[str, float]]):
-    """A list of rows. What it has packed or written, it does not go through again, so each row costs the same."""
+    """A list of rows. Rows that were packed or written are not visited again, so each new row costs the same."""
 
     def __init__(self, columns: Any = ()):
         """columns: what `pack` returned, or the rows themselves."""
@@ -28,10 +28,11 @@ class Table(list[dict[str, float]]):
 
     def pack(self) -> dict[str, torch.Tensor]:
         """The columns, float64 [rows]."""
-        self.read()
+        self.extend_columns()
         return {name: torch.frombuffer(column, dtype=torch.float64).clone() for name, column in self.columns.items()}
 
-    def read(self) -> None:
+    def extend_columns(self) -> None:
+        """Append the rows that the columns lack."""
         for row in self[self.packed :]:
             for name in row:
                 if name not in self.columns:
@@ -41,8 +42,8 @@ class Table(list[dict[str, float]]):
             self.packed += 1
 
     def write(self, path: Path) -> None:
-        """Append the rows that the file lacks; if it is not as this left it, or a column is new, write it whole."""
-        self.read()
+        """Append the rows that the file lacks. If its size has changed since, or a column is new, rewrite it."""
+        self.extend_columns()
         names, rows, size = self.written or ([], 0, -1)
         whole = names != list(self.columns) or not path.is_file() or path.stat().st_size != size
         text = io.StringIO()

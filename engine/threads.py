@@ -1,4 +1,4 @@
-"""As many threads of the CPU as help: several threads slow a small step down."""
+"""Choose the number of CPU threads: several threads slow a small step down."""
 
 import os
 import time

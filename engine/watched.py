@@ -54,7 +54,7 @@ class Watch(Recorder):
 
 
 def watched(step: Callable, run: Run) -> Callable:
-    """`step(images, labels)`, which runs eagerly. Its second to sixth call are recorded and compared.
+    """`step(images, labels)`, which runs eagerly. Its second to sixth calls are recorded and compared.
 
     What changes from one to the next and is not in `run.state` is named in a warning.
     """

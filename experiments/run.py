@@ -47,10 +47,10 @@ def start(code: Path, *commands: Sequence[object], **how: Any) -> subprocess.Pop
 
 
 def wait(processes: list[subprocess.Popen]) -> None:
-    """Raises UserError if one fails."""
+    """Wait until all processes end. Raises UserError if one fails."""
     try:
         if any([process.wait() for process in processes]):
-            raise UserError("a script stopped; fix what it says, then repeat the command")
+            raise UserError("a script stopped; fix the error that it printed, then run the same command again")
     except KeyboardInterrupt as stopped:
         for process in processes:
             if stopped.args != (SIGINT,):  # which a terminal sends to all; a training saves first
@@ -82,7 +82,7 @@ def apply(name: str, code: Path) -> None:
     git = ["git", "apply", str(HERE / f"{name}.diff")]
     done = subprocess.run(git, cwd=code, env=alone, capture_output=True, text=True)
     if done.returncode:
-        raise UserError(f"{name}.diff does not fit your code ({' '.join(done.stderr.split())}); undo your edits")
+        raise UserError(f"{name}.diff does not apply to your code ({' '.join(done.stderr.split())}); undo your edits")
 
 
 def train(code: Path, command: str, folder: Path, seeds: Sequence[int], flags: Sequence[str] = ()) -> list[Path]:

@@ -54,7 +54,7 @@ def predictions_table(logits: Tensor, labels: Tensor, names: Sequence[str], file
 
 
 def labels_of(names: Sequence[str], most: int = 20) -> list[str]:
-    """The classes' names as plots show them: at most so many characters; #number if the font lacks one of them."""
+    """The classes' names as plots show them: at most `most` characters; #number if the font lacks one of them."""
     from matplotlib.font_manager import FontProperties, findfont, get_font
 
     glyphs = get_font(findfont(FontProperties())).get_charmap()
@@ -70,7 +70,7 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def plot_confusion(matrix: list[list[int]], names: Sequence[str] = DIGITS) -> Any:
-    """The colours saturate at twice the most frequent mistake: the diagonal would hide all others."""
+    """The colours saturate at twice the most frequent mistake: otherwise the diagonal would hide the mistakes."""
     from sklearn.metrics import ConfusionMatrixDisplay
 
     counts, side = torch.tensor(matrix), min(30, max(6, 0.45 * len(names)))

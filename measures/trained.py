@@ -60,8 +60,8 @@ def check_rebuilt(run: Any, network: Any, batches: Any) -> None:
     name, _ = KINDS[run.options["kind"]]
     result = run.state["ema"].model if "ema" in run.state else run.state.get(name)
     if network is not result:
-        remedy = 'make it that one; an average of weights belongs into `state` as "ema" (engine.optim.EMA)'
-        raise UserError(f'evaluate.py measures state["{name}"] or its EMA, and the network here is another; {remedy}')
+        remedy = 'use that one, or put an average of weights into `state` as "ema" (engine.optim.EMA)'
+        raise UserError(f'evaluate.py measures state["{name}"] or its EMA, but the result here is another; {remedy}')
     path, (images, _) = run.folder / "checkpoint.pt", batches.take(torch.zeros(1, dtype=torch.int64))
     rebuilt, made = rebuild(load_result(path), path, changed=False).to(images.device), outputs(network, images)
     if not torch.allclose(outputs(rebuilt, images), made, rtol=1e-2, atol=1e-3):

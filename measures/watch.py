@@ -63,7 +63,7 @@ def failure_signs(row: dict[str, float], digits: Tensor | None = None, asked: Te
     show, [N].
     """
     if 0 <= row.get("loss_d", 1) < 0.02:  # below 0, it is a Wasserstein loss or the like
-        yield f"D's loss is near zero ({row['loss_d']:.4f}): it detects every fake, so G learns nothing; raise --r1"
+        yield f"D's loss is near zero ({row['loss_d']:.4f}): D detects every fake, so G learns nothing; raise --r1"
     if digits is None:
         return
     remedy = "if this lasts, raise --r1"

@@ -3,7 +3,7 @@
 What a network can do is asked of it (`hasattr`), never of its name. All images are [N, 1, 28, 28].
 
 classifier: a network without `sample`: images in, logits [N, classes] out.
-sample(n, generator) -> images with pixels in [0, 1], a torch.Generator's.
+sample(n, generator) -> images with pixels in [0, 1]; generator: a torch.Generator or None.
 noise(n, generator, device) -> z [n, d], and decode(z) -> images: a generator of images from latent z.
 conditional = True: it also has `classes`, their number, and decode(z, labels).
 loss(images) -> scalar, and log_likelihood(images) -> [N] in nats: a model of binarised images, trained by likelihood.

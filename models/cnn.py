@@ -22,7 +22,7 @@ class CNN(nn.Module):
 
     activation: a function of one tensor, applied after each convolution.
     batch_norm: CONV-BN-ReLU as on the slide; adds `bn1` to `bn3` to the state dict.
-    classes: how many there are to tell apart.
+    classes: number of classes.
     """
 
     def __init__(self, activation: Callable = F.relu, batch_norm: bool = False, classes: int = 10):

@@ -7,7 +7,7 @@ from models.maxout import Maxout
 
 
 class UniformNoise(nn.Module):
-    """What samples from uniform noise. prior: `unit` on [0, 1); `centred` on (-sqrt 3, sqrt 3): mean 0, variance 1."""
+    """Base class of generators. prior of z: `unit`, U[0, 1); `centred`, U[-sqrt 3, sqrt 3), with mean 0, variance 1."""
 
     def __init__(self, prior: str):
         super().__init__()

@@ -14,7 +14,7 @@ class MLP(nn.Module):
 
     activation: a function of one tensor, applied after each hidden layer.
     batch_norm: normalise before each activation; adds `bn1` to `bn3` to the state dict.
-    classes: how many there are to tell apart.
+    classes: number of classes.
     """
 
     def __init__(self, activation: Callable = F.relu, batch_norm: bool = False, classes: int = 10):

@@ -39,7 +39,7 @@ class RBM(nn.Module):
         return -(v * self.visible_bias).sum(1) - softplus((v @ self.weight.T).float() + self.hidden_bias).sum(1)
 
     def loss(self, images: Tensor) -> Tensor:
-        """Mean F of the data minus mean F of samples of the model; a scalar in nats, which says nothing of log p.
+        """Mean F of the data minus mean F of samples of the model; a scalar in nats, which says nothing about log p.
 
         Its gradient is the CD update (Hinton 2002): dloss/dW = -<p(h|v) v>_data + <p(h|v) v>_samples.
         """

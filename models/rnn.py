@@ -45,7 +45,7 @@ class RNN(nn.Module):
             self.register_buffer(name, seen.float(), persistent=False)
 
     def contexts(self, rows: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """What the rows above [N, T, width] say of the units of each next row, [N, T, width * units]; and the state."""
+        """What the rows above [N, T, width] say about the units of each next row, [N, T, width * units]; the state."""
         h, state = self.gru(rows, state)
         return self.context(torch.cat([h, rows], 2)), state
 

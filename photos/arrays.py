@@ -19,18 +19,19 @@ def to_pixels(images: Any) -> Tensor:
     try:  # a copy: torch takes no negative strides, no big-endian numbers, and warns of what it could not write to
         pixels = images.detach().cpu() if isinstance(images, Tensor) else torch.from_numpy(np.array(images, np.float32))
     except (TypeError, ValueError) as error:
-        raise DataError(f"images are numbers in an array or tensor [N, 1, 28, 28], not these: {error}") from error
+        raise DataError(f"images must be numbers in one array or tensor [N, 1, 28, 28]: {error}") from error
     shape = [*pixels.shape]
     ends = [28, 28], [28, 28, 1], [784], [1, 28, 28]
     if not pixels.numel() or not any(shape in (end, [len(pixels), *end]) for end in ends):
-        raise DataError(f"images of shape {shape}; the networks read [N, 1, 28, 28]: resize them, or pass a PIL image")
+        remedy = "resize them, or pass a PIL image to evaluate.classify"
+        raise DataError(f"images of shape {shape}; the networks read [N, 1, 28, 28]; {remedy}")
     return unit_range(pixels.float()).reshape(-1, 1, 28, 28)
 
 
 def unit_range(pixels: Tensor) -> Tensor:
     """Scale float pixels of any of the usual ranges to 0 to 1. Raises DataError if they do not show which it is.
 
-    Every image has paper and ink: their range is not -0.1 to 1, which interpolation makes of 0 to 1, nor 0 to 16.
+    Every image has paper and ink, so -0.1 to 1, into which interpolation turns 0 to 1, and 0 to 16 are errors.
     """
     low, high = (value.item() for value in pixels.aminmax())
     if low >= 0 and high <= 1:

@@ -52,7 +52,7 @@ def read_row(mask: np.ndarray) -> Row | None:
 
 
 def trim(mask: np.ndarray) -> np.ndarray:
-    """The part of a mask that holds all of it."""
+    """The smallest rectangle of a mask that holds all its ink."""
     return mask[ndimage.find_objects((mask > 0).astype(int))[0]]
 
 

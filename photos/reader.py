@@ -88,7 +88,7 @@ def read(photo: "str | Path | Image.Image", classify: Classify | None = None) ->
     size = [max(1, round(scale * length)) for length in image.size]
     readings = find_readings(np.asarray(image.resize(size).convert("L"), dtype=np.float32), classify)
     if not readings:
-        raise DataError(f"{name} shows no digit: nothing stands out; photograph one digit on a plain background")
+        raise DataError(f"{name} shows no digit; photograph one digit, or a row of them, on a plain background")
     best = decide(readings)
     if best.several:
         raise DataError(f"{name} shows several rows; crop it to one row of digits")

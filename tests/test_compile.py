@@ -179,7 +179,7 @@ def test_a_step_that_sets_random_numbers_back_is_not_compiled(tmp_path, capsys):
     recomputed = partial(torch.utils.checkpoint.checkpoint, network, use_reentrant=False)
     run = start(tmp_path / "run", {"network": network, "optimizer": optimizer}, compile=True)
     utils.train(run, fit(recomputed, optimizer), ten_images(batch_size=2))
-    assert "not compiled: it sets random numbers back within the step" in capsys.readouterr().out
+    assert "not compiled: it resets the random number generator in the step" in capsys.readouterr().out
 
 
 def test_dropout_within_attention_uses_the_eager_steps_random_numbers(monkeypatch):

@@ -217,7 +217,7 @@ def test_an_average_that_evaluate_would_not_find_is_refused(monkeypatch):
         return state, train_step, state["average"]
 
     monkeypatch.setattr(train_classifier, "build", averaged)
-    with pytest.raises(UserError, match=r'evaluate.py measures state\["model"\] or its EMA, and the'):
+    with pytest.raises(UserError, match=r'evaluate.py measures state\["model"\] or its EMA, but the'):
         train(*WORDS)
 
 
@@ -265,7 +265,8 @@ def test_fine_tuning_on_other_classes_takes_the_layers_that_fit(tmp_path, capsys
     draw_shapes(tmp_path / "shapes", {"train": 20, "test": 5})
     words = ["--model", "mlp", "--dataset", tmp_path / "shapes", "--lr", 0, "--dry-run", "--device", "cpu"]
     train(*words, "--start-from", tmp_path / "first", "--output-dir", tmp_path / "second")
-    assert "--start-from: model took 6 tensors; new weights: linear4.bias, linear4.weight\n" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "--start-from: loaded 6 tensors into model; newly initialised: linear4.bias, linear4.weight\n" in output
     first, second = (load(tmp_path / name / "checkpoint.pt")["state"]["model"] for name in ("first", "second"))
     assert torch.equal(first["linear1.weight"], second["linear1.weight"])
 
@@ -278,9 +279,9 @@ def test_fine_tuning_on_other_classes_takes_the_layers_that_fit(tmp_path, capsys
         (torch.zeros(()), "train_step returns a Tensor; return a dict"),
         ({"loss": torch.zeros(2)}, "train_step returns loss with shape [2]; return its mean"),
         ({"loss": None}, "train_step returns loss as a NoneType; return a number"),
-        *(({name: 0.0}, f"metric of the name {name!r}") for name in ("epoch", "val_loss", "$x$", 3)),
+        *(({name: 0.0}, f"metric named {name!r}") for name in ("epoch", "val_loss", "$x$", 3)),
         (torch.zeros(()), "validate returns a Tensor; return a dict"),
-        ({"loss": 0.0}, "validate returns a metric of the name 'loss'; use another name, without $: begin it"),
+        ({"loss": 0.0}, "validate returns a metric named 'loss'; use another name, without $: begin it"),
         ({"val_confusion": torch.zeros(10, 10)}, "validate returns val_confusion with shape [10, 10]; return its mean"),
     ],
 )

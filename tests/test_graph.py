@@ -192,7 +192,7 @@ def test_a_step_that_changes_in_a_later_epoch_is_captured_again(fake_cuda, capsy
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda state: torch.manual_seed(0), "it seeds the random numbers anew in each step"),
+        (lambda state: torch.manual_seed(0), "it seeds the random number generator in each step"),
         (lambda state: state.update(count=state["count"] + 1), r"it changes state\['count'\], a Python value"),
         (lambda state: torch.nn.functional.one_hot(torch.tensor([1]), 10),
          r".* F\.one_hot on a CPU does; compare labels\[:, None\] == torch\.arange\(classes\)"),

@@ -116,7 +116,7 @@ def test_options_are_saved_as_plain_values_or_refused(tmp_path):
     run = start(tmp_path / "run", {}, betas=(np.float64(0.5), 0.9))
     utils.train(run, lambda images, labels: {}, ten_images(2))
     assert load(tmp_path / "run" / "checkpoint.pt")["options"]["betas"] == [0.5, 0.9]
-    with pytest.raises(UserError, match=r"options of a run are numbers, texts, .* Object of type PosixPath"):
+    with pytest.raises(UserError, match=r"options of a run must be numbers, strings, .* Object of type PosixPath"):
         start(tmp_path / "other", {}, root=tmp_path)
 
 

@@ -93,7 +93,7 @@ def test_the_numbers_by_hand_are_those_of_a_pencil_and_of_pytorch():
 
 def test_an_error_of_the_user_is_one_line_in_the_notebook(cells):
     (error,) = [output for cell in cells for output in cell.outputs if output.output_type == "error"]
-    reason = "does not exist: this is not a run, or nothing was saved yet; name another"
+    reason = "does not exist: this is not a run, or nothing was saved yet; name another run"
     assert error.traceback == [f"UserError: runs/no-such-run {reason}"]
 
 

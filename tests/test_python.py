@@ -50,7 +50,7 @@ def test_arrays_of_the_usual_shapes_and_ranges_are_the_same_images(images, shape
     [
         *((np.zeros(shape), rf"images of shape \[{', '.join(map(str, shape))}\]")
           for shape in ((32, 32), (0, 28, 28), (6, 3, 28, 28))),  # of another size, none, in colour
-        (["a.png"], "images are numbers in an array"),
+        (["a.png"], "images must be numbers in one array"),
         (np.full((28, 28), 300.0), "pixels from 300 to 300"),
         (np.full((28, 28), np.nan), "pixels from nan"),
         *((np.array([low, high] * 392), f"pixels from {low:.3g} to {high:.3g}")

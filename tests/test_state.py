@@ -344,7 +344,8 @@ def test_a_schedule_advances_after_each_step_or_by_its_name_after_each_epoch(tmp
 
 def test_a_schedule_whose_numbers_look_like_epochs_is_named(tmp_path, capsys):
     train_with(tmp_path, lambda optimizer: ("schedule", torch.optim.lr_scheduler.StepLR(optimizer, 2)))
-    assert 'after each step, 2 of 20; if it counts epochs, put it into `state` as "epoch_sch' in capsys.readouterr().out
+    unit = "its 2 counts steps, of 20 in all"
+    assert f'{unit}; if it should count epochs, put it into `state` as "epoch_sch' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("mode", "rate"), [("min", 1e-3), ("max", 1e-4)])

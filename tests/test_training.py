@@ -110,7 +110,7 @@ def test_the_page_lists_the_flags_that_may_change_on_resume():
         ("--model cnn", "--model cnn: .* was trained with model=mlp; omit --model cnn"),
         ("--recipe lecture", "--recipe lecture: .*recipe=best"),
         ("--no-augment", "--no-augment: .*augment=True"),
-        ("--epochs 9", "--epochs 9: this run's learning rate ends with its last epoch; .* --start-from"),
+        ("--epochs 9", "--epochs 9: this run's schedule ends with its last epoch; .* --start-from"),
         ("--output-dir other", "--resume names the run folder; omit --output-dir"),
     ],
 )
