@@ -8,6 +8,7 @@ python demo.py runs/mlp-mnist weights/cnn.pt      # your own, side by side
 import engine  # noqa: F401, I001 (before torch: Ctrl-C during its import is one line)
 import html
 import os
+import socket
 import tempfile
 import threading
 from collections.abc import Sequence
@@ -179,7 +180,8 @@ def serve(runs: Sequence[str], port: int) -> None:
     runs = runs or sorted(f"weights/{path.name}" for path in (ROOT / "weights").glob("*.pt"))
     page = build_page(gr, {run: load_model(run) for run in runs})
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # no fonts from elsewhere
-    where: dict[str, Any] = dict(server_name="127.0.0.1", server_port=port or None, prevent_thread_lock=True)
+    port = port or free_port()
+    where: dict[str, Any] = dict(server_name="127.0.0.1", server_port=port, prevent_thread_lock=True)
     limits: dict[str, Any] = dict(max_file_size="5mb", app_kwargs={"middleware": [Middleware(for_this_machine)]})
     try:
         _, url, _ = page.launch(**where, **limits, share=False, quiet=True, theme=theme)
@@ -190,6 +192,13 @@ def serve(runs: Sequence[str], port: int) -> None:
         threading.Event().wait()
     finally:
         page.close(verbose=False)
+
+
+def free_port() -> int:
+    """A port that the system chooses. Gradio tries 7860 and so on, which another demo may take at the same moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 if __name__ == "__main__":

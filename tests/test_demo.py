@@ -44,6 +44,7 @@ def process(tmp_path_factory):
     process = subprocess.Popen(command, cwd=folder, env={**os.environ, "TMPDIR": str(folder)}, **pipes)
     process.folder = folder
     process.address = re.search(r"http://127\.0\.0\.1:\d+", process.stdout.readline()).group()
+    assert int(process.address.rpartition(":")[2]) not in range(7860, 7960), "two demos may want one of these at once"
     yield process
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=30)
