@@ -247,7 +247,7 @@ def test_flags_that_do_not_fit_the_run_are_refused(generators, small_run):
         (generators / "gan", ["--samples", "5", "--digit", "7"], "trained without labels; --digit needs"),
         (generators / "gan", ["--image", "x.png"], "is a generator; --image needs a run of a classifier"),
         (generators / "gan", ["--dataset", "digits"], "is a generator; --dataset needs a run of a classifier"),
-        (generators / "cgan", ["--samples", "5", "--digit", "10"], "digit 10: there is no such class; choose from 0"),
+        (generators / "cgan", ["--samples", "5", "--digit", "10"], "^digit 10: there is no such class; choose from 0"),
     ]:
         with pytest.raises(UserError, match=words):
             call(folder, *flags)
