@@ -32,8 +32,7 @@ RECIPES, VARIANTS = train_classifier.RECIPES, train_classifier.VARIANTS
 def get_args_parser() -> flags.ArgumentParser:
     parser = train_classifier.get_args_parser()
     parser.prog = "benchmarks/maxout_paper.py"
-    description, _, examples = (__doc__ or "").partition("\n")
-    parser.description, parser.epilog = description, examples.strip("\n")
+    parser.describe(__doc__)
     parser.set_defaults(script=parser.prog, kind="classifier", recipe="paper")
     parser.add_argument("--first-stage", metavar="RUN", help="run of train_classifier.py --recipe paper")
     return parser

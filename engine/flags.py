@@ -42,12 +42,15 @@ class ArgumentParser(argparse.ArgumentParser):
     """
 
     def __init__(self, prog: str, doc: str | None):
-        description, _, examples = (doc or "").partition("\n")  # None: python -OO
-        how: dict[str, Any] = dict(formatter_class=HelpFormatter, allow_abbrev=False)
-        super().__init__(prog=prog, description=description, epilog=examples.strip("\n"), **how)
+        super().__init__(prog=prog, formatter_class=HelpFormatter, allow_abbrev=False)
+        self.describe(doc)
         self._negative_number_matcher = re.compile(r"-(\.?\d|inf|nan)", re.IGNORECASE)  # argparse's knows no -5e-1
         self.datasets: Sequence[str] = ()  # names that are not folders
         self.groups: dict[str, Any] = {}
+
+    def describe(self, doc: str | None) -> None:
+        self.description, _, examples = (doc or "").partition("\n")  # None: python -OO
+        self.epilog = examples.strip("\n")
 
     def group(self, title: str) -> Callable[..., argparse.Action]:
         """The `add_argument` of the group with this title."""

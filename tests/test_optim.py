@@ -5,6 +5,7 @@ import argparse
 import pytest
 import torch
 from helpers import DIGITS, load, train
+from test_loop import fit, start, ten_images
 
 import datasets
 import train_cgan
@@ -177,3 +178,34 @@ def test_pixels_are_sampled_black_or_white_at_each_visit_or_once_or_not(how, mon
     assert seen[0].unique().tolist() == [0, 1]
     assert seen[0].mean() == pytest.approx(0.4, abs=0.02)  # not a threshold
     assert torch.equal(*(images.sum(0) for images in seen[-2:])) == (how == "fixed")
+
+
+def train_with(tmp_path, make, **callbacks):
+    layer = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1e-3)
+    name, schedule = make(optimizer)
+    run = start(tmp_path / "run", {"layer": layer, "optimizer": optimizer, name: schedule}, epochs=4)
+    utils.train(run, fit(layer, optimizer), ten_images(batch_size=2), **callbacks)
+    return optimizer.param_groups[0]["lr"], schedule
+
+
+@pytest.mark.parametrize(("name", "steps"), [("schedule", 20), ("epoch_schedule", 4)])
+def test_a_schedule_advances_after_each_step_or_by_its_name_after_each_epoch(tmp_path, name, steps):
+    _, schedule = train_with(tmp_path, lambda optimizer: (name, torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)))
+    assert schedule.last_epoch == steps
+
+
+def test_a_schedule_whose_numbers_look_like_epochs_is_named(tmp_path, capsys):
+    train_with(tmp_path, lambda optimizer: ("schedule", torch.optim.lr_scheduler.StepLR(optimizer, 2)))
+    unit = "its 2 counts steps, of 20 in all"
+    assert f'{unit}; if it should count epochs, put it into `state` as "epoch_sch' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("mode", "rate"), [("min", 1e-3), ("max", 1e-4)])
+def test_a_plateau_is_seen_in_the_validation_loss_or_the_score(tmp_path, mode, rate):
+    def make(optimizer):
+        return "plateau", torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, mode, patience=2, threshold=0)
+
+    values = iter(range(4, 0, -1))  # a loss that falls; as a score, no epoch after the first is the best
+    lr, _ = train_with(tmp_path, make, validate=lambda: {"val_loss": next(values)}, score="val_loss")
+    assert lr == pytest.approx(rate)
