@@ -3,6 +3,8 @@
 python benchmarks/reproduce.py mlp-best --seeds 1
 python benchmarks/weights.py mlp runs/reproduce/mlp-best-0           # writes weights/mlp.pt
 python benchmarks/weights.py cgan runs/reproduce/cgan-best-0 --half  # in half precision
+python evaluate.py weights/mlp.pt
+python benchmarks/weights.py mlp weights/mlp.pt                      # the same network, measured again
 """
 
 import hashlib
@@ -37,10 +39,10 @@ def write_sums() -> None:
 def main() -> None:
     parser = flags.ArgumentParser("weights.py", __doc__)
     parser.add_argument("name", metavar="NAME", help="name of the file, weights/NAME.pt")
-    parser.add_argument("run", metavar="RUN", type=Path, help="run folder that evaluate.py has evaluated")
+    parser.add_argument("run", metavar="RUN", type=Path, help="run folder or file that evaluate.py has evaluated")
     parser.add_argument("--half", action="store_true", help="keep float16 numbers; evaluate the file afterwards")
     args = parser.parse_args()
-    measured = args.run / "evaluation" / "metrics.json"
+    measured = evaluate.evaluation_folder(args.run) / "metrics.json"
     if not measured.is_file():
         raise UserError(f"{args.run} has not been evaluated; run: {command('evaluate.py', args.run)}")
     network, checkpoint = evaluate.load_network(args.run, "cpu")
@@ -52,7 +54,7 @@ def main() -> None:
         "code": {},  # not compared with the code: what counts is that the weights fit the network
         "state": {name: weights},
         "epoch": checkpoint["epoch"],
-        "commit": read_config(args.run)["commit"],
+        "commit": checkpoint["commit"] if "commit" in checkpoint else read_config(args.run)["commit"],
         "measured": json.loads(measured.read_text()),
     }
     file, path = io.BytesIO(), WEIGHTS / f"{args.name}.pt"
