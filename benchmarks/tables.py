@@ -173,7 +173,7 @@ def families_table() -> str:
         cells = [nats(seeds), *measures(seeds)[1:], f"{seconds:.1f}"]
         lines.append([name[:3].upper(), samples, seeds[0].get("kind", "none"), *cells])
     real = measures([real_images(results.values())])[1:]
-    lines.append(["real training images", "![Test images, for comparison](../assets/real.png)", "", "", *real, ""])
+    lines.append(["real images (shown: test, measured: training)", "![Test images, for comparison](../assets/real.png)", "", "", *real, ""])
     return table(["", "samples", "likelihood", "nats per image", "FID", "coverage", "seconds for 10,000"], lines)
 
 
@@ -198,7 +198,7 @@ def speed_chart(device: str) -> str:
         if "JAX" in row["loops"]:
             ratio = "{0:.2f} ({2:.2f} to {1:.2f})".format(*[1 / times for times in compiled["times_as_fast_as"]["JAX"]])
             beside_jax.append([name, f"{compiled['ms']:.2f} ms", ratio])
-    header = ["", "a compiled step", "JAX's time = 1: median (range)"]
+    header = ["", "a compiled step", "its time / JAX's: median (range)"]
     return (
         f"![Times as fast as the baseline: each loop for each network, median and range](../benchmarks/results/speed-"
         f"{device}.png)\n\n{speed['gpu'] or speed['processor']}, {speed['cores']} cores, torch {speed['torch']}, "
