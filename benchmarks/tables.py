@@ -173,7 +173,8 @@ def families_table() -> str:
         cells = [nats(seeds), *measures(seeds)[1:], f"{seconds:.1f}"]
         lines.append([name[:3].upper(), samples, seeds[0].get("kind", "none"), *cells])
     real = measures([real_images(results.values())])[1:]
-    lines.append(["real images (shown: test, measured: training)", "![Test images, for comparison](../assets/real.png)", "", "", *real, ""])
+    name, samples = "real images (shown: test, measured: training)", "![Test images](../assets/real.png)"
+    lines.append([name, samples, "", "", *real, ""])
     return table(["", "samples", "likelihood", "nats per image", "FID", "coverage", "seconds for 10,000"], lines)
 
 
