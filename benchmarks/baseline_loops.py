@@ -4,7 +4,6 @@
 dropout, Adadelta with lr 1 times .7 an epoch, batch 64) until the first epoch with 99.0 % of the test images correct.
 """
 
-import gzip
 import json
 import statistics
 import sys
@@ -20,15 +19,15 @@ from torch.utils.data import DataLoader, Subset
 from torchvision.datasets import MNIST
 from torchvision.transforms import Compose, Normalize, ToTensor
 
-from datasets.mnist import find_idx, part_stems
+from datasets.mnist import part_stems, read_idx
 
 
 def make_loader(data_dir, folder, transform, batch_size, steps, workers, device):
     """So many batches of torchvision's MNIST (None: all), unpacked below `folder`, in a DataLoader."""
     for stem in part_stems("MNIST", "train") + part_stems("MNIST", "t10k"):
-        source, target = find_idx(Path(data_dir), stem), Path(folder) / stem
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(gzip.decompress(source.read_bytes()) if source.suffix == ".gz" else source.read_bytes())
+        path = Path(folder) / stem
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(read_idx(Path(data_dir), stem).numpy())
     data = MNIST(folder, train=True, transform=transform)
     if steps:
         data = Subset(data, range(batch_size * steps))

@@ -138,17 +138,14 @@ def plot(settings: list[Setting], names: list[str]) -> Figure:
     return figure
 
 
-def with_unit(name: str, values: list[float]) -> str:
-    """The mean of a metric's values as text, with ± standard deviation if there are several."""
+def cell(runs: Setting, name: str) -> str:
+    """A metric's or measure's mean, with ± standard deviation of several runs; empty unless all runs have it."""
+    values = [run.values[name] for run in runs if name in run.values]
+    if len(values) < len(runs):
+        return ""
     scale, unit = (100, " %") if name.endswith("accuracy") else (1, " nats" * name.endswith("log_likelihood"))
     digits = 1 if name in ("epochs", "seconds") else 2 if unit or abs(statistics.mean(values)) >= 10 else 4
     return tables.mean_sd((scale * value for value in values), digits) + unit
-
-
-def cell(runs: Setting, name: str) -> str:
-    """A metric's or measure's mean; empty unless all runs have it."""
-    values = [run.values[name] for run in runs if name in run.values]
-    return with_unit(name, values) if len(values) == len(runs) else ""
 
 
 def title(runs: Setting) -> str:

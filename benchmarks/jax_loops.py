@@ -111,7 +111,7 @@ def gan_step(args, optimizer):
     if args.kind == "cgan":
         generate, discriminate = conditional_generator(args.dropout_g), conditional_discriminator(args.dropout_d)
     else:
-        p = {"lecture": (0, 0.5, 0), "paper": (0.2, 0.5, 0.5), "large": (0, 0.2, 0.2)}[args.networks]
+        p = {"lecture": (0, 0.5, 0), "large": (0, 0.2, 0.2)}[args.networks]
         generate, discriminate = mlp, maxout_network(p)
 
     def step(images, labels, state, rows):
@@ -128,12 +128,11 @@ def gan_step(args, optimizer):
             return (nn.softplus(-real).mean() + nn.softplus(fake).mean()) / 2
 
         loss_d, gradients = jax.value_and_grad(loss_d_of)(d)
-        new_d, own_d = updated(optimizer, d, gradients, own_d)
-        d = d if args.simultaneous else new_d
+        d, own_d = updated(optimizer, d, gradients, own_d)
         loss_g_of = lambda fakes: nn.softplus(-discriminate(d, fakes, y, again)).mean()  # noqa: E731
         loss_g, gradient = jax.value_and_grad(loss_g_of)(fakes)
         g, own_g = updated(optimizer, g, pull(gradient)[0], own_g)
-        return (g, new_d, own_g, own_d, key), {"loss_d": 2 * loss_d, "loss_g": loss_g}
+        return (g, d, own_g, own_d, key), {"loss_d": 2 * loss_d, "loss_g": loss_g}
 
     return step
 

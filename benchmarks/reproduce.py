@@ -74,7 +74,9 @@ def train(tasks: list[tuple[list[str], int, Path]], args: Namespace) -> list[Row
             print(f"{folder} is finished; delete it, or name another --output-dir, to train it again")
             warn_if_code_changed(checkpoint, folder)
         else:
-            left.append(calls(words, seed, folder, args.data_dir))
+            own = [folder.with_name(f"{word}-{seed}") if word in ROWS else word for word in words]
+            where = ["--seed", seed, "--data-dir", args.data_dir, "--output-dir", folder, "--auto-resume"]
+            left.append([own + where, ["evaluate.py", folder]])
     environment = {**os.environ}
     if args.jobs > 1:  # else the script chooses
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // args.jobs)))
@@ -88,13 +90,6 @@ def is_finished(checkpoint: Row) -> bool:
     options = checkpoint["options"]
     ends_early = options.get("patience") or options.get("goal")
     return bool(ends_early) or options["dry_run"] or checkpoint["epoch"] >= options["epochs"]
-
-
-def calls(words: list[str], seed: int, folder: Path, data_dir: str) -> list[list[Any]]:
-    """The commands that train and evaluate one seed of the command `words`."""
-    own = [folder.with_name(f"{word}-{seed}") if word in ROWS else word for word in words]
-    where = ["--seed", seed, "--data-dir", data_dir, "--output-dir", folder, "--auto-resume"]
-    return [own + where, ["evaluate.py", folder]]
 
 
 def run_row(name: str, args: Namespace) -> None:

@@ -66,9 +66,8 @@ Row = dict[str, Any]
 
 
 def read(name: str) -> Row:
-    """What a file of benchmarks/results/ holds; {} if it does not exist."""
-    path = MEASURED / name
-    return json.loads(path.read_text()) if path.is_file() else {}
+    """What a file of benchmarks/results/ holds."""
+    return json.loads((MEASURED / name).read_text())
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -105,11 +104,6 @@ def named(name: str, row: Row) -> str:
     return name + " ²" * (len(row.get("test_errors", row.get("seeds", []))) == 2)
 
 
-def extremes(values: list[float]) -> str:
-    """'3 to 5', or '3' if all values are 3."""
-    return " to ".join(dict.fromkeys(map(str, (min(values), max(values)))))
-
-
 def minutes(name: str, row: Row) -> str:
     """Of training, by the seconds of three epochs; empty for a row that continues another."""
     epochs, seconds = statistics.mean(row["epochs_trained"]), read("minutes.json")["seconds"].get(name)
@@ -138,7 +132,7 @@ def results_table() -> str:
     lines = []
     for name, row in read("results.json").items():
         if "test_errors" in row:
-            epochs = extremes(row["epochs_trained"])
+            epochs = " to ".join(map(str, sorted({min(row["epochs_trained"]), max(row["epochs_trained"])})))
             lines.append([named(name, row), epochs, accuracy(row), minutes(name, row), row["published"]])
     return table(["name", "epochs", "test accuracy", "minutes", "published"], lines)
 

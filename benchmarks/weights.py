@@ -8,12 +8,9 @@ python benchmarks/weights.py mlp weights/mlp.pt                      # the same 
 """
 
 import hashlib
-import io
 import json
 import sys
 from pathlib import Path
-
-import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -57,9 +54,8 @@ def main() -> None:
         "commit": checkpoint["commit"] if "commit" in checkpoint else read_config(args.run)["commit"],
         "measured": json.loads(measured.read_text()),
     }
-    file, path = io.BytesIO(), WEIGHTS / f"{args.name}.pt"
-    torch.save(kept, file)
-    path.write_bytes(seal(file.getvalue()))
+    path = WEIGHTS / f"{args.name}.pt"
+    path.write_bytes(seal(kept))
     write_sums()
     print(f"wrote {path}, {path.stat().st_size / 1e6:.2f} MB")
 

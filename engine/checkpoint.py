@@ -29,9 +29,11 @@ NETWORK = {"options", "code", "state", "epoch"}  # what a network is built from:
 KEYS = {*NETWORK, "types", "ranks", "seconds", *POSITION, *TABLES}  # what resuming needs
 
 
-def seal(archive: bytes) -> bytes:
-    """The zip `archive`, which has no comment, with its SHA-256 as comment."""
-    body = archive[:-2] + struct.pack("<H", DIGEST_SIZE)
+def seal(checkpoint: dict[str, Any]) -> bytes:
+    """What torch.save writes, a zip archive without a comment, with its SHA-256 as comment."""
+    archive = io.BytesIO()
+    torch.save(checkpoint, archive)
+    body = archive.getvalue()[:-2] + struct.pack("<H", DIGEST_SIZE)
     return body + hashlib.sha256(body).digest()
 
 

@@ -1,7 +1,6 @@
 """A run: its options, its position in the training, and what its checkpoints hold."""
 
 import argparse
-import io
 import json
 import math
 import time
@@ -127,9 +126,7 @@ class Run:
                 "learning": learning, "ranks": ranks, "seconds": torch.tensor(self.seconds, dtype=torch.float64),
                 **{key: getattr(self, key) for key in POSITION}, **{key: getattr(self, key).pack() for key in TABLES},
             }  # fmt: skip
-            content = io.BytesIO()
-            torch.save(checkpoint, content)
-            write_atomically(self.folder / name, seal(content.getvalue()))
+            write_atomically(self.folder / name, seal(checkpoint))
         self.saved = time.monotonic()
 
     def require_finite(self, values: Metrics) -> None:

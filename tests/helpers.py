@@ -1,6 +1,5 @@
 """What several test files call."""
 
-import io
 import multiprocessing
 import os
 import runpy
@@ -72,11 +71,7 @@ def few_digits(count):
     datasets.load_digits = lambda train: [part[:count] for part in whole(train)]
 
 
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def act_at(at, act=die):
+def act_at(at, act=lambda: os.kill(os.getpid(), signal.SIGKILL)):
     """Have training call `act` when it comes to the batch `at`, (epoch, number)."""
     whole = Batches.rows
 
@@ -147,18 +142,18 @@ def assert_same_run(a, b):
 
 
 def assert_close(a, b):
-    """All state of two runs: weights, optimizers, schedules, EMA."""
-    others = dict(tensors(load(b / "checkpoint.pt")["state"]))
-    for name, value in tensors(load(a / "checkpoint.pt")["state"]):
+    """All state of two runs: weights, optimizers, schedules, EMA; and the metrics of each epoch."""
+    first, second = (load(folder / "checkpoint.pt") for folder in (a, b))
+    others = dict(tensors(second["state"]))
+    for name, value in tensors(first["state"]):
         torch.testing.assert_close(value, others[name], rtol=1e-3, atol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
+    torch.testing.assert_close(first["history"], second["history"], rtol=1e-3, atol=1e-3)
 
 
 def save_sealed(checkpoint, path):
     """Write a checkpoint that only differs in content from one of the repository's own."""
-    buffer = io.BytesIO()
-    torch.save(checkpoint, buffer)
     path.parent.mkdir(exist_ok=True)
-    path.write_bytes(seal(buffer.getvalue()))
+    path.write_bytes(seal(checkpoint))
 
 
 def assert_one_line(errors, *parts):

@@ -4,14 +4,9 @@ import math
 
 import pytest
 import torch
+from test_loop import numbered_images
 
 from datasets import Batches, binarise, distort, load
-
-
-def numbered(n, **options):
-    """Batches of `n` images, the i-th of them filled with i and labelled i."""
-    images = torch.arange(n, dtype=torch.uint8).view(n, 1, 1, 1).expand(n, 1, 28, 28)
-    return Batches(images, torch.arange(n), **{"batch_size": 8, "device": "cpu", **options})
 
 
 def order(batches, epoch, start=0):
@@ -20,17 +15,17 @@ def order(batches, epoch, start=0):
 
 def test_order_depends_on_seed_and_epoch_alone():
     before = torch.get_rng_state()
-    first = order(numbered(100, seed=3), epoch=5)
+    first = order(numbered_images(100, 8, seed=3), epoch=5)
     assert torch.equal(torch.get_rng_state(), before)
     torch.rand(5)
-    assert order(numbered(100, seed=3, batch_size=32), 5) == first
-    orders = [order(numbered(100, seed=seed), epoch) for seed in range(4) for epoch in range(4)]
+    assert order(numbered_images(100, 32, seed=3), 5) == first
+    orders = [order(numbered_images(100, 8, seed=seed), epoch) for seed in range(4) for epoch in range(4)]
     assert len({tuple(each) for each in orders}) == 16
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_rows_from_a_start_are_the_tail_of_the_epoch(shuffle):
-    batches = numbered(50, shuffle=shuffle)
+    batches = numbered_images(50, 8, shuffle=shuffle)
     whole = order(batches, 2)
     assert (whole == list(range(50))) is not shuffle
     for start in range(len(batches) + 1):
@@ -39,25 +34,25 @@ def test_rows_from_a_start_are_the_tail_of_the_epoch(shuffle):
 
 @pytest.mark.parametrize(("n", "sizes"), [(20, [8, 8, 4]), (16, [8, 8]), (7, [7])])
 def test_every_image_comes_once_with_its_label_and_the_last_batch_is_short(n, sizes):
-    batches = numbered(n, black=0)
+    batches = numbered_images(n, 8, black=0)
     epoch = [batches.take(rows) for rows in batches.rows(0)]
     assert [len(labels) for _, labels in epoch] == sizes
     assert len(batches) == len(sizes)
     assert sorted(torch.cat([labels for _, labels in epoch]).tolist()) == list(range(n))
     for images, labels in epoch:
-        assert images.shape == (len(labels), 1, 28, 28)
+        assert images.shape == (len(labels), 1, 1, 1)
         assert images.dtype == torch.float32
         torch.testing.assert_close(255 * images, labels.float().view(-1, 1, 1, 1).expand_as(images))
 
 
 @pytest.mark.parametrize("black", [-1.0, 0.3])
 def test_a_black_pixel_becomes_black_and_a_white_one_1(black):
-    images, _ = numbered(256, black=black).take(torch.arange(256))
+    images, _ = numbered_images(256, 8, black=black).take(torch.arange(256))
     torch.testing.assert_close(images[:, 0, 0, 0], torch.linspace(black, 1, 256), rtol=0, atol=1e-6)
 
 
 def test_a_step_that_changes_its_batch_leaves_the_dataset_unchanged():
-    batches = numbered(20)
+    batches = numbered_images(20, 8)
     for part in batches.take(torch.arange(20)):
         part.zero_()
     images, labels = batches.take(torch.arange(20))
@@ -102,14 +97,6 @@ def origins(**limits):
     return found
 
 
-def assert_fills(values, limit):
-    """The values lie within ±limit and use that range, evenly to both sides."""
-    assert values.abs().max() <= limit * 1.001 + 1e-4
-    assert values.max() > 0.98 * limit
-    assert values.min() < -0.98 * limit
-    assert values.abs().mean() == pytest.approx(limit / 2, rel=0.1)
-
-
 @pytest.mark.parametrize("shape", [(3, 1, 28, 28), (2, 3, 20, 24)])
 def test_distort_keeps_the_shape_and_without_limits_the_image(shape):
     images = torch.rand(shape)
@@ -136,8 +123,11 @@ def slope(coordinate, down):
 )
 def test_each_map_is_random_up_to_its_limit(limits, measure, limit):
     values = measure(*origins(**limits))
-    for each in values:
-        assert_fills(each, limit)
+    for each in values:  # the whole range, evenly to both sides
+        assert each.abs().max() <= limit * 1.001 + 1e-4
+        assert each.max() > 0.98 * limit
+        assert each.min() < -0.98 * limit
+        assert each.abs().mean() == pytest.approx(limit / 2, rel=0.1)
     if len(values) == 2:  # width and height, or across and down, are independent
         assert torch.corrcoef(torch.stack(values))[0, 1].item() == pytest.approx(0, abs=0.1)
 

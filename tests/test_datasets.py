@@ -105,12 +105,11 @@ def test_mnist_is_what_torchvision_reads(data_dir, tmp_path):
     for name in (TEST_IMAGES, TEST_LABELS):  # one part is enough to read that part
         source = find_idx(data_dir, f"MNIST/raw/{name}")
         content = gzip.decompress(source.read_bytes()) if source.suffix else source.read_bytes()
-        (tmp_path / name).write_bytes(content)
         (raw / name).write_bytes(content)
     images, labels = load("mnist", tmp_path, train=False)
     assert (images.dtype, labels.dtype) == (torch.uint8, torch.int64)
-    assert torch.equal(images.squeeze(1), read_image_file(tmp_path / TEST_IMAGES))
-    assert torch.equal(labels, read_label_file(tmp_path / TEST_LABELS))
+    assert torch.equal(images.squeeze(1), read_image_file(raw / TEST_IMAGES))
+    assert torch.equal(labels, read_label_file(raw / TEST_LABELS))
 
 
 @pytest.mark.usefixtures("tiny")
@@ -214,41 +213,30 @@ class Server(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def serve(monkeypatch, tiny):
-    """serve(how): all datasets come from there; returns the list of the paths it is asked for."""
-    servers = []
-
-    def start(how="whole"):
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
-        server.asked, server.how = [], how
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        servers.append(server)
-        for folder in MIRRORS:
-            monkeypatch.setitem(MIRRORS, folder, f"http://127.0.0.1:{server.server_port}/")
-        return server.asked
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
-
-
-def downloaded(name):
-    return {f"{file}{'.gz' * (name != 'mnist')}": (TINY if name == "mnist" else TINY_GZ)[file] for file in FILES}
+def server(tiny):
+    """All datasets come from there. how: in which way; asked: the paths that it was asked for."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    server.how, server.asked = "whole", []
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    MIRRORS.update(dict.fromkeys(MIRRORS, f"http://127.0.0.1:{server.server_port}/"))  # `offline` restores them
+    yield server
+    server.shutdown()
+    server.server_close()
 
 
 @pytest.mark.parametrize("name", FOLDERS)
-def test_what_is_missing_is_downloaded(tmp_path, serve, name):
+def test_what_is_missing_is_downloaded(tmp_path, server, name):
     """MNIST's files are unpacked, as torchvision leaves them."""
-    asked, root = serve(), tmp_path / "new" / "data"
+    root = tmp_path / "new" / "data"
     assert len(load(name, root, train=False)[0]) == 3
     folder = root / FOLDERS[name] / "raw"
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == downloaded(name)
-    assert files_below(tmp_path) == sorted(downloaded(name))
-    asked.clear()
+    downloaded = TINY if name == "mnist" else {f"{file}.gz": content for file, content in TINY_GZ.items()}
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == downloaded
+    assert files_below(tmp_path) == sorted(downloaded)
+    server.asked.clear()
     next(folder.glob(f"{TRAIN_LABELS}*")).unlink()
     assert len(load(name, root)[0]) == 5
-    assert asked == [f"/{TRAIN_LABELS}.gz"]
+    assert server.asked == [f"/{TRAIN_LABELS}.gz"]
 
 
 def test_downloads_go_over_https_and_are_pinned():
@@ -271,8 +259,8 @@ def write_half(path, content):
     [("altered", "SHA-256 differs); try again later"), ("broken", "not be downloaded"), ("silent", "timed out"),
      ("no space", "No space left")],
 )  # fmt: skip
-def test_a_failed_download_leaves_only_verified_files(tmp_path, serve, monkeypatch, how, reason):
-    serve(how)
+def test_a_failed_download_leaves_only_verified_files(tmp_path, server, monkeypatch, how, reason):
+    server.how = how
     if how == "no space":
         monkeypatch.setattr(Path, "write_bytes", write_half)
     monkeypatch.setattr(mnist, "TIMEOUT", 0.2)
@@ -287,8 +275,8 @@ def download(address, root):
     assert len(load("mnist", root)[0]) == 5
 
 
-def test_processes_that_download_into_the_same_folder_leave_one_good_copy(tmp_path, serve):
-    serve()
+@pytest.mark.usefixtures("server")
+def test_processes_that_download_into_the_same_folder_leave_one_good_copy(tmp_path):
     processes = [PROCESSES.Process(target=download, args=(MIRRORS["MNIST"], tmp_path)) for _ in range(2)]
     for process in processes:
         process.start()

@@ -147,11 +147,6 @@ class Fourier(MLP):
         return super().forward((x.flatten(1) @ self.features).view(x.shape))
 
 
-class MadeInForward(MLP):
-    def forward(self, x):
-        return torch.nn.Linear(10, 10)(super().forward(x))
-
-
 class MadeAtFirst(MLP):
     def forward(self, x):
         self.head = getattr(self, "head", None) or torch.nn.Linear(10, 10)
@@ -168,39 +163,27 @@ class Annealed(MLP):
         return super().forward(x) / self.temperature
 
 
-class NineOutputs(MLP):
-    def forward(self, x):
-        return super().forward(x)[:, :9]
-
-
-class Several(MLP):
-    def forward(self, x):
-        return super().forward(x), x
-
-
-class Labelled(MLP):
-    def forward(self, x, labels):
-        return super().forward(x)
-
-
-class Softmax(MLP):
-    def forward(self, x):
-        return super().forward(x).softmax(1)
+def mlp(forward):
+    """The MLP with this forward(self, x)."""
+    return type("Edited", (MLP,), {"forward": forward})
 
 
 @pytest.mark.parametrize(
     ("network", "part"),
     [
         (Fourier, "evaluate.py would measure another network: state_dict() lacks a part"),
-        (MadeInForward, "forward makes a layer (Linear), which is never trained; make it in __init__"),
+        (mlp(lambda self, x: torch.nn.Linear(10, 10)(MLP.forward(self, x))),
+         "forward makes a layer (Linear), which is never trained; make it in __init__"),
         (MadeAtFirst, "make every layer in __init__"),
         (Annealed, "evaluate.py would measure another network"),
-        (NineOutputs, "--model mlp gives [2, 9] for 2 images, not [2, 10] logits; give its last layer 10 outputs"),
-        (Several, "--model mlp gives a tuple; return the logits alone"),
-        (Labelled, "--model mlp cannot read images [2, 1, 28, 28] ("),
-        (Softmax, "--model mlp gives probabilities, and --loss takes logits; omit its softmax"),
+        (mlp(lambda self, x: MLP.forward(self, x)[:, :9]),
+         "--model mlp gives [2, 9] for 2 images, not [2, 10] logits; give its last layer 10 outputs"),
+        (mlp(lambda self, x: (MLP.forward(self, x), x)), "--model mlp gives a tuple; return the logits alone"),
+        (mlp(lambda self, x, labels: MLP.forward(self, x)), "--model mlp cannot read images [2, 1, 28, 28] ("),
+        (mlp(lambda self, x: MLP.forward(self, x).softmax(1)),
+         "--model mlp gives probabilities, and --loss takes logits; omit its softmax"),
     ],
-)
+)  # fmt: skip
 def test_a_network_that_would_be_evaluated_wrongly_is_one_line(monkeypatch, network, part):
     monkeypatch.setitem(models.CLASSIFIERS, "mlp", network)
     with pytest.raises(UserError) as caught:

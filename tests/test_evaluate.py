@@ -98,16 +98,13 @@ def test_every_changed_or_missing_byte_of_a_checkpoint_is_detected_and_what_is_n
 
 
 class Canary:
-    def __init__(self, path):
-        self.path = path
-
     def __reduce__(self):
-        return (os.mkdir, (str(self.path),))
+        return os.mkdir, ("executed",)
 
 
 def test_nothing_in_a_foreign_file_is_executed(tmp_path):
     path = tmp_path / "run" / "checkpoint.pt"
-    save_sealed({"options": Canary(tmp_path / "executed")}, path)
+    save_sealed({"options": Canary()}, path)
     for command in (lambda: call(path.parent), lambda: train("--resume", path.parent)):
         with pytest.raises(UserError, match=r"run/\w+\.pt "):
             command()
@@ -125,27 +122,20 @@ def test_a_table_of_predictions_begins_with_the_most_confident_mistakes(small_ru
     assert {int(row[0]): int(row[1]) for row in rows} == dict(enumerate(labels))
 
 
-def test_evaluating_says_that_a_run_is_still_training_or_was_a_dry_run(small_run, capsys):
-    page = Image.new("L", (300, 100), 255)
-    page.paste(0, (10, 20, 20, 80))
-    page.save("one.png")
-    held, path = lock(small_run), small_run / "checkpoint.pt"
-    call(path, "--image", "one.png")
-    held.release()
-    said = (
-        "is a dry run of a few steps; its results mean nothing",
-        "is still training; these are the results of epoch 1",
-    )
-    assert capsys.readouterr().err.splitlines() == [f"warning: {path} {words}" for words in said]
-
-
-def test_evaluating_says_that_a_run_was_saved_within_an_epoch(small_run, tmp_path, capsys):
-    save_sealed({**load(small_run / "checkpoint.pt"), "batch": 3}, tmp_path / "run" / "checkpoint.pt")
+@pytest.mark.parametrize(("batch", "where"), [(0, "epoch 1"), (3, "epoch 1 and 3 batches of the next")])
+def test_evaluating_says_that_a_run_is_still_training_was_a_dry_run_or_ends_within_an_epoch(
+    small_run, tmp_path, capsys, batch, where
+):
+    save_sealed({**load(small_run / "checkpoint.pt"), "batch": batch}, tmp_path / "run" / "checkpoint.pt")
+    held = lock(tmp_path / "run")
     call(tmp_path / "run")
-    assert (
-        "saved within an epoch; these are the results of epoch 1 and 3 batches of the next" in capsys.readouterr().err
-    )
-    assert metrics_of(tmp_path / "run")["batch"] == 3
+    held.release()
+    said = ["is a dry run of a few steps; its results mean nothing"]
+    said += [f"was saved within an epoch; these are the results of {where}"] * bool(batch)
+    said += [f"is still training; these are the results of {where}"]
+    shown = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert shown == [f"warning: {tmp_path / 'run'} {words}" for words in said]
+    assert metrics_of(tmp_path / "run").get("batch", 0) == batch
 
 
 @pytest.fixture(scope="module")

@@ -3,16 +3,14 @@
 import csv
 import importlib
 import json
-import os
 import re
 import shlex
-import signal
 import subprocess
 from functools import partial, partialmethod
 
 import helpers
 import pytest
-from helpers import ROOT, act_at, assert_same_run, run
+from helpers import ROOT, assert_same_run, run
 from test_edits import use
 
 from experiments import run as experiments
@@ -22,7 +20,7 @@ SHORT = ["--batch-size", "20", "--epochs", "2", "--log-interval", "1", "--device
 
 
 def play(copy, script, words):
-    """In a process of its own: train a run, interrupt and resume another, capture a third; then evaluate the first."""
+    """In a process of its own: train a run, kill and resume another, capture a third; then evaluate the first."""
     use(copy)
     import torch._inductor
 
@@ -47,12 +45,9 @@ def play(copy, script, words):
     main = importlib.import_module(script.removesuffix(".py")).main
     words = [*words, *SHORT, *(["--val-size", "30"] if "--val-size" in words else [])]
     main([*words, "--output-dir", "whole"])
-    rows = datasets.Batches.rows
-    act_at((1, 3), lambda: os.kill(os.getpid(), signal.SIGINT))
-    with pytest.raises(importlib.import_module("engine.errors").Stopped):
-        main([*words, "--output-dir", "resumed"])
-    datasets.Batches.rows = rows
-    main(["--resume", "resumed"])
+    with helpers.killed_at((1, 3)):
+        main([*words, "--output-dir", "resumed", "--save-interval", "0"])
+    main(["--resume", "resumed", "--save-interval", "60"])
     print("captured:")
     main([*words, "--output-dir", "captured", "--compile"])
     print("evaluated:")

@@ -215,10 +215,6 @@ def test_a_folder_with_the_name_of_a_dataset_gives_way_to_it(few):
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n%%EOF\n"
 
 
-def remove(*names):
-    return lambda few: [shutil.rmtree(few / name) for name in names]
-
-
 def cut_off(*names):
     def cut(few):
         for path in (few / name for name in names):
@@ -250,7 +246,8 @@ def deny(few):
     ("spoil", "parts"),
     [
         (shutil.rmtree, ["no dataset few, neither here nor in data; use one of mnist,", "digits", "folder"]),
-        (remove("train/square", "train/circle"), ["few/train has 1 subfolder, ", "a folder of their own"]),
+        (lambda few: [shutil.rmtree(few / "train" / name) for name in ("square", "circle")],
+         ["few/train has 1 subfolder, ", "a folder of their own"]),
         (lambda few: (few / "test").rename(few / "Val"), ["few has a folder Val, but not both"]),
         (lambda few: (few / "test" / "square").rename(few / "test" / "star"),
          ["few/test", "missing: square; new: star", "the same subfolders"]),
@@ -279,42 +276,25 @@ def test_a_class_of_one_image_cannot_be_split(one_level):
         load_data(str(one_level), "", True)
 
 
-# Resuming -------------------------------------------------------------------------------------------------------------
-@pytest.fixture
-def begun(few):
+# Changed since --------------------------------------------------------------------------------------------------------
+def test_changed_classes_are_one_line(few):
     train_classifier.main(["--dataset", "few", *CPU, "--epochs", "1"])
-    return few
-
-
-def resume():
-    train_classifier.main(["--resume", "runs/mlp-few", "--epochs", "2"])
-
-
-def test_changed_classes_are_one_line(begun):
     for part in ("train", "test"):
-        (begun / part / "square").rename(begun / part / "star")
-    for call in (resume, lambda: evaluate.main(["runs/mlp-few"])):
+        (few / part / "square").rename(few / part / "star")
+    for main, words in ((train_classifier.main, ["--resume", "runs/mlp-few"]), (evaluate.main, ["runs/mlp-few"])):
         with pytest.raises(DataError, match=r"^few has other classes .*missing: square; new: star.*new run.*$"):
-            call()
+            main(words)
 
 
-def repaint(few):
+def test_other_training_images_are_noticed_by_evaluating_and_by_resuming(few, monkeypatch, capsys):
+    train_gan.main(["--dataset", "few", "--device", "cpu", "--epochs", "1"])
     Image.new("L", (28, 28)).save(few / "train" / "circle" / "3.png")
-
-
-def test_other_training_images_are_noticed_by_evaluating(few, monkeypatch, capsys):
-    train_gan.main(["--dataset", "few", "--device", "cpu", "--dry-run", "--output-dir", "runs/gan-few"])
-    repaint(few)
     monkeypatch.setattr(evaluate, "SAMPLES", 100)
     evaluate.main(["runs/gan-few"])
     assert "warning: few has other training images than runs/gan-few was trained on" in capsys.readouterr().err
-
-
-def test_other_training_images_are_noticed_by_resuming(begun):
-    repaint(begun)
-    with pytest.raises(DataError, match=r"^few has other training images than runs/mlp-few was .*--start-from runs/"):
-        resume()
-    checkpoint = load("runs/mlp-few/checkpoint.pt")
+    with pytest.raises(DataError, match=r"^few has other training images than runs/gan-few was .*--start-from runs/"):
+        train_gan.main(["--resume", "runs/gan-few"])
+    checkpoint = load("runs/gan-few/checkpoint.pt")
     del checkpoint["options"]["dataset_digest"]  # as older runs
-    save_sealed(checkpoint, begun.parent / "runs" / "mlp-few" / "checkpoint.pt")
-    resume()
+    save_sealed(checkpoint, few.parent / "runs" / "gan-few" / "checkpoint.pt")
+    assert train_gan.main(["--resume", "runs/gan-few", "--epochs", "2"])["epoch"] == 2

@@ -7,7 +7,6 @@ from helpers import ROOT
 
 SCRIPTS = {path.stem for path in ROOT.glob("*.py")} - {"utils"}
 PACKAGES = {"engine", "models", "datasets", "measures", "photos"}
-STANDARD = sys.stdlib_module_names
 
 # Where a file is -> what it may import besides the standard library: packages, or a module of one.
 ALLOWED = {
@@ -45,17 +44,13 @@ def imports_of(path, root):
             yield from (f"{module}.{alias.name}" if module in PACKAGES else module for alias in node.names)
 
 
-def is_allowed(module, allowed):
-    return any(module == name or module.startswith(f"{name}.") for name in {*allowed, *STANDARD})
-
-
 def violations(root):
     """A line for each import that is not allowed."""
     found = []
     for path in files_of(root):
         place = path.relative_to(root).parts[0]
-        modules = dict.fromkeys(imports_of(path, root))
-        wrong = [module for module in modules if not is_allowed(module, ALLOWED[place])]
+        allowed, modules = {*ALLOWED[place], *sys.stdlib_module_names}, dict.fromkeys(imports_of(path, root))
+        wrong = [module for module in modules if not any(f"{module}.".startswith(f"{name}.") for name in allowed)]
         found += [f"{path.relative_to(root).as_posix()} imports {module}" for module in wrong]
     return found
 

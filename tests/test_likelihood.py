@@ -305,23 +305,16 @@ def test_rnn_samples_its_own_distribution():
 
 
 # HMM ------------------------------------------------------------------------------------------------------------------
-def path_likelihoods(hmm, images):
-    """log P(x, s) of each image and each of all state paths, float64 [N, paths], and the paths [paths, T]."""
-    parts = hmm.initial.softmax(0), hmm.transition.softmax(1), hmm.emission.sigmoid()
-    pi, A, p = (part.detach().double() for part in parts)
-    paths = torch.tensor(list(itertools.product(range(len(pi)), repeat=hmm.height)))
-    rows = images[:, 0].double()
-    joint = []
-    for path in paths:
-        log_p = pi[path[0]].log() + sum(A[i, j].log() for i, j in itertools.pairwise(path))
-        joint.append(log_p + torch.where(rows == 1, p[path], 1 - p[path]).log().sum((1, 2)))
-    return torch.stack(joint, 1), paths
-
-
 def test_hmm_likelihood_is_the_sum_over_all_paths_and_viterbis_is_the_best():
     hmm = randomise(HMM(states=3, pixel_means=grey(4, 2)))  # 4 rows of 2 pixels
     images = all_binary(8).view(-1, 1, 4, 2)
-    joint, paths = path_likelihoods(hmm, images)
+    parts = hmm.initial.softmax(0), hmm.transition.softmax(1), hmm.emission.sigmoid()
+    pi, A, p = (part.detach().double() for part in parts)
+    paths, joint = torch.tensor(list(itertools.product(range(3), repeat=4))), []
+    for path in paths:
+        of_path = pi[path[0]].log() + sum(A[i, j].log() for i, j in itertools.pairwise(path))
+        joint.append(of_path + torch.where(images[:, 0] == 1, p[path], 1 - p[path]).log().sum((1, 2)))
+    joint = torch.stack(joint, 1)  # log P(x, s), float64 [N, paths]
     log_p = hmm.log_likelihood(images)
     assert torch.allclose(log_p.double(), joint.logsumexp(1), atol=1e-5)
     assert log_p.exp().sum().item() == pytest.approx(1, abs=1e-5)

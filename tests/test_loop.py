@@ -28,16 +28,14 @@ class Position(torch.nn.Module):
 
 
 def start(folder, state, **options):
-    return utils.Run(
-        argparse.Namespace(**{"epochs": 2, "batch_size": 2, "log_interval": 3, **options}, output_dir=str(folder)),
-        state,
-    )
+    options = {"epochs": 2, "batch_size": 2, "log_interval": 3, **options}
+    return utils.Run(argparse.Namespace(**options, output_dir=str(folder)), state)
 
 
-def numbered_images(count, batch_size):
+def numbered_images(count, batch_size, device="cpu", **options):
     """Images of one pixel, and their numbers as labels."""
     images = torch.arange(count).view(count, 1, 1, 1).to(torch.uint8)
-    return Batches(images, torch.arange(count), batch_size, "cpu")
+    return Batches(images, torch.arange(count), batch_size, device, **options)
 
 
 def ten_images(batch_size):
@@ -141,9 +139,8 @@ def test_amp_runs_the_step_in_bfloat16_and_sees_weights_updated_within_it(tmp_pa
             seen.append(layer(images.flatten(1)))
         return {}
 
-    utils.train(
-        start(tmp_path / "run", {}, epochs=1, amp=amp), train_step, Batches(white, torch.zeros(1).long(), 1, "cpu")
-    )
+    run = start(tmp_path / "run", {}, epochs=1, amp=amp)
+    utils.train(run, train_step, Batches(white, torch.zeros(1).long(), 1, "cpu"))
     assert [x.item() for x in seen] == [1.0, 2.0]
     assert seen[0].dtype == (torch.bfloat16 if amp else torch.float32)
 

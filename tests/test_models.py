@@ -16,41 +16,20 @@ from models.cnn import CNN, conv_output_size
 from models.maxout import MaxoutMLP, limit_column_norms, linear_layers
 from models.mlp import MLP
 
-
-# The slides' networks, typed from the slides and not from models/ -----------------------------------------------------
-class LectureCNN(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv1 = nn.Conv2d(in_channels=1, out_channels=64, kernel_size=3, stride=2, padding=1)
-        self.conv2 = nn.Conv2d(in_channels=64, out_channels=128, kernel_size=3, stride=2, padding=1)
-        self.conv3 = nn.Conv2d(in_channels=128, out_channels=256, kernel_size=3, stride=2, padding=1)
-        self.fc = nn.Linear(in_features=4 * 4 * 256, out_features=10)
-
-    def forward(self, x, activation=F.relu):
-        x = activation(self.conv1(x))
-        x = activation(self.conv2(x))
-        x = activation(self.conv3(x))
-        x = x.view(x.shape[0], -1)
-        return self.fc(x)
-
-
-class LectureMLP(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.linear1 = nn.Linear(in_features=28 * 28, out_features=256)
-        self.linear2 = nn.Linear(in_features=256, out_features=128)
-        self.linear3 = nn.Linear(in_features=128, out_features=64)
-        self.linear4 = nn.Linear(in_features=64, out_features=10)
-
-    def forward(self, x, activation=F.relu):
-        x = x.view(x.shape[0], -1)
-        x = activation(self.linear1(x))
-        x = activation(self.linear2(x))
-        x = activation(self.linear3(x))
-        return self.linear4(x)
-
-
-LECTURE = {"mlp": LectureMLP, "cnn": LectureCNN}
+LECTURE = {  # the layers, typed from the slides and not from models/
+    "mlp": {
+        "linear1": nn.Linear(in_features=28 * 28, out_features=256),
+        "linear2": nn.Linear(in_features=256, out_features=128),
+        "linear3": nn.Linear(in_features=128, out_features=64),
+        "linear4": nn.Linear(in_features=64, out_features=10),
+    },
+    "cnn": {
+        "conv1": nn.Conv2d(in_channels=1, out_channels=64, kernel_size=3, stride=2, padding=1),
+        "conv2": nn.Conv2d(in_channels=64, out_channels=128, kernel_size=3, stride=2, padding=1),
+        "conv3": nn.Conv2d(in_channels=128, out_channels=256, kernel_size=3, stride=2, padding=1),
+        "fc": nn.Linear(in_features=4 * 4 * 256, out_features=10),
+    },
+}
 
 
 def options_of(model, **options):
@@ -62,10 +41,13 @@ def options_of(model, **options):
 @pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
 @pytest.mark.parametrize("name", LECTURE)
 def test_the_lectures_weights_give_the_lectures_logits_with_every_activation(name, activation):
-    lecture, ours = LECTURE[name]().eval(), build_network(options_of(name, activation=activation)).eval()
-    ours.load_state_dict(lecture.state_dict(), strict=True)
-    images = 5 * torch.randn(3, 1, 28, 28)
-    torch.testing.assert_close(ours(images), lecture(images, ACTIVATIONS[activation or "relu"]), rtol=0, atol=0)
+    ours, images = build_network(options_of(name, activation=activation)).eval(), 5 * torch.randn(3, 1, 28, 28)
+    ours.load_state_dict(nn.ModuleDict(LECTURE[name]).state_dict(), strict=True)
+    *hidden, last = LECTURE[name].values()
+    x = images
+    for layer in hidden:
+        x = ACTIVATIONS[activation or "relu"](layer(x if name == "cnn" else x.flatten(1)))
+    torch.testing.assert_close(ours(images), last(x.flatten(1)), rtol=0, atol=0)
 
 
 def test_the_residual_network_is_its_definition():
@@ -96,27 +78,22 @@ def test_forward_pass_loss_backward_pass_and_update_are_the_slides():
     w = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
     # Forward pass: each layer's output is relu(W x + b); L = -sum_k t_k log Z_k with Z = softmax.
-    h1 = (images.flatten(1) @ w["linear1.weight"].T + w["linear1.bias"]).clamp(min=0)
-    h2 = (h1 @ w["linear2.weight"].T + w["linear2.bias"]).clamp(min=0)
-    h3 = (h2 @ w["linear3.weight"].T + w["linear3.bias"]).clamp(min=0)
-    y = h3 @ w["linear4.weight"].T + w["linear4.bias"]
+    x = [images.flatten(1)]  # the input of each layer
+    for i in (1, 2, 3):
+        x.append((x[-1] @ w[f"linear{i}.weight"].T + w[f"linear{i}.bias"]).clamp(min=0))
+    y = x[3] @ w["linear4.weight"].T + w["linear4.bias"]
     z = y.exp() / y.exp().sum(1, keepdim=True)
     t = torch.eye(10)[labels]
-    loss = -(t * z.log()).sum(1).mean()
+    torch.testing.assert_close(train_step(images, labels)["loss"], -(t * z.log()).sum(1).mean())
 
     # Backward pass: dL/dW = dL/dY dY/dW. For softmax and cross-entropy dL/dY = (Z - t) / N, and dY/dW is the input.
-    dy4 = (z - t) / len(images)
-    dy3 = (dy4 @ w["linear4.weight"]) * (h3 > 0)
-
-    metrics = train_step(images, labels)
-    torch.testing.assert_close(metrics["loss"], loss)
-    torch.testing.assert_close(model.linear4.weight.grad, dy4.T @ h3)
-    torch.testing.assert_close(model.linear3.weight.grad, dy3.T @ h2)
-    torch.testing.assert_close(model.linear3.bias.grad, dy3.sum(0))
-
     # Update: W = W - rho dL/dW.
-    for name in ("linear3.weight", "linear4.weight", "linear4.bias"):
-        torch.testing.assert_close(model.state_dict()[name], w[name] - 0.1 * model.get_parameter(name).grad)
+    dy = (z - t) / len(images)
+    for i in (4, 3, 2, 1):
+        for name, gradient in ((f"linear{i}.weight", dy.T @ x[i - 1]), (f"linear{i}.bias", dy.sum(0))):
+            torch.testing.assert_close(model.get_parameter(name).grad, gradient)
+            torch.testing.assert_close(model.state_dict()[name], w[name] - 0.1 * gradient)
+        dy = (dy @ w[f"linear{i}.weight"]) * (x[i - 1] > 0)
 
 
 @pytest.mark.parametrize(("s", "p"), [(1, 0), (2, 1), (3, 2)])
@@ -211,5 +188,3 @@ def test_limit_column_norms_shortens_long_rows_and_leaves_short_ones_alone():
         assert torch.equal(layer.weight[::2], old[::2])
         torch.testing.assert_close(layer.weight[1::2].norm(dim=1), torch.full((len(old) // 2,), 1.9365))
         torch.testing.assert_close(F.cosine_similarity(layer.weight, old), torch.ones(len(old)))
-        assert layer.weight.requires_grad
-        assert layer.weight.grad_fn is None

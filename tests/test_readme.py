@@ -22,7 +22,7 @@ import train_cgan
 import train_classifier
 import train_gan
 import train_likelihood
-from engine.checkpoint import load_checkpoint, upgrade
+from engine.checkpoint import load_checkpoint
 from engine.flags import parse_args
 
 README = ROOT / "README.md"
@@ -58,7 +58,6 @@ def test_rows_were_made_with_the_options_of_their_commands_and_with_five_seeds()
         assert differing <= {"--compile"}, name  # which trains to the same values
         script = importlib.import_module(Path(script).stem)
         options = vars(parse_args(script.get_args_parser(), script.RECIPES, script.VARIANTS, flags))
-        upgrade(row)  # options of an earlier version to the names of today
         compared = options.keys() - {"compile", "script", "products", "threads"}  # a run chooses the last two itself
         expected = {key: value for key, value in row["options"].items() if key in compared}
         assert expected == {key: options[key] for key in expected}, name
@@ -80,9 +79,7 @@ def test_the_page_shows_what_was_measured_of_the_pretrained_networks():
             shown = [f"{100 * seed['test_accuracy']:.2f} %"]
         else:
             shown = [tables.nats([seed]), tables.conditional_accuracy([seed]), *tables.measures([seed])[1:]]
-        (line,) = [
-            line for line in TEXTS[ROOT / "docs" / "results.md"].splitlines() if line.startswith(f"| `{path.name}`")
-        ]
+        (line,) = find(rf"^\| `{path.name}`.*$", [TEXTS[ROOT / "docs" / "results.md"]])
         assert all(value in line for value in shown), line
 
 

@@ -143,9 +143,8 @@ def test_a_layer_that_after_epoch_unfroze_learns_in_a_resumed_run_too(tmp_path):
         network = torch.nn.Sequential(torch.nn.Linear(1, 2), torch.nn.Linear(2, 1))
         network[0].requires_grad_(False)
         optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
-        run = start(
-            tmp_path / f"{len(options)}", {"network": network, "optimizer": optimizer}, epochs=epochs, **options
-        )
+        state = {"network": network, "optimizer": optimizer}
+        run = start(tmp_path / f"{len(options)}", state, epochs=epochs, **options)
         unfreeze = lambda row: row["epoch"] == 1 and network[0].requires_grad_()  # noqa: E731
         utils.train(run, fit(network, optimizer), ten_images(batch_size=2), after_epoch=unfreeze)
         return network[0].weight

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import DIGITS, ROOT, act_at, assert_same_run, few_digits, killed_at, load, run, save_sealed, train
+from helpers import DIGITS, ROOT, act_at, assert_same_run, few_digits, killed_at, load, run, same, save_sealed, train
 from test_loop import start
 
 import datasets
@@ -27,7 +27,7 @@ from engine import run as run_module
 from engine.checkpoint import load_checkpoint, write_atomically
 from engine.device import pick_device
 from engine.errors import UserError
-from models import CLASSIFIERS, mlp
+from models import CLASSIFIERS
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="kills processes with POSIX signals")
 
@@ -212,30 +212,19 @@ def test_without_a_terminal_each_report_and_each_epoch_is_one_line(capsys):
     assert "\r" not in errors  # no progress bar
 
 
-def test_the_ema_is_what_is_validated_on_the_last_images():
-    train(*MLP, "--val-size", 137, "--ema", 0.9, "--lr", 0.01, "--dry-run", "--output-dir", "run")
-    checkpoint = load("run/checkpoint.pt")
-    (images, labels), network = datasets.load("digits", ""), mlp.MLP()
-
-    def loss(weights):
-        network.load_state_dict(weights)
-        return torch.nn.functional.cross_entropy(network(images[-137:] / 255 * 2 - 1), labels[-137:]).item()
-
-    expected = loss(checkpoint["state"]["ema"]["model"])
-    assert checkpoint["history"][0]["val_loss"] == pytest.approx(expected, rel=1e-4)
-    assert loss(checkpoint["state"]["model"]) != pytest.approx(expected, rel=2e-3)
-
-
-def test_validation_evaluation_and_classify_use_the_runs_own_loss_and_black():
-    words = ["--val-size", 137, "--loss", "mse", "--black", 0, "--lr", 0.01, "--dry-run", "--output-dir", "run"]
-    train(*MLP, *words)
-    network, row = evaluate.load_model("run"), load("run/checkpoint.pt")["history"][0]
+def test_validation_evaluation_and_classify_use_the_ema_and_the_runs_own_loss_and_black():
+    """The last images are validated."""
+    words = ["--val-size", 137, "--ema", 0.9, "--loss", "mse", "--black", 0, "--lr", 0.01, "--dry-run"]
+    train(*MLP, *words, "--output-dir", "run")
+    network, checkpoint = evaluate.load_model("run"), load("run/checkpoint.pt")
     images, labels = (part[-137:] for part in datasets.load("digits", ""))
-    logits = network(images / 255).detach()
+    logits, row = network(images / 255).detach(), checkpoint["history"][0]
     loss = torch.nn.functional.mse_loss(logits.softmax(1), torch.eye(10)[labels]).item()
     assert row["val_accuracy"] == pytest.approx((logits.argmax(1) == labels).float().mean().item())
     assert row["val_loss"] == pytest.approx(loss, rel=1e-4)
     torch.testing.assert_close(evaluate.classify(network, images), logits.softmax(1))
+    assert same(network.state_dict(), checkpoint["state"]["ema"]["model"])
+    assert not same(network.state_dict(), checkpoint["state"]["model"])
     images, labels = datasets.load("digits", "", train=False)
     expected = torch.nn.functional.cross_entropy(network(images / 255), labels).item()
     assert evaluate.main(["run"])["test_loss"] == pytest.approx(expected, rel=1e-4)
