@@ -38,7 +38,7 @@ def rebuild(checkpoint: dict[str, Any], run: str | Path, changed: bool) -> Any:
     name, _ = KINDS[kind]
     try:
         with torch.random.fork_rng([]):  # the first weights, soon replaced, take none of the caller's random numbers
-            torch.manual_seed(UNUSUAL_SEED)
+            torch.default_generator.manual_seed(UNUSUAL_SEED)  # torch.manual_seed would also seed the GPU
             network: Any = build_network(options)
         network.load_state_dict(state[name])
         [options[key] for key in ("dataset", "classes", *["black"] * (kind == "classifier"))]

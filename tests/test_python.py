@@ -120,6 +120,14 @@ def test_weights_load_from_another_working_directory_and_say_what_they_are():
         evaluate.load_model("weights/nope.pt")
 
 
+def test_loading_draws_and_seeds_none_of_the_callers_random_numbers(monkeypatch):
+    """Nor those of a GPU: each seed of a training there would draw the same."""
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("the GPU was seeded"))
+    state = torch.get_rng_state()
+    evaluate.load_model("weights/mlp.pt")
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_classify_needs_no_scaling(data_dir):
     """The network was trained on pixels from -1 to 1; it takes other ranges as well."""
     model = evaluate.load_model("weights/cnn.pt")
