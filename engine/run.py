@@ -50,6 +50,7 @@ class Run:
         self.content()  # raises what the first save would
         check_optimizers(state)
         self.script = self.options.get("script", "")
+        self.code = code_fingerprint(self.script)  # an edit that follows is not what is trained
         self.epochs = 1 if self.args.dry_run else self.args.epochs
         if self.args.batch_size < world_size():
             raise UserError(f"--batch-size {self.args.batch_size} is less than the {world_size()} processes; raise it")
@@ -122,7 +123,7 @@ class Run:
             learning = [name for weight, name in weights_of(self.state).items() if weight.requires_grad]
             self.require_finite({key: largest(value) for key, value in state.items()})
             checkpoint = {
-                "options": self.options, "types": self.types(), "code": code_fingerprint(self.script), "state": state,
+                "options": self.options, "types": self.types(), "code": self.code, "state": state,
                 "learning": learning, "ranks": ranks, "seconds": torch.tensor(self.seconds, dtype=torch.float64),
                 **{key: getattr(self, key) for key in POSITION}, **{key: getattr(self, key).pack() for key in TABLES},
             }  # fmt: skip

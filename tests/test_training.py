@@ -189,6 +189,13 @@ def test_config_names_every_commit_that_a_run_was_trained_with(tmp_path, monkeyp
     assert config["device"] == "cpu"
 
 
+def test_a_checkpoint_names_the_code_that_trains_and_not_an_edit_that_follows(tmp_path, monkeypatch):
+    begun = start(tmp_path / "run", {})
+    monkeypatch.setattr(run_module, "code_fingerprint", lambda script: {"models/mlp.py": "edited since"})
+    begun.save()
+    assert load(tmp_path / "run" / "checkpoint.pt")["code"] == begun.code != run_module.code_fingerprint("")
+
+
 def test_results_do_not_make_a_commit_dirty_and_code_does(tmp_path, monkeypatch):
     git = ["git", "-c", "user.name=A", "-c", "user.email=a@b.c"]
     for name in ("utils.py", "results.json"):
