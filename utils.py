@@ -35,7 +35,7 @@ from engine import optim
 from engine.captured import capture
 from engine.checkpoint import has_checkpoint
 from engine.distributed import broadcast, rank, sync_flags, world_size
-from engine.errors import Stopped, caught_signals, command
+from engine.errors import Stopped, UserError, caught_signals, command
 from engine.meter import Metrics, validated
 from engine.plots import plot_curves, save_gif, save_grid
 from engine.run import Run
@@ -137,6 +137,8 @@ def make_step(run: Run, train_step: TrainStep, batches: Any) -> Callable[[torch.
     emas = [item for item in run.state.values() if isinstance(item, optim.EMA)]
     schedules = optim.schedules(run.state, per_epoch=False).values()
     sizes = [len(rows) for rows in batches.rows(run.epochs)]  # as in every other epoch
+    if len(sizes) != len(batches):
+        raise UserError(f"len(batches) is {len(batches)}, but rows() yields {len(sizes)} batches; make them the same")
     require_batches_for_norm(run.networks(), min(sizes) // world_size())
     said = set[str]()
 

@@ -293,6 +293,13 @@ def test_images_from_a_file_are_read_outside_the_captured_step(tmp_path, monkeyp
     assert run.meter.report() == {"label": 1.0}
 
 
+def test_a_batch_source_that_yields_fewer_batches_than_its_length_is_refused(tmp_path, monkeypatch):
+    batches = numbered_images(10, 4)
+    monkeypatch.setattr(batches, "rows", lambda epoch, start=0: iter(torch.arange(8).split(4)[start:]))  # no short one
+    with pytest.raises(UserError, match=r"^len\(batches\) is 3, but rows\(\) yields 2 batches; make them the same$"):
+        utils.train(start(tmp_path / "run", {}), lambda images, labels: {}, batches)
+
+
 def test_the_captured_step_has_the_size_of_the_batches_not_of_the_flag(tmp_path, monkeypatch):
     sizes = []
     monkeypatch.setattr(utils, "capture", lambda step, run, size: sizes.append(size) or step)
