@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if args.binarise == "fixed":
         images = binarise(images, TRAIN_SEED)
     batches = Batches(images, labels, args.batch_size, device, black=0.0, seed=args.seed)
-    val_images = (binarise(val_images, VALIDATION_SEED) / 255).to(device) if args.val_size else val_images
+    val_images = (binarise(val_images, VALIDATION_SEED) / 255).to(device)
     state, train_step, network = build(args, device, batches)
 
     def validate() -> dict[str, float]:

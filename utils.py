@@ -99,7 +99,9 @@ def train(
         save_plots(run)
         print_what_is_next(run)
     except KeyboardInterrupt as error:  # the second Ctrl-C
-        raise interrupted(run, error) from None
+        if not has_checkpoint(run.folder):
+            raise
+        raise stopped(run, error.args[0] if error.args else SIGINT, "interrupted") from None
     finally:
         run.lock.release()
     return {"folder": str(run.folder), **run.history[-1]}
@@ -151,23 +153,20 @@ def make_step(run: Run, train_step: TrainStep, batches: Any) -> Callable[[torch.
         run.state["step"].add_(1)
         run.meter.add(metrics, len(images))
 
-    if getattr(batches, "on_device", True):
-        captured = capture(lambda rows: train_on(*batches.take(rows)), run, max(sizes))
-    else:
-        on_images = capture(train_on, run, max(sizes))
-        captured = lambda rows: on_images(*batches.take(rows))  # noqa: E731
+    on_device = getattr(batches, "on_device", True)
+    captured = capture((lambda rows: train_on(*batches.take(rows))) if on_device else train_on, run, max(sizes))
 
     def run_step(rows: torch.Tensor) -> None:
         if len(rows) >= world_size():  # else a last batch with fewer images than processes is skipped
             part = rows.tensor_split(world_size())[rank()]  # all rows, unless torchrun started several processes
             run.fraction = len(part) / len(rows)  # the weight of this rank's gradients in their sum
-            captured(part)
+            inputs = (part,) if on_device else batches.take(part)
+            captured(*inputs)
         else:
             run.state["step"].add_(1)
         if run.batch == 0:  # in every epoch: `after_epoch` may have unfrozen a layer
-            problems = {*untrained(run.state, run.updated)} - said
-            said.update(problems)
-            for problem in sorted(problems):
+            for problem in sorted({*untrained(run.state, run.updated)} - said):
+                said.add(problem)
                 print(f"warning: {problem}")
         for schedule in schedules:
             schedule.step()
@@ -216,13 +215,8 @@ def save(run: Run, signals: list[int], due: bool) -> None:
         raise stopped(run, signal, "stopped and saved")
 
 
-def interrupted(run: Run, error: KeyboardInterrupt) -> BaseException:
-    """What to raise: how to resume the run, if anything was saved."""
-    signal = error.args[0] if error.args else SIGINT
-    return stopped(run, signal, "interrupted") if has_checkpoint(run.folder) else error
-
-
 def stopped(run: Run, signal: int, how: str) -> Stopped:
+    """What to raise: it says how to resume the run."""
     again = "the same command" if run.args.auto_resume else command(run.script, "--resume", run.folder)
     return Stopped(signal, f"{how}; resume with: {again}" if rank() == 0 else "")
 

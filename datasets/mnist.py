@@ -87,8 +87,8 @@ def unpack(data: bytes, stem: str, gz: bool, source: object, remedy: str) -> byt
         content = gzip.GzipFile(fileobj=io.BytesIO(data)).read(LARGEST + 1) if gz else data  # never unpacks more
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{source} cannot be read ({error}); {remedy}") from error
-    published = SHA256[stem] if stem in SHA256 else SHA256[f"{stem}.gz"]
-    if hashlib.sha256(content if stem in SHA256 else data).hexdigest() != published:
+    name, published = (stem, content) if stem in SHA256 else (f"{stem}.gz", data)
+    if hashlib.sha256(published).hexdigest() != SHA256[name]:
         raise DataError(f"{source} is not the published file (its SHA-256 differs); {remedy}")
     return content
 

@@ -37,14 +37,12 @@ def capture(step: Callable, run: Run, batch_size: int) -> Callable:
 def captured_or_watched(step: Callable, run: Run, batch_size: int) -> Callable:
     device = run.device()
     graph = device.type == "cuda" and run.args.cuda_graph
-    asked = run.args.compile or graph
-    reason = why_eager(run.optimizers(), device)
-    if asked and reason:
+    if run.args.compile or graph:
+        if not (reason := why_eager(run.optimizers(), device)):
+            return CapturedStep(step, run, batch_size, compiled=run.args.compile, graph=graph)
         print(f"every step runs eagerly: {reason}")
-    if not asked or reason:
-        step = products.with_products(step, run)
-        return step if world_size() > 1 else watched(step, run)
-    return CapturedStep(step, run, batch_size, compiled=run.args.compile, graph=graph)
+    step = products.with_products(step, run)
+    return step if world_size() > 1 else watched(step, run)
 
 
 def why_eager(optimizers: list[Optimizer], device: torch.device) -> str:

@@ -178,7 +178,8 @@ def parse_args(
             raise UserError(f"{resume} is a dry run; delete it, or name another --output-dir")
         parser.set_defaults(**options, resume=resume)
     else:
-        choose_recipe(parser, recipes, variants or {}, known)
+        parser.set_defaults(**recipes[given.recipe])
+        choose_variants(parser, variants or {}, known)
     args = parser.parse_args(argv)
     changed = {name: value for name, value in vars(args).items() if value != parser.get_default(name)}
     if resume:
@@ -216,14 +217,12 @@ def run_to_resume(args: argparse.Namespace) -> str | None:
     return args.output_dir if args.auto_resume and has_checkpoint(args.output_dir) else args.resume
 
 
-def choose_recipe(parser: ArgumentParser, recipes: Recipes, variants: Variants, argv: Sequence[str]) -> None:
-    """Make the recipe's options the parser's defaults."""
-    recipe = parser.parse_known_args(argv)[0].recipe
-    parser.set_defaults(**recipes[recipe])
+def choose_variants(parser: ArgumentParser, variants: Variants, argv: Sequence[str]) -> None:
+    """Make what the recipe sets for this model, networks and dataset the parser's defaults."""
     args = parser.parse_known_args(argv)[0]  # the recipe may have set the model
     dataset = args.dataset if args.dataset in parser.datasets else "folder"
     for name in (getattr(args, "model", ""), getattr(args, "networks", ""), dataset):
-        parser.set_defaults(**variants.get((recipe, name), {}))
+        parser.set_defaults(**variants.get((args.recipe, name), {}))
 
 
 def refuse_idle(args: argparse.Namespace, changed: dict[str, Any]) -> None:

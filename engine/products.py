@@ -41,14 +41,13 @@ def with_products(step: Callable, run: Run) -> Callable:
     if not available(run):
         return step
 
-    def run_step(*inputs: Tensor) -> Any:
+    def run_step(*inputs: Tensor) -> None:
         if run.args.products:
             return by_onednn(step, *inputs) if run.args.products == "onednn" else step(*inputs)
         with Products() as products:
-            metrics = step(*inputs)
+            step(*inputs)
         replacing = min(timeit.repeat(lambda: by_onednn(lambda: None), number=1, repeat=5))
         choose(products.matrices, run, replacing)
-        return metrics
 
     return run_step
 
@@ -124,8 +123,8 @@ def choose(products: list[Matrices], run: Run, replacing: float = 0.0) -> None:
 
     replacing: the seconds that a step takes to replace torch's products.
     """
-    run.args.products = broadcast(lambda: faster(products, replacing)) if products else "torch"
-    run.options["products"] = run.args.products
+    library = broadcast(lambda: faster(products, replacing)) if products else "torch"
+    run.args.products = run.options["products"] = library
     run.write_config()
 
 

@@ -113,11 +113,8 @@ def watched_optimizers(state: dict[str, Any], updated: dict[Optimizer, bool]) ->
             remedy = "add it, so that a resumed run continues it"
             raise UserError(f"train_step uses an optimizer ({type(optimizer).__name__}) that `state` lacks; {remedy}")
 
-    hook = register_optimizer_step_pre_hook(check)
-    try:
+    with register_optimizer_step_pre_hook(check):
         yield
-    finally:
-        hook.remove()
 
 
 def require_batches_for_norm(networks: dict[str, nn.Module], size: int) -> None:

@@ -62,14 +62,14 @@ def watched(step: Callable, run: Run) -> Callable:
     said = set[int]()
     calls = 0
 
-    def watched_step(*inputs: torch.Tensor) -> Any:
+    def watched_step(*inputs: torch.Tensor) -> None:
         nonlocal calls
         calls += 1
         if calls == 1 or calls > 1 + COMPARED:
             return step(*inputs)
         before = host_values(run)
         with Watch(inputs, run.optimizers()) as watch:
-            metrics = step(*inputs)
+            step(*inputs)
         after = host_values(run)
         reasons = [unsaved(watch, run.state, before[1])]
         if last and last[0].sizes == watch.sizes and not watch.reads_values and before == after:
@@ -79,7 +79,6 @@ def watched(step: Callable, run: Run) -> Callable:
             if reason and kind not in said:
                 said.add(kind)
                 print(f"{WARNING}: {reason}")
-        return metrics
 
     return watched_step
 

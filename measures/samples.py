@@ -10,7 +10,6 @@ from tqdm import tqdm
 # Plus --seed, which is smaller: training never uses the noise that is scored. A generator on the CPU uses only the low
 # 32 bits of its seed.
 NOISE_SEED = 2**31
-Inputs = tuple[Tensor, ...]
 
 
 def device_of(network: torch.nn.Module) -> torch.device:
@@ -48,8 +47,9 @@ def sample_images(network: Any, labels: Tensor, seed: int) -> tuple[Tensor, Tens
         parts = tqdm(labels.split(1000), desc="samples", leave=False, disable=None)  # None: in a terminal only
         return torch.cat([network.sample(len(part), generator).cpu() for part in parts]), None, None
     z = latent_noise(network, len(labels), seed)
-    given: Inputs = (labels,) if is_conditional(network) else ()
-    return decode(network, z, *given), *(given or (None,)), z
+    if is_conditional(network):
+        return decode(network, z, labels), labels, z
+    return decode(network, z), None, z
 
 
 def walks(network: Any, seed: int, digits: Sequence[int] | None = None) -> dict[str, Tensor]:
@@ -83,7 +83,7 @@ def sample_between(network: Any, seed: int, other_seed: int, t: float, label: in
     if not hasattr(network, "decode"):
         return sample_images(network, torch.zeros(1), seed)[0][0, 0]
     z = torch.lerp(latent_noise(network, 1, seed), latent_noise(network, 1, other_seed), t)
-    labels: Inputs = (torch.tensor([label]),) if is_conditional(network) else ()
+    labels = [torch.tensor([label])] if is_conditional(network) else []
     return decode(network, z, *labels)[0, 0]
 
 

@@ -11,7 +11,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from engine.checkpoint import load_result
 from engine.errors import UserError
 from engine.provenance import warn_if_code_changed
-from measures.samples import is_conditional, sample_images, spread
+from measures.samples import device_of, is_conditional, sample_images, spread
 from models import KINDS, build_network
 from photos import to_pixels
 
@@ -81,19 +81,15 @@ def outputs(network: Any, images: torch.Tensor) -> torch.Tensor:
     def refuse(module: torch.nn.Module, *_: Any) -> None:
         raise UserError(f"forward makes a layer ({type(module).__name__}), which is never trained; make it in __init__")
 
-    before = copy.deepcopy(network.state_dict())
-    hook = register_module_parameter_registration_hook(refuse)
-    try:
-        with torch.random.fork_rng([images.device] if images.is_cuda else []):
-            torch.manual_seed(0)
-            if hasattr(network, "loss"):
-                made = network.loss((images > 0.5).float())
-            elif hasattr(network, "sample"):
-                made = network.sample(4, torch.Generator(images.device).manual_seed(0))
-            else:
-                made = network(images)
-    finally:
-        hook.remove()
+    before, devices = copy.deepcopy(network.state_dict()), [images.device] if images.is_cuda else []
+    with register_module_parameter_registration_hook(refuse), torch.random.fork_rng(devices):
+        torch.manual_seed(0)
+        if hasattr(network, "loss"):
+            made = network.loss((images > 0.5).float())
+        elif hasattr(network, "sample"):
+            made = network.sample(4, torch.Generator(images.device).manual_seed(0))
+        else:
+            made = network(images)
     network.load_state_dict(before)  # an RBM's loss moves its Gibbs chains
     return made.float()
 
@@ -104,7 +100,7 @@ def load_model(run: str | Path, device: torch.device | str = "cpu") -> Any:
     A classifier takes images [N, 1, 28, 28] scaled as in training and returns logits; `classify` scales any images.
     Raises UserError.
     """
-    return load_network(run, torch.device(device))[0]
+    return load_network(run, device)[0]
 
 
 @torch.no_grad()
@@ -118,8 +114,7 @@ def classify(model: Any, images: Any) -> torch.Tensor:
         raise UserError("this is a generator, not a classifier; classify needs a run of a classifier")
     black = model.options["black"]
     pixels = to_pixels(images) * (1 - black) + black
-    device = next(model.parameters()).device
-    logits = [model(part.to(device)).float() for part in pixels.split(1000)]
+    logits = [model(part.to(device_of(model))).float() for part in pixels.split(1000)]
     return torch.cat(logits).softmax(1).cpu()
 
 

@@ -20,11 +20,11 @@ def propose(grey: np.ndarray) -> Iterator[tuple[np.ndarray, float]]:
         mask, half = ink > threshold(ink) / 2, ink[::2, ::2]
         steps = ndimage.maximum_filter(half, 5) - ndimage.minimum_filter(half, 5)
         framed = frames(mask)
-        for gone, cost in ((np.zeros_like(mask), 0.5 * framed.any()), (framed, 0.1), (lines(mask), 0.1)):
-            if cost != 0.1 or gone.any():
-                left = np.where(grow(gone, 2), 0, ink)
-                level, cost = threshold(left), float(cost + 0.1 * light)
-                yield from ((left > part * level, cost) for part in (1, 0.6) if is_ink(ink, steps, left > part * level))
+        removed = [(gone, 0.1) for gone in (framed, lines(mask)) if gone.any()]
+        for gone, cost in [(np.zeros_like(mask), 0.5 * framed.any()), *removed]:
+            left = np.where(grow(gone, 2), 0, ink)
+            level, cost = threshold(left), float(cost + 0.1 * light)
+            yield from ((left > part * level, cost) for part in (1, 0.6) if is_ink(ink, steps, left > part * level))
 
 
 def measure_ink(grey: np.ndarray, local: bool) -> np.ndarray:
