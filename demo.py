@@ -102,7 +102,7 @@ def add_canvas(gr: Any, page: Any, classifiers: dict[str, Any]) -> None:
         answers = []
         for i, name in enumerate(classifiers):
             with gr.Column(min_width=220):
-                answers.append(gr.HTML(f"<b>{name}</b>", elem_id=f"answer-{i}"))
+                answers.append(gr.HTML(f"<b>{html.escape(name)}</b>", elem_id=f"answer-{i}"))
     say_in_page(gr, canvas)
     page.load(None, js=PICK_THE_BRUSH)
     canvas.change(partial(read_drawing, classifiers), canvas, [seen, *answers], show_progress="hidden")
@@ -196,8 +196,7 @@ def serve(runs: Sequence[str], port: int) -> None:
 
 def free_port() -> int:
     """A port that the system chooses. Gradio tries 7860 and so on, which another demo may take at the same moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+    with socket.create_server(("127.0.0.1", 0)) as probe:
         return probe.getsockname()[1]
 
 

@@ -61,9 +61,9 @@ def read_all(paths: Sequence[str], read: Callable[[str], Tensor]) -> Tensor:
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # the bar is shown in a terminal only
         images = [*tqdm(pool.map(attempt, paths), "reading images", len(paths), leave=False, disable=None)]
     errors = {path: image for path, image in zip(paths, images) if isinstance(image, DataError)}
-    for error in errors.values():
+    if errors:
         many = f"{len(errors)} of {len(images)} images cannot be read, such as {str([*errors][:5])[1:-1]}: "
-        raise DataError(f"{many * (len(errors) > 1)}{error}")
+        raise DataError(f"{many * (len(errors) > 1)}{next(iter(errors.values()))}")
     return torch.cat(images)
 
 
@@ -182,7 +182,10 @@ def class_files(part: Path, names: Sequence[str]) -> dict[str, list[str]]:
     found = [(path, name) for name in names for path in sorted(files_below(part / name))]
     found.sort(key=lambda each: not os.path.islink(each[0]))
     once = {os.path.realpath(path): (path, name) for path, name in found}  # of several paths to a file, the last
-    return {name: [path for path, folder in once.values() if folder == name] for name in names}
+    files: dict[str, list[str]] = {name: [] for name in names}
+    for path, name in once.values():
+        files[name].append(path)
+    return files
 
 
 def files_below(folder: str | Path) -> Iterator[str]:
