@@ -26,14 +26,14 @@ from matplotlib.ticker import MaxNLocator
 
 import tables
 from engine import flags, plots
-from engine.checkpoint import load_checkpoint, load_result
+from engine.checkpoint import has_checkpoint, load_checkpoint, load_result
 from engine.errors import UserError, command, run_script
 from engine.folder import make_folder, read_config
 from engine.table import Table
 
 # Options that make no other setting.
 SAME = ("seed", "classes", "data_dir", "log_interval", "save_interval", "first_stage", "goal", "threads", "products")
-LOSS_OPTIONS = ("loss", "label_smoothing")  # which say what the loss is
+LOSS_OPTIONS = ("loss", "label_smoothing", "importance_samples")  # which say what the loss is
 MEASURES = ("test_accuracy", "log_likelihood", "parzen_log_likelihood", "fid", "coverage", "conditional_accuracy")
 Setting = list[SimpleNamespace]  # runs that differ only in their seed
 
@@ -55,7 +55,7 @@ def read_run(folder: Path) -> SimpleNamespace:
     seconds = np.cumsum([0, *map(float, checkpoint["seconds"])])[: len(history) + 1].tolist()
     last = {name: value for row in history for name, value in row.items() if name != "epoch"}
     values = {"epochs": len(history), **last, "seconds": seconds[-1], **read_measures(folder)}
-    about = dict(folder=folder, options=options, setting=setting, values=values)
+    about = dict(folder=folder, options=options, setting=setting, values=values, seed=checkpoint["options"].get("seed"))
     return SimpleNamespace(**about, history=history, curve=curve, seconds=seconds)
 
 
@@ -76,11 +76,17 @@ def read_measures(folder: Path) -> dict[str, float]:
 
 
 def read_settings(patterns: list[str]) -> list[Setting]:
-    """The runs of each setting. Raises UserError."""
+    """The runs of each setting, one of each seed. Raises UserError."""
     folders = {os.path.realpath(path): Path(path) for each in patterns for path in sorted(glob(each)) or [each]}
+    # A folder such as runs/cnn-weights holds only what evaluate.py measured of a file.
+    runs = [path for path in folders.values() if has_checkpoint(path) or not (path / "evaluation").is_dir()]
     settings: dict[str, Setting] = {}
-    for run in map(read_run, folders.values()):
-        settings.setdefault(run.setting, []).append(run)
+    for run in map(read_run, runs or folders.values()):
+        seeds = settings.setdefault(run.setting, [])
+        if twin := next((other for other in seeds if other.seed == run.seed), None):
+            print(f"{run.folder}: left out; it is the same seed of the same setting as {twin.folder}")
+        else:
+            seeds.append(run)
     return list(settings.values())
 
 
@@ -174,7 +180,8 @@ def get_args_parser() -> flags.ArgumentParser:
 def shared_metrics(runs: list[SimpleNamespace]) -> list[str]:
     """The metrics that all these runs have; no loss, if they minimise different ones."""
     shared = set.intersection(*({name for row in run.history for name in row} for run in runs))
-    differ = len({str([run.options.get(name) for name in LOSS_OPTIONS]) for run in runs}) > 1
+    losses = {str([run.options.get("model") == "rbm", *map(run.options.get, LOSS_OPTIONS)]) for run in runs}
+    differ = len(losses) > 1  # an RBM's is no likelihood
     return [name for name in runs[0].values if name in shared and not (differ and "loss" in name)]
 
 

@@ -27,7 +27,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from compare import print_table, read_run
+from compare import print_table, read_measures, read_run
 from engine import flags
 from engine.checkpoint import load_checkpoint
 from engine.errors import command, run_script
@@ -70,7 +70,7 @@ def train(tasks: list[tuple[list[str], int, Path]], args: Namespace) -> list[Row
     """Train and evaluate each (command, seed, folder), --jobs side by side; returns what each metrics.json holds."""
     left, files = [], [folder / "evaluation" / "metrics.json" for _, _, folder in tasks]
     for (words, seed, folder), file in zip(tasks, files):
-        if file.is_file() and is_finished(checkpoint := load_checkpoint(folder)):
+        if file.is_file() and read_measures(folder) and is_finished(checkpoint := load_checkpoint(folder)):
             print(f"{folder} is finished; delete it, or name another --output-dir, to train it again")
             warn_if_code_changed(checkpoint, folder)
         else:
@@ -86,10 +86,9 @@ def train(tasks: list[tuple[list[str], int, Path]], args: Namespace) -> list[Row
 
 
 def is_finished(checkpoint: Row) -> bool:
-    """Whether a run has ended, by its epochs alone if it is not to end early."""
+    """Whether a run has made all its epochs. The script knows whether one that may end early has ended."""
     options = checkpoint["options"]
-    ends_early = options.get("patience") or options.get("goal")
-    return bool(ends_early) or options["dry_run"] or checkpoint["epoch"] >= options["epochs"]
+    return options["dry_run"] or checkpoint["epoch"] >= options["epochs"]
 
 
 def run_row(name: str, args: Namespace) -> None:
@@ -97,7 +96,9 @@ def run_row(name: str, args: Namespace) -> None:
     words = shlex.split(ROWS[name])
     for word in ROWS.keys() & words:
         run_row(word, args)
-    folders = [Path(args.output_dir) / f"{name}-{seed}" for seed in range(args.seeds)]
+    own = args.command and name == args.names[0]  # another command has other folders
+    stem = folder_name(args.command) if own else name
+    folders = [Path(args.output_dir) / f"{stem}-{seed}" for seed in range(args.seeds)]
     metrics = train([(words, seed, folder) for seed, folder in enumerate(folders)], args)
     print_table([[read_run(folder) for folder in folders]])
     print(f"plot: {command('benchmarks/compare.py', *folders)}")
@@ -215,6 +216,8 @@ def main(argv: list[str] | None = None) -> None:
         if not args.command or not (ROOT / args.command[0]).is_file():
             parser.error('--command must begin with a training script, like "train_gan.py --recipe best"')
         args.names = args.names or [folder_name(args.command)]
+        if args.names[0] in args.command:  # where a row's name stands for its run
+            parser.error(f"{args.names[0]} is a word of the command; use another name for the row")
         ROWS[args.names[0]] = shlex.join(args.command)
     if unknown := set(args.names) - ROWS.keys():
         parser.error(f"there is no row {min(unknown)}; --list prints them")

@@ -105,16 +105,17 @@ def values(code: Path, command: str, measure: str, folder: Path, seeds: Sequence
     return found
 
 
-def measure(name: str, folder: Path, seeds: Sequence[int]) -> None:
-    """Put an experiment's row into results.json. Rows with the same baseline share its values."""
+def measure(name: str, folder: Path, seeds: Sequence[int], baselines: dict[str, list[float]]) -> None:
+    """Put an experiment's row into results.json. baselines: the values of those that this call has trained."""
     about, rows = read(name), json.loads(RESULTS.read_text())
     code, command, key = folder / "code", about["command"], about["measure"]
     baseline, tree = about.get("baseline", command), ROOT
     if "control" in about:
         baseline, tree = about["control"], code
     shared = {"measure": key, "seeds": seeds, "baseline": f"{name}: {baseline}" if tree == code else baseline}
-    same = [row["without"] for row in rows.values() if all(row[field] == shared[field] for field in shared)]
-    without = same[0] if same else values(tree, baseline, key, folder / "baseline", seeds)
+    if (trained := json.dumps(shared)) not in baselines:
+        baselines[trained] = values(tree, baseline, key, folder / "baseline", seeds)
+    without = baselines[trained]
     edited = values(code, command, key, folder / "seed", seeds)
     machine = {field: environment()[field] for field in ("processor", "threads", "torch", "python")}
     rows[name] = {"command": command, **shared, "without": without, "edited": edited, **machine}
@@ -136,11 +137,12 @@ def main() -> None:
         parser.error(f"there is no experiment {unknown[0]}; choose from {', '.join(names())}")
     for name in [] if args.names else names():
         print(f"{name:24}{read(name)['what']}")
+    baselines: dict[str, list[float]] = {}
     for name in args.names:
         command, folder = read(name)["command"], new_folder(None, name)
         apply(name, folder / "code")
         if args.measure:
-            measure(name, folder, [0, 1, 2])
+            measure(name, folder, [0, 1, 2], baselines)
         else:
             train(folder / "code", command, folder / "seed", [0], flags)
 

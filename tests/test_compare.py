@@ -65,10 +65,28 @@ def test_a_result_measured_before_the_run_trained_on_is_left_out(runs):
         assert "test_accuracy" not in compare.read_run(Path("tanh-0")).values
 
 
+def test_what_evaluate_measured_of_a_file_and_a_second_run_of_a_seed_are_left_out(runs, capsys):
+    (runs / "relu-weights" / "evaluation").mkdir(parents=True)
+    shutil.copytree("relu-0", "relu-again")
+    assert [len(setting) for setting in compare.read_settings(["relu-*"])] == [2]
+    said = "relu-again: left out; it is the same seed of the same setting as relu-0\n"
+    assert capsys.readouterr().out == said
+    with pytest.raises(UserError, match=r"^relu-weights/checkpoint\.pt does not exist"):
+        compare.read_settings(["relu-weights"])
+
+
+def test_the_loss_of_an_rbm_is_not_compared_with_a_likelihood():
+    vae, rbm = fake([], []), fake([], [])
+    for one, model in ((vae, "vae"), (rbm, "rbm")):
+        one.history, one.values, one.options = [{"loss": 1.0}], {"loss": 1.0}, {"model": model}
+    assert compare.shared_metrics([vae, rbm]) == []
+    assert compare.shared_metrics([vae, vae]) == ["loss"]
+
+
 def test_other_devices_and_edited_code_are_other_settings(runs):
     shutil.copytree("relu-0", "again")
     checkpoint = load("again/checkpoint.pt")
-    checkpoint["options"].update(threads=2, products="torch")  # a run chooses them itself
+    checkpoint["options"].update(seed=2, threads=2, products="torch")  # a run chooses the last two itself
     save_sealed(checkpoint, runs / "again" / "checkpoint.pt")
     twice = ["relu-*", "again", str(runs / "relu-0")]
     assert [len(setting) for setting in compare.read_settings(twice)] == [3]

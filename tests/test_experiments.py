@@ -73,6 +73,17 @@ def test_every_experiment_was_measured_as_it_is():
         assert len(row["without"]) == len(row["edited"]) == len(row["seeds"]) >= 3
 
 
+def test_measuring_trains_a_baseline_too_once_for_all_that_share_it(tmp_path, monkeypatch):
+    whole, trained, baselines = experiments.RESULTS.read_text(), [], {}
+    monkeypatch.setattr(experiments, "RESULTS", tmp_path / "results.json")
+    experiments.RESULTS.write_text(whole)
+    monkeypatch.setattr(experiments, "values", lambda *each: trained.append(each[3].name) or [0.5])
+    for name in ("mixup", "sam"):
+        experiments.measure(name, tmp_path, [0], baselines)
+    assert trained == ["baseline", "seed", "seed"]
+    assert json.loads(experiments.RESULTS.read_text())["sam"]["without"] == [0.5]
+
+
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in NAMES if name != "mixup"]
 
 

@@ -30,7 +30,7 @@ def args(tmp_path, monkeypatch):
     reproduce.RESULTS.write_text('{"second": {"test_accuracy_mean": 0, "test_errors": [0], "published": "99 %"}}')
     monkeypatch.setattr(reproduce, "ROWS", {"first": FIRST, "second": SECOND, "light": OWN})
     monkeypatch.setattr(reproduce, "ASSETS", {tmp_path / "kept.csv": ("light", "metrics.csv")})
-    return Namespace(seeds=1, jobs=1, data_dir="data", output_dir=tmp_path, record=False)
+    return Namespace(command=None, seeds=1, jobs=1, data_dir="data", output_dir=tmp_path, record=False)
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ def test_three_epochs_of_each_row_that_continues_no_other_are_timed_eagerly(
 
 
 def test_a_seed_that_was_evaluated_before_its_end_is_not_finished():
-    for epoch, options, finished in ((1, {"patience": None}, False), (2, {}, True), (1, {"patience": 1}, True)):
+    for epoch, options, finished in ((1, {"patience": None}, False), (2, {}, True), (1, {"patience": 1}, False)):
         checkpoint = {"epoch": epoch, "options": {"epochs": 2, "dry_run": False, **options}}
         assert reproduce.is_finished(checkpoint) == finished
 
@@ -128,6 +128,28 @@ def test_every_command_has_a_folder_of_its_own():
     names = [reproduce.folder_name(command.split()) for command in commands]
     assert len(set(names)) == len(commands)
     assert all(len(name) <= 120 and "/" not in name for name in names)
+
+
+def test_another_command_under_a_used_name_has_folders_of_its_own_and_a_name_is_no_word_of_it(monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(reproduce, "ROWS", {})
+    monkeypatch.setattr(reproduce, "train", lambda tasks, _: seen.append(tasks[0][2]) or [])
+    monkeypatch.setattr(reproduce, "read_run", lambda folder: None)
+    monkeypatch.setattr(reproduce, "print_table", lambda settings: None)
+    for lr in ("1e-3", "2e-3"):
+        reproduce.main(["fast", "--seeds", "1", "--command", f"train_classifier.py --model mlp --lr {lr}"])
+    assert seen[0] != seen[1]
+    with pytest.raises(SystemExit, match="2"):
+        reproduce.main(["mlp", "--command", OWN])
+    assert "mlp is a word of the command; use another name for the row" in capsys.readouterr().err
+
+
+def test_measures_that_are_older_than_the_run_are_measured_again(args, in_this_process, tmp_path):
+    reproduce.run_row("light", args)
+    measures = tmp_path / "light-0" / "evaluation" / "metrics.json"
+    measures.write_text(json.dumps({**json.loads(measures.read_text()), "epochs": 0, "test_accuracy": 0.01}))
+    reproduce.run_row("light", args)
+    assert json.loads(measures.read_text())["test_accuracy"] > 0.1
 
 
 @pytest.mark.parametrize("command", ["python train_gan.py", "train_gan.py --dataset 'my digits", "", None])
