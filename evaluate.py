@@ -25,7 +25,8 @@ from typing import Any
 import torch
 
 import utils
-from datasets import DATASETS, SHOW_DIGITS, Batches, binarise, class_names, digest, load, load_test, short_name
+from datasets import DATASETS, SHOW_DIGITS, Batches, binarise, class_names, digest, load, load_test
+from datasets import require_folder, short_name
 from datasets.binarise import TEST_SEED
 from datasets.folder import pictures, read_image
 from engine import flags
@@ -216,6 +217,18 @@ def evaluate_generator(network: Any, args: argparse.Namespace, device: torch.dev
     return metrics, plots
 
 
+def is_own(folder: str, data_dir: str, options: dict[str, Any]) -> bool:
+    """Whether `folder` is the one that a run was trained on, to which images may have been added, or a copy of it."""
+    if options["dataset"] in DATASETS:
+        return False
+    with suppress(DataError):  # the run's own may be gone
+        if require_folder(folder, data_dir).samefile(require_folder(options["dataset"], data_dir)):
+            return True
+    with suppress(DataError), redirect_stdout(io.StringIO()):  # it may have no training part
+        return digest(*load(folder, data_dir)) == options.get("dataset_digest")
+    return False
+
+
 def refuse_impossible(network: Any, args: argparse.Namespace) -> None:
     generates = hasattr(network, "sample")
     if args.samples is not None and not generates:
@@ -252,10 +265,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     refuse_impossible(network, args)
     args.data_dir = args.data_dir or network.options.get("data_dir", "data")
     args.digit = args.digit and class_numbers(args.digit, network.options["classes"])
-    if args.dataset and network.options["dataset"] not in DATASETS:
-        with suppress(DataError), redirect_stdout(io.StringIO()):  # it may have no training part
-            if digest(*load(args.dataset, args.data_dir)) == network.options.get("dataset_digest"):
-                network.options["dataset"], args.dataset = args.dataset, None  # only its test part was not trained on
+    if args.dataset and is_own(args.dataset, args.data_dir, network.options):
+        network.options["dataset"], args.dataset = args.dataset, None  # only its test part was not trained on
     folder = evaluation_folder(Path(args.run)) / (short_name(args.dataset) if args.dataset else "")
     warn_if_unfinished(args.run, checkpoint)
     make_folder(folder)

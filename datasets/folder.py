@@ -25,6 +25,7 @@ SIDE, MODE = 28, "L"  # width and height in pixels; Pillow's name for grey. Colo
 # Besides names that start with a dot: what systems and editors leave, never a class or an image.
 HIDDEN = {"__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found", "__pycache__",
           "thumbnails", "thumbs.db", "desktop.ini"}  # fmt: skip
+CLASS_FOLDERS = "put the images of each class into a folder of their own"
 PARTS = {"train", "training", "test", "testing", "val", "valid", "validation"}
 
 
@@ -87,9 +88,8 @@ def read_image(path: str | Path) -> Tensor:
 def folder_classes(folder: Path) -> list[str]:
     """The names of the classes: of the subfolders, sorted. Raises DataError."""
     train, test = (subfolders(part) for part in parts(folder))
-    if len(train) < 2:
-        remedy = "put the images of each class into a folder of their own"
-        raise DataError(f"{parts(folder)[0]} has {len(train) or 'no'} subfolder, but needs at least two; {remedy}")
+    if not train:
+        raise DataError(f"{parts(folder)[0]} has no subfolder; {CLASS_FOLDERS}")
     if train != test:
         reason = f"{folder / 'test'} does not have the same classes as train ({difference(train, test)})"
         raise DataError(f"{reason}; give both parts the same subfolders")
@@ -133,9 +133,11 @@ def list_images(folder: Path, train: bool, whole: bool = False) -> tuple[list[tu
     train/ and test/ is split by it too, unless `whole`: about a fifth of the hashes are those of test images, so that a
     training image remains one when others are added.
     """
-    part = parts(folder)[1 - train]
+    part, names = parts(folder)[1 - train], folder_classes(folder)
+    if train and len(names) < 2:
+        raise DataError(f"{part} has 1 subfolder, but a classifier needs two classes; {CLASS_FOLDERS}")
     others, chosen = outside_classes(folder, part), list[tuple[bytes, str, int]]()
-    for label, (name, files) in enumerate(class_files(part, folder_classes(folder)).items()):
+    for label, (name, files) in enumerate(class_files(part, names).items()):
         images = sorted((name_hash(path, part), path, label) for path in filter(is_image, files))
         others += itertools.filterfalse(is_image, files)
         fifth = sum(hashed[0] < 256 / 5 for hashed, _, _ in images)  # by the first byte

@@ -32,8 +32,10 @@ def print_report(logits: Tensor, labels: Tensor, measures: dict[str, Any], names
     """scikit-learn's table of the classes, and one line for all. measures: those of the same logits [N, classes]."""
     from sklearn.metrics import classification_report
 
-    given: dict[str, Any] = {"labels": range(len(names)), "target_names": names, "digits": 4, "zero_division": 0}
-    print(classification_report(labels, logits.argmax(1), **given))
+    predictions = logits.argmax(1)
+    shown = torch.cat([labels, predictions]).unique().tolist()  # the averages are of these: another class counts as 0
+    given: dict[str, Any] = {"target_names": [names[number] for number in shown], "digits": 4, "zero_division": 0}
+    print(classification_report(labels, predictions, labels=shown, **given))
     if numbered := [f"{label} is {name}" for label, name in zip(labels_of(names), names) if label[0] == "#" != name[0]]:
         print(f"in the plots: {', '.join(numbered)}")
     print(

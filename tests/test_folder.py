@@ -140,6 +140,8 @@ def test_a_folder_of_the_runs_own_is_scored_on_its_test_part(one_level, monkeypa
     moved = shutil.copytree(one_level, one_level.parent / "elsewhere" / "copy")
     for words in ([], ["--dataset", str(one_level)], ["--dataset", str(moved)]):
         assert evaluate.main(["runs/mlp-one", *words])["test_images"] == 11
+    shutil.copy(one_level / "circle" / "3.png", one_level / "circle" / "new.png")
+    assert evaluate.main(["runs/mlp-one", "--dataset", "one"])["test_images"] in (11, 12)
 
 
 def count(few):
@@ -246,8 +248,9 @@ def deny(few):
     ("spoil", "parts"),
     [
         (shutil.rmtree, ["no dataset few, neither here nor in data; use one of mnist,", "digits", "folder"]),
-        (lambda few: [shutil.rmtree(few / "train" / name) for name in ("square", "circle")],
-         ["few/train has 1 subfolder, ", "a folder of their own"]),
+        (lambda few: [shutil.rmtree(path) for path in few.glob("*/[sc]*")],
+         ["few/train has 1 subfolder, but a classifier needs two classes", "a folder of their own"]),
+        (lambda few: [shutil.rmtree(path) for path in few.iterdir()], ["few has no subfolder; put the images of each"]),
         (lambda few: (few / "test").rename(few / "Val"), ["few has a folder Val, but not both"]),
         (lambda few: (few / "test" / "square").rename(few / "test" / "star"),
          ["few/test", "missing: square; new: star", "the same subfolders"]),

@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -151,6 +152,13 @@ def test_a_folder_of_images_is_all_images_in_it(capsys):
     assert lines[0] == "pages: left out, in no class or not read as images: 1 .txt"
     named = [("pages/a.jpg", 5), ("pages/b/2.png", 3), ("pages/c.png", 7), ("last.png", 6)]
     assert lines[1:-1:2] == [f"{name}: {labels[i]}" for name, i in named]
+
+
+def test_a_network_is_scored_on_a_folder_with_images_of_one_class(capsys):
+    images, labels = load_data("digits", None, train=False)
+    write_page("mine/7/a.png", images[labels == 7][0, 0])
+    assert call("weights/cnn.pt", "--dataset", "mine")["test_accuracy"] == 1
+    assert re.search(r"macro avg +1\.0000 +1\.0000 +1\.0000", capsys.readouterr().out)
 
 
 def test_a_network_is_scored_on_another_labelled_folder_and_its_mistakes_are_named(capsys):
