@@ -82,6 +82,7 @@ def outputs(network: Any, images: torch.Tensor) -> torch.Tensor:
         raise UserError(f"forward makes a layer ({type(module).__name__}), which is never trained; make it in __init__")
 
     before, devices = copy.deepcopy(network.state_dict()), [images.device] if images.is_cuda else []
+    mps = torch.mps.get_rng_state() if images.device.type == "mps" else None  # which fork_rng leaves as it is seeded
     with register_module_parameter_registration_hook(refuse), torch.random.fork_rng(devices):
         torch.manual_seed(0)
         if hasattr(network, "loss"):
@@ -90,6 +91,8 @@ def outputs(network: Any, images: torch.Tensor) -> torch.Tensor:
             made = network.sample(4, torch.Generator(images.device).manual_seed(0))
         else:
             made = network(images)
+    if mps is not None:
+        torch.mps.set_rng_state(mps)
     network.load_state_dict(before)  # an RBM's loss moves its Gibbs chains
     return made.float()
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from engine.checkpoint import load_checkpoint
 from engine.errors import DataError, UserError
 from measures.reference import load_reference
 from measures.samples import sample_between
+from measures.trained import outputs
 from photos import read, to_pixels
 
 WEIGHTS = sorted((ROOT / "weights").glob("*.pt"))
@@ -126,6 +128,16 @@ def test_loading_draws_and_seeds_none_of_the_callers_random_numbers(monkeypatch)
     state = torch.get_rng_state()
     evaluate.load_model("weights/mlp.pt")
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_checking_a_network_leaves_the_random_numbers_of_a_macs_gpu_as_they_were(monkeypatch):
+    state = [7]
+    monkeypatch.setattr(torch.mps, "manual_seed", lambda seed: state.__setitem__(0, seed))
+    monkeypatch.setattr(torch.mps, "get_rng_state", lambda: state[0])
+    monkeypatch.setattr(torch.mps, "set_rng_state", lambda before: state.__setitem__(0, before))
+    images = SimpleNamespace(is_cuda=False, device=torch.device("mps"), float=lambda: None)
+    outputs(torch.nn.Identity(), images)
+    assert state == [7]
 
 
 def test_classify_needs_no_scaling(data_dir):
