@@ -141,7 +141,8 @@ def make_step(run: Run, train_step: TrainStep, batches: Any) -> Callable[[torch.
     sizes = [len(rows) for rows in batches.rows(run.epochs)]  # as in every other epoch
     if len(sizes) != len(batches):
         raise UserError(f"len(batches) is {len(batches)}, but rows() yields {len(sizes)} batches; make them the same")
-    require_batches_for_norm(run.networks(), min(sizes) // world_size())
+    trained = [size for size in sizes if size >= world_size()]  # run_step skips the others
+    require_batches_for_norm(run.networks(), min(trained, default=0) // world_size())
     said = set[str]()
 
     def train_on(images: torch.Tensor, labels: torch.Tensor) -> None:

@@ -138,6 +138,7 @@ class CapturedStep:
         finally:
             for tensor, copy in reversed(before.values()):
                 tensor.copy_(copy)
+            before.clear()  # one of the recorders is kept, and these copies would be with it
             for generator, state, _ in recorders[0].generators.values():
                 generator.set_state(state)
             set_random_state(random, fresh_seed=0)

@@ -55,8 +55,13 @@ def collective() -> Iterator[None]:
     """A collective operation fails when another rank has ended. Raises UserError."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:  # gloo has no class of its own for it
-        raise UserError("another process of this job has ended; its own message says why") from error
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"another process of this job has ended; its own message says why, or this: {reason}"
+        ) from error
 
 
 def broadcast(make: Callable[[], Any]) -> Any:

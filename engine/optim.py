@@ -119,19 +119,21 @@ class EMA:
             raise UserError(f"--ema cannot copy the network: {str(error).splitlines()[0]}; {remedy}") from error
         self.decay = decay
         self.updates = torch.zeros((), device=next(model.parameters()).device)
-        pairs = list(zip(self.model.state_dict().values(), model.state_dict().values(), strict=True))
-        pairs = [*{(own.data_ptr(), own.shape): (average, own) for average, own in pairs}.values()]  # tied weights once
-        floats = [pair for pair in pairs if pair[0].is_floating_point()]
-        self.averages, self.weights = ([pair[i] for pair in floats] for i in (0, 1))
-        self.counts = [pair for pair in pairs if not pair[0].is_floating_point()]  # batch norm's number of batches
+        self.source, averages = model, self.model.state_dict()
+        tied = {(own.data_ptr(), own.shape): name for name, own in model.state_dict().items()}  # each weight once
+        floats = {name: averages[name].is_floating_point() for name in tied.values()}
+        self.averages = {name: averages[name] for name in floats if floats[name]}
+        self.counts = {name: averages[name] for name in floats if not floats[name]}  # batch norm's number of batches
 
     @torch.no_grad()
     def update(self) -> None:
         keep = ((1 + self.updates) / (10 + self.updates)).clamp(max=self.decay)  # stays on the device
         self.updates += 1
-        torch._foreach_lerp_(self.averages, self.weights, [1 - keep] * len(self.weights))
-        for average, count in self.counts:
-            average.copy_(count)
+        own = self.source.state_dict(keep_vars=True)  # now: a step may have replaced its tensors
+        weights = [own[name] for name in self.averages]
+        torch._foreach_lerp_([*self.averages.values()], weights, [1 - keep] * len(weights))
+        for name, average in self.counts.items():
+            average.copy_(own[name])
 
     def state_dict(self) -> dict[str, Any]:
         return {"model": self.model.state_dict(), "updates": self.updates}

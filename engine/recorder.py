@@ -21,6 +21,7 @@ NO_LINE = "a metric of train_step, or its backward pass,"  # in place of the lin
 COMPARED = 5  # steps in a row: enough to see `if i % 5 == 0`
 OVERWRITES = ("zero_", "_foreach_zero_", "fill_", "copy_", "normal_", "uniform_", "bernoulli_", "random_")
 MANY = "values"  # prefix of the hash of many values
+PLAIN_STATE = ("cpu", "mps")  # devices on which torch's optimizers refuse to be capturable unless they are fused
 PLAIN = (bool, int, float, str, type(None))  # with tensors, what a checkpoint may hold
 Before = dict[tuple, tuple[torch.Tensor, torch.Tensor]]
 
@@ -240,7 +241,7 @@ def user_line() -> str:
 
 def is_capturable(optimizer: Optimizer, device: torch.device) -> bool:
     """Whether the optimizer keeps everything that changes from step to step on the device."""
-    refuses = device.type == "cpu" and type(optimizer).__module__.startswith("torch.")  # to be capturable there
+    refuses = device.type in PLAIN_STATE and type(optimizer).__module__.startswith("torch.")  # to be capturable there
     return all(group.get("fused") or ("capturable" in group and not refuses) for group in optimizer.param_groups)
 
 
@@ -250,7 +251,7 @@ def prepare(optimizer: Optimizer, device: torch.device) -> None:
         if group.get("fused") or isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
             group["lr"] = torch.as_tensor(group["lr"], device=device)  # a tensor of the user's stays the same
         if "capturable" in group:
-            group["capturable"] = device.type != "cpu"  # which torch refuses on the CPU, where it is not needed
+            group["capturable"] = device.type not in PLAIN_STATE
     for state in optimizer.state.values():
         if "step" in state:
             state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=device)

@@ -115,7 +115,8 @@ class Run:
         """Write everything that resuming needs. Raises UserError instead if a metric or a weight is not finite."""
         meter = self.meter.state_dict()
         self.require_finite({name: total for name, (total, _) in meter["since_report"].items()})
-        own = self.buffers() if world_size() > 1 else {}
+        # On the CPU: another rank would put them on the GPU that they come from.
+        own = {name: buffer.cpu() for name, buffer in self.buffers().items()} if world_size() > 1 else {}
         ranks = all_gather({"random": random_state(), "meter": meter, "buffers": own})
         if rank() == 0:
             self.count_seconds()
@@ -191,7 +192,7 @@ class Run:
                 print(f"--start-from: loaded {len(taken)} tensors into {name}; {new}")
         for item in self.state.values():
             if isinstance(item, EMA):
-                torch._foreach_copy_(item.averages, item.weights)
+                item.model.load_state_dict(item.source.state_dict())
 
     def load_state(self, checkpoint: dict[str, Any]) -> None:
         for name, then in checkpoint["types"].items():

@@ -165,7 +165,8 @@ def test_any_optimizer_of_torch_is_captured_or_runs_eagerly(name):
     """One that is capturable neither changes Python numbers nor reads on the host."""
     layer = torch.nn.Linear(3, 2, bias=False, device=META)
     optimizer = getattr(torch.optim, name)(layer.parameters(), lr=0.1)
-    assert not is_capturable(optimizer, torch.device("cpu"))  # unless it is fused
+    for device in ("cpu", "mps"):  # unless it is fused
+        assert not is_capturable(optimizer, torch.device(device))
     if not is_capturable(optimizer, META):
         assert name not in CAPTURABLE
         return

@@ -136,6 +136,7 @@ def test_the_warm_up_check_leaves_no_trace(fake_cuda):
     call(graphed, 1)
     assert len(drawn) == 2 + COMPARED
     assert all(map(torch.equal, before, everything()))
+    assert not graphed.recorded.before  # its copies are freed
 
 
 @pytest.mark.parametrize(

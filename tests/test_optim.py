@@ -55,6 +55,16 @@ def test_the_average_of_a_network_that_cannot_be_copied_is_one_line():
             EMA(network, 0.9)
 
 
+def test_ema_follows_weights_and_buffers_that_a_step_replaces():
+    layer = torch.nn.Linear(1, 1)
+    layer.register_buffer("mean", torch.zeros(1))
+    ema, before = EMA(layer, decay=0.5), layer.weight.detach().clone()
+    layer.weight.data, layer.mean = layer.weight.data + 1, layer.mean + 1
+    ema.update()
+    torch.testing.assert_close(ema.model.weight.data, before + 0.9)  # d is 0.1 at first
+    torch.testing.assert_close(ema.model.mean, torch.full((1,), 0.9))
+
+
 def settings(schedule, optimizer, steps):
     """The learning rate and the momentum of each step."""
     for _ in range(steps):

@@ -245,10 +245,34 @@ def test_an_error_in_the_data_is_printed_once(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_the_reason_of_a_failed_collective_is_named():
+    """NCCL's own failures come to every rank; out of memory has a message of its own."""
+    with pytest.raises(UserError, match="says why, or this: NCCL error no shared memory"), distributed.collective():
+        raise RuntimeError("NCCL error\nno shared memory")
+    with pytest.raises(torch.OutOfMemoryError), distributed.collective():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+class OnGPU(torch.Tensor):
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+
+def test_the_buffers_of_each_process_are_sent_from_the_cpu(tmp_path, monkeypatch):
+    network, sent = torch.nn.Linear(1, 1), []
+    network.register_buffer("chains", torch.zeros(2).as_subclass(OnGPU), persistent=False)
+    begun = start(tmp_path / "run", {"network": network})
+    monkeypatch.setattr(run_module, "world_size", lambda: 2)
+    monkeypatch.setattr(run_module, "all_gather", lambda part: sent.append(part) or [part, part])
+    begun.save()
+    assert type(sent[0]["buffers"]["network.chains"]) is torch.Tensor
+
+
 def test_batches_too_small_for_the_processes_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(utils, "world_size", lambda: 2)
-    with pytest.raises(UserError, match="batch norm of the model: one image would form a batch by itself"):
-        train(*DIGITS, "--model", "mlp", "--batch-norm", "--batch-size", "6")  # the last 3 in parts of 2 and 1
+    for processes, size in ((2, 6), (4, 4)):  # the last 3 in parts of 2 and 1; all but the last, which is skipped
+        monkeypatch.setattr(utils, "world_size", lambda processes=processes: processes)
+        with pytest.raises(UserError, match="batch norm of the model: one image would form a batch by itself"):
+            train(*DIGITS, "--model", "mlp", "--batch-norm", "--batch-size", size)
     monkeypatch.setattr("engine.run.world_size", lambda: 2)
     with pytest.raises(UserError, match="--batch-size 1 is less than the 2 processes"):
         train(*DIGITS, "--batch-size", "1", "--output-dir", tmp_path / "run")
