@@ -202,6 +202,8 @@ class CapturedStep:
 
     def record_graph(self, function: Callable) -> Callable:
         graph, random = torch.cuda.CUDAGraph(), random_state()
+        for generator, _, _ in self.recorded.generators.values() if self.recorded else ():
+            graph.register_generator_state(generator)  # torch 2.11 and older know the default one alone
         try:
             with torch.cuda.graph(graph):
                 function(*self.inputs)

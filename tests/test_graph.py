@@ -13,7 +13,7 @@ import utils
 from engine import captured
 from engine.captured import COMPARED, CapturedStep
 from engine.errors import UserError
-from engine.recorder import prepare
+from engine.recorder import address_of, prepare
 from engine.run import Run
 
 
@@ -109,6 +109,20 @@ def test_what_a_step_reads_of_a_schedule_is_seen_to_change(read):
     with pytest.raises(UserError, match=r"tests/test_graph.py:\d+ does not do the same in every step"):
         call(captured_step(lambda rows: torch.ones(1) * read(schedule), state), 1)
     assert (schedule.last_epoch, schedule.get_last_lr()) == before
+
+
+def test_a_generator_in_state_is_registered_with_the_graph(fake_cuda, monkeypatch):
+    own, position, registered = torch.Generator(), Position(), []
+    monkeypatch.setattr(FakeGraph, "register_generator_state", lambda _, each: registered.append(each), raising=False)
+
+    def step(rows):
+        position.steps += 1
+        torch.rand(2, generator=own)
+
+    graphed = captured_step(step, {"own": own, "position": position}, graph=True)
+    fake_cuda(graphed, position)
+    call(graphed, 1)
+    assert [address_of(each) for each in registered] == [address_of(own)]
 
 
 def test_the_warm_up_check_leaves_no_trace(fake_cuda):
