@@ -40,9 +40,9 @@ def main() -> None:
     parser.add_argument("--half", action="store_true", help="keep float16 numbers; evaluate the file afterwards")
     args = parser.parse_args()
     measured = evaluate.evaluation_folder(args.run) / "metrics.json"
-    if not measured.is_file():
-        raise UserError(f"{args.run} has not been evaluated; run: {command('evaluate.py', args.run)}")
     network, checkpoint = evaluate.load_network(args.run, "cpu")
+    if not measured.is_file() or json.loads(measured.read_text())["epochs"] != checkpoint["epoch"]:
+        raise UserError(f"{args.run} has not been evaluated as it is; run: {command('evaluate.py', args.run)}")
     name, _ = KINDS[checkpoint["options"]["kind"]]
     weights = {key: tensor.half() if args.half and tensor.is_floating_point() else tensor
                for key, tensor in network.state_dict().items()}  # fmt: skip
