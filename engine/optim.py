@@ -121,19 +121,25 @@ class EMA:
         self.updates = torch.zeros((), device=next(model.parameters()).device)
         self.source, averages = model, self.model.state_dict()
         tied = {(own.data_ptr(), own.shape): name for name, own in model.state_dict().items()}  # each weight once
-        floats = {name: averages[name].is_floating_point() for name in tied.values()}
-        self.averages = {name: averages[name] for name in floats if floats[name]}
-        self.counts = {name: averages[name] for name in floats if not floats[name]}  # batch norm's number of batches
+        self.names = [name for name in tied.values() if averages[name].is_floating_point()]
+        self.averages = [averages[name] for name in self.names]
+        self.counts = [name for name in tied.values() if name not in self.names]  # batch norm's number of batches
+
+    @property
+    def weights(self) -> list[torch.Tensor]:
+        """The network's, as they are now: a step may replace them."""
+        own = self.source.state_dict(keep_vars=True)
+        return [own[name] for name in self.names]
 
     @torch.no_grad()
     def update(self) -> None:
         keep = ((1 + self.updates) / (10 + self.updates)).clamp(max=self.decay)  # stays on the device
         self.updates += 1
-        own = self.source.state_dict(keep_vars=True)  # now: a step may have replaced its tensors
-        weights = [own[name] for name in self.averages]
-        torch._foreach_lerp_([*self.averages.values()], weights, [1 - keep] * len(weights))
-        for name, average in self.counts.items():
-            average.copy_(own[name])
+        torch._foreach_lerp_(self.averages, self.weights, [1 - keep] * len(self.names))
+        if self.counts:
+            averages, own = self.model.state_dict(), self.source.state_dict(keep_vars=True)
+            for name in self.counts:
+                averages[name].copy_(own[name])
 
     def state_dict(self) -> dict[str, Any]:
         return {"model": self.model.state_dict(), "updates": self.updates}
