@@ -121,25 +121,22 @@ class EMA:
         self.updates = torch.zeros((), device=next(model.parameters()).device)
         self.source, averages = model, self.model.state_dict()
         tied = {(own.data_ptr(), own.shape): name for name, own in model.state_dict().items()}  # each weight once
-        self.names = [name for name in tied.values() if averages[name].is_floating_point()]
-        self.averages = [averages[name] for name in self.names]
-        self.counts = [name for name in tied.values() if name not in self.names]  # batch norm's number of batches
-
-    @property
-    def weights(self) -> list[torch.Tensor]:
-        """The network's, as they are now: a step may replace them."""
-        own = self.source.state_dict(keep_vars=True)
-        return [own[name] for name in self.names]
+        self.averages = {name: averages[name] for name in tied.values() if averages[name].is_floating_point()}
+        self.counts = {name: averages[name] for name in tied.values() if name not in self.averages}  # of batch norm
 
     @torch.no_grad()
     def update(self) -> None:
         keep = ((1 + self.updates) / (10 + self.updates)).clamp(max=self.decay)  # stays on the device
         self.updates += 1
-        torch._foreach_lerp_(self.averages, self.weights, [1 - keep] * len(self.names))
-        if self.counts:
-            averages, own = self.model.state_dict(), self.source.state_dict(keep_vars=True)
-            for name in self.counts:
-                averages[name].copy_(own[name])
+        self.follow(1 - keep)
+
+    def follow(self, share: torch.Tensor) -> None:
+        """Move the averages by `share` of the way to the weights, as they are now: a step may have replaced them."""
+        own = self.source.state_dict(keep_vars=True)
+        weights = [own[name] for name in self.averages]
+        torch._foreach_lerp_([*self.averages.values()], weights, [share] * len(weights))
+        for name, count in self.counts.items():
+            count.copy_(own[name])
 
     def state_dict(self) -> dict[str, Any]:
         return {"model": self.model.state_dict(), "updates": self.updates}
