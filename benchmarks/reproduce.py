@@ -69,8 +69,8 @@ ASSETS = {
 def train(tasks: list[tuple[list[str], int, Path]], args: Namespace) -> list[Row]:
     """Train and evaluate each (command, seed, folder), --jobs side by side; returns what each metrics.json holds."""
     left, files = [], [folder / "evaluation" / "metrics.json" for _, _, folder in tasks]
-    for (words, seed, folder), file in zip(tasks, files):
-        if file.is_file() and read_measures(folder) and is_finished(checkpoint := load_checkpoint(folder)):
+    for words, seed, folder in tasks:
+        if read_measures(folder) and is_finished(checkpoint := load_checkpoint(folder)):
             print(f"{folder} is finished; delete it, or name another --output-dir, to train it again")
             warn_if_code_changed(checkpoint, folder)
         else:
