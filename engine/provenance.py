@@ -49,8 +49,10 @@ def environment() -> dict[str, Any]:
 
 
 def processor() -> str:
+    """Its name, and its vector instructions, which the name of a virtual machine's processor does not tell."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(": ")[1] for line in lines if line.startswith("model name"))
+        name = next(line.split(": ")[1] for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
-        return platform.processor()
+        name = platform.processor()
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
