@@ -50,7 +50,7 @@ BEST_FAMILIES = ["hmm-best", "rbm-best", "vae-best", "rnn-best", "gan-best-large
 BEST = {
     "cnn-lecture": "test accuracy of the lecture's CNN after one epoch",
     "resnet-best": "test accuracy of a small residual network",
-    "gan-best-large": "Parzen log-likelihood of a GAN with networks of the original paper's sizes",
+    "gan-best-large": "Parzen log-likelihood of a GAN of the original paper's size, with a newer recipe",
 }
 
 MEASURES = {"Parzen": ("parzen_log_likelihood", 1), "FID": ("fid", 4), "coverage": ("coverage", 3)}  # name, digits
@@ -78,9 +78,12 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def mean_sd(values: Iterable[float], digits: int) -> str:
+    """Mean ± standard deviation; the range, if that is more than half of the mean."""
     values = list(values)
-    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{spread}"
+    mean, sd = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0
+    if sd > abs(mean) / 2:
+        return f"{min(values):.{digits}f} to {max(values):.{digits}f}"
+    return f"{mean:.{digits}f}" + f" ± {sd:.{digits}f}" * (len(values) > 1)
 
 
 def measures(seeds: list[Row]) -> list[str]:
@@ -107,7 +110,7 @@ def named(name: str, row: Row) -> str:
 def minutes(name: str, row: Row) -> str:
     """Of training, by the seconds of three epochs; empty for a row that continues another."""
     epochs, seconds = statistics.mean(row["epochs_trained"]), read("minutes.json")["seconds"].get(name)
-    return mean_sd((epochs * each / 60 for each in seconds), 1 if epochs > 1 else 2) if seconds else ""
+    return mean_sd((epochs * each / 60 for each in seconds), 1 if epochs > 1 else 3) if seconds else ""
 
 
 def nats(seeds: list[Row]) -> str:
@@ -134,7 +137,7 @@ def results_table() -> str:
         if "test_errors" in row:
             epochs = " to ".join(map(str, sorted({min(row["epochs_trained"]), max(row["epochs_trained"])})))
             lines.append([named(name, row), epochs, accuracy(row), minutes(name, row), row["published"]])
-    return table(["name", "epochs", "test accuracy", "minutes", "published"], lines)
+    return table(["name", "epochs", "test accuracy", "minutes", "reference"], lines)
 
 
 def generators_table() -> str:
@@ -163,7 +166,7 @@ def families_table() -> str:
     results, lines = read("results.json"), []
     for name in FAMILIES:
         seeds, samples = results[name]["seeds"], f"![Samples of {name}](../assets/{name}.png)"
-        seconds = statistics.mean(seed["sampling_seconds"] for seed in seeds)
+        seconds = statistics.median(seed["sampling_seconds"] for seed in seeds)
         cells = [nats(seeds), *measures(seeds)[1:], f"{seconds:.1f}"]
         lines.append([name[:3].upper(), samples, seeds[0].get("kind", "none"), *cells])
     real = measures([real_images(results.values())])[1:]
@@ -178,7 +181,7 @@ def best_list() -> str:
     for name, what in BEST.items():
         row = rows[name]
         measured = accuracy(row) if "test_errors" in row else f"{measures(row['seeds'])[0]} nats"
-        lines.append(f"- **{measured}** {what}. Published: {row['published'].removeprefix('Parzen ')}.")
+        lines.append(f"- **{measured}** {what}. Reference: {row['published'].removeprefix('Parzen ')}.")
     return "\n".join(lines)
 
 
