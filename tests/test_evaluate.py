@@ -166,6 +166,7 @@ def test_a_generator_is_measured_beside_real_images(generators, name, capsys, mo
     assert metrics["fid"] > 10 * metrics["real"]["fid"]
     for value in values:
         assert value in output
+    assert f"{'fid':24}{metrics['fid']:10.4g}{metrics['real']['fid']:10.4g}\n" in output
     plots = {"interpolation-seed0.png": 10, "nearest_training_images.png": 2}
     if name == "cgan":
         plots["same_noise-seed0.png"] = 10

@@ -85,6 +85,7 @@ def test_every_schedule_and_every_ema_in_the_state_is_updated_once_a_step(tmp_pa
     ("fault", "message", "batch"),
     [
         ("metric", "loss_d is not finite at or shortly before step 3 of epoch 1; .*--lr", 2),
+        ("metric", "loss_d is not finite at or shortly before step 2 of epoch 1", 1),  # before its report
         ("weight", "network is not finite at or shortly before step 3 of epoch 1", 2),
         ("validation", "val_loss is not finite at or shortly before the end of epoch 1", 5),
     ],
@@ -96,7 +97,7 @@ def test_what_is_not_finite_is_named_and_never_saved(tmp_path, fault, message, b
     def train_step(images, labels):
         if fault == "weight" and run.batch == 2:
             network.weight.data[1, 1] = math.nan
-        return {"loss_d": torch.tensor(math.inf if fault == "metric" and run.batch == 2 else 0.0)}
+        return {"loss_d": torch.tensor(math.inf if fault == "metric" and run.batch == batch else 0.0)}
 
     with pytest.raises(UserError, match=message):
         utils.train(run, train_step, ten_images(2), lambda: {"val_loss": math.nan if fault == "validation" else 0.0})

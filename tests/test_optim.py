@@ -131,6 +131,15 @@ def test_every_flag_of_an_optimizer_reaches_it(name):
     assert found == {"lr": 0.7, **expected}
 
 
+def test_the_ema_of_any_script_has_the_decay_of_its_flag():
+    args, network = train_gan.get_args_parser().parse_args(["--ema", "0.7"]), torch.nn.Linear(1, 1)
+    for state in (
+        optim.training_state(args, network, sgd(), epoch_length=5),
+        optim.adversarial_state(args, network, torch.nn.Linear(1, 1), epoch_length=5, decay=1.1),
+    ):
+        assert (state["ema"].source, state["ema"].decay) == (network, 0.7)
+
+
 def test_a_layer_may_be_unfrozen_later(tmp_path):
     args = train_classifier.get_args_parser().parse_args(["--optimizer", "sgd", "--momentum", "0.9", "--lr", "1"])
     first, second = (torch.zeros(1, requires_grad=wanted) for wanted in (True, False))
@@ -193,7 +202,7 @@ def train_with(tmp_path, make, **callbacks):
 @pytest.mark.parametrize(("name", "steps"), [("schedule", 20), ("epoch_schedule", 4)])
 def test_a_schedule_advances_after_each_step_or_by_its_name_after_each_epoch(tmp_path, name, steps):
     _, schedule = train_with(tmp_path, lambda optimizer: (name, torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)))
-    assert schedule.last_epoch == steps
+    assert schedule.last_epoch == load(tmp_path / "run" / "checkpoint.pt")["state"][name]["last_epoch"] == steps
 
 
 def test_a_schedule_whose_numbers_look_like_epochs_is_named(tmp_path, capsys):

@@ -130,14 +130,16 @@ def test_loading_draws_and_seeds_none_of_the_callers_random_numbers(monkeypatch)
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_checking_a_network_leaves_the_random_numbers_of_a_macs_gpu_as_they_were(monkeypatch):
-    state = [7]
+def test_checking_a_network_leaves_the_random_numbers_of_the_cpu_and_of_a_macs_gpu_as_they_were(monkeypatch):
+    torch.manual_seed(5)  # another seed than that of the check
+    state, before = [7], torch.get_rng_state()
     monkeypatch.setattr(torch.mps, "manual_seed", lambda seed: state.__setitem__(0, seed))
     monkeypatch.setattr(torch.mps, "get_rng_state", lambda: state[0])
     monkeypatch.setattr(torch.mps, "set_rng_state", lambda before: state.__setitem__(0, before))
     images = SimpleNamespace(is_cuda=False, device=torch.device("mps"), float=lambda: None)
     outputs(torch.nn.Identity(), images)
     assert state == [7]
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_classify_needs_no_scaling(data_dir):

@@ -249,6 +249,12 @@ def test_a_package_that_is_not_installed_is_named_with_the_remedy():
 
 
 # Words ----------------------------------------------------------------------------------------------------------------
+def test_what_a_recipe_sets_for_a_dataset_beats_what_it_sets_for_a_model():
+    parser, words = train_likelihood.get_args_parser(), [*DIGITS, "--model", "rnn"]
+    args = flags.parse_args(parser, train_likelihood.RECIPES, train_likelihood.VARIANTS, words)
+    assert (args.epochs, args.lr) == (100, 0.012)
+
+
 @pytest.mark.parametrize(("words", "value"), [("--black -5e-1", -0.5), ("--black -1E0", -1), ("--black=-.5", -0.5)])
 def test_a_negative_number_is_a_value(words, value):
     assert parse(words.split()).black == value

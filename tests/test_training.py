@@ -62,6 +62,7 @@ def test_a_process_that_is_killed_resumes_with_the_same_command(undisturbed, tmp
     before = partial(act_at, (0, 3))
     run("train_classifier.py", *words, "--save-interval", 0, cwd=tmp_path, code=-signal.SIGKILL, before=before)
     assert load(tmp_path / "run" / "checkpoint.pt")["batch"] == 3
+    Path("run/checkpoint.pt").rename("run/previous.pt")  # as if it had been killed between the two renames of a save
     train(*words)
     assert_same_run(undisturbed, tmp_path / "run")
     capsys.readouterr()
@@ -252,6 +253,8 @@ def test_a_new_run_starts_from_the_weights_of_another(tmp_path, ema):
     expected = first["ema"]["model"] if ema else first["model"]
     assert all(torch.equal(value, expected[name]) for name, value in second["model"].items())
     assert all(value.allclose(expected[name]) for name, value in second["ema"]["model"].items())
+    shutil.rmtree("first")  # on which nothing else depends
+    train("--resume", "second")
 
 
 def test_a_new_run_starts_from_the_shipped_weights():
