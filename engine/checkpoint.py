@@ -122,8 +122,8 @@ def read_checkpoint(path: Path, keys: set[str] = KEYS) -> dict[str, Any]:
         )
     try:
         checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        require(checkpoint, keys)
         upgrade(checkpoint)
+        require(checkpoint, keys)
     except Exception as error:  # of many kinds
         raise UserError(f"{path} is not a checkpoint of this version of the repository; train again") from error
     return checkpoint
