@@ -40,7 +40,7 @@ def compile_step(
         torch.ops.aten._fused_adam_.tensor_lr: partial(adam, counts=counts),
         torch.ops.aten._fused_adamw_.tensor_lr: partial(adam, counts=counts, decoupled=True),
         torch.ops.aten._fused_sgd_.tensor_lr: partial(sgd, momenta=momenta),
-        torch.ops.aten.bernoulli_.float: partial(bernoulli_, in_memory_order=fills_in_memory_order(inputs[0].device)),
+        torch.ops.aten.bernoulli_.float: bernoulli_,
     }
     traced = make_fx(step, decomposition_table=updates)(*inputs)
     found = lift_tensors(traced)
@@ -79,29 +79,14 @@ def lift_tensors(traced: GraphModule) -> list[torch.Tensor]:
     return found
 
 
-def bernoulli_(
-    x: torch.Tensor, p: float = 0.5, *, generator: torch.Generator | None = None, in_memory_order: bool
-) -> torch.Tensor:
-    """Dropout of a tensor whose dimensions are not in the order of its memory, as within attention.
+def bernoulli_(x: torch.Tensor, p: float = 0.5, *, generator: torch.Generator | None = None) -> torch.Tensor:
+    """Refuse dropout of a tensor whose dimensions are not in the order of its memory, as within attention.
 
     Inductor would change that order, and with it which element gets which random number.
     """
-    if x.is_contiguous() or generator or not is_dense(x):
-        return NotImplemented
-    noise = torch.empty(x.numel(), dtype=x.dtype, device=x.device).bernoulli_(p)
-    return x.copy_(noise.as_strided(x.shape, x.stride()) if in_memory_order else noise.view(x.shape))
-
-
-def is_dense(x: torch.Tensor) -> bool:
-    return sum((size - 1) * stride for size, stride in zip(x.shape, x.stride())) == x.numel() - 1
-
-
-def fills_in_memory_order(device: torch.device) -> bool:
-    """Whether the eager bernoulli_ goes by memory; with MKL on Intel's processors it goes by dimensions."""
-    transposed, plain = torch.empty(16, 8, device=device).t(), torch.empty(16, 8, device=device)
-    for x in (transposed, plain):
-        x.bernoulli_(0.5, generator=torch.Generator(device).manual_seed(0))
-    return torch.equal(transposed.t(), plain)
+    if not x.is_contiguous() and not generator:
+        raise RuntimeError("dropout of a transposed tensor, as within attention, would draw other random numbers")
+    return NotImplemented
 
 
 # The updates, which `torch.optim` has as one operation, written out so that Inductor can fuse them with the gradients.
