@@ -42,9 +42,8 @@ from datasets import Batches, load
 from engine import flags
 from engine.device import pick_device
 from engine.errors import run_script
-from engine.products import onednn
+from engine.products import Products, onednn
 from engine.provenance import environment
-from engine.recorder import Recorder
 
 RESULTS = ROOT / "benchmarks" / "results"
 CASES = {
@@ -88,13 +87,11 @@ def ours(command: str, device: str, more: list[str], data_dir: str, folder: str,
     state, train_step, _ = script.build(args, pick_device(device), batches)
     run = utils.Run(args, state)
     step = utils.make_step(run, train_step, batches)
-    with FlopCounterMode(display=False) as counter, Recorder(None) as recorder:
+    with FlopCounterMode(display=False) as counter, Products() as recorded:
         train_step(*batches.take(next(batches.rows(0))))
     products: Counter[Any] = Counter()  # shapes of both matrices -> operations
-    for name, *inputs in recorder.operations:
-        if name in ("aten.mm.default", "aten.addmm.default"):
-            first, second = [shape for *shape, _ in (value for value in inputs if isinstance(value, tuple))][-2:]
-            products[tuple(first), tuple(second)] += count_flops(first, second)
+    for (first, _), (second, _) in recorded.matrices:
+        products[first, second] += count_flops(first, second)
     convolutions = counter.get_total_flops() - products.total()
     products[LARGE, LARGE] += convolutions  # as if they were large products
     cost = {"products": products, "bytes": sum(map(bytes_moved, run.optimizers()))}
