@@ -110,8 +110,6 @@ def download(folder: str, root: Path) -> None:
             with tempfile.TemporaryDirectory(prefix=".download-", dir=root) as temporary:
                 (file := Path(temporary) / path.name).write_bytes(content if stem in SHA256 else data)
                 os.replace(file, path)
-        except DataError:
-            raise
         except (OSError, HTTPException) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             remedy = f"put {folder}'s four files there, point --data-dir at a copy"

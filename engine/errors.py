@@ -29,8 +29,8 @@ class UserError(OneLine):
     """An error the user can fix. The message is one line that names the cause and the remedy."""
 
 
-class DataError(OSError):
-    """A dataset that cannot be used. The message names the file and the remedy."""
+class DataError(UserError):
+    """A dataset or picture that cannot be used. The message names the file and the remedy."""
 
 
 class Stopped(OneLine):
