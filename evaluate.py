@@ -36,7 +36,7 @@ from engine.errors import DataError, UserError, run_script
 from engine.folder import lock, make_folder
 from engine.plots import save_figure, save_grid
 from measures import classifier, trained
-from measures.generator import beside_real_images, nearest_images, print_measures
+from measures.generator import beside_real_images, nearest_images, print_measures, require_enough
 from measures.likelihood import likelihood_measures, print_likelihood
 from measures.reference import load_reference
 from measures.samples import NOISE_SEED, is_conditional, sample_images, spread, walks
@@ -69,10 +69,13 @@ def get_args_parser() -> flags.ArgumentParser:
 def read_picture(model: Any, picture: Any) -> Reading:
     """The digits in a file or PIL image, as the network reads them; if it knows no digits, the images that it reads.
 
-    For a network trained on a folder, that is the whole image.
+    For a network trained on a folder or on clothes, that is the whole image.
     """
-    if model.options["dataset"] not in DATASETS:
-        reading = Reading(read_image(picture), torch.empty(0))
+    if model.options["dataset"] not in (*SHOW_DIGITS, "kmnist"):
+        images = read_image(picture)
+        if model.options["dataset"] in DATASETS and images[..., 0].float().mean() > 127:
+            images = 255 - images  # its clothes are light on black
+        reading = Reading(images, torch.empty(0))
     elif model.options["classes"] == list("0123456789"):
         return read(picture, partial(trained.classify, model))
     else:
@@ -124,7 +127,7 @@ def classify_photos(model: Any, paths: Sequence[str], folder: Path) -> None:
                 paths[i + 1 : i + 1] = pictures(path)
                 continue
             reading = read_picture(model, path)
-        except OSError as error:
+        except DataError as error:
             print(f"evaluate.py: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
             failed = True
             continue
@@ -145,6 +148,9 @@ def evaluate_classifier(model: Any, args: argparse.Namespace, device: torch.devi
     options = model.options
     read, names = partial(read_one, model) if args.dataset else None, options["classes"]
     images, labels, files = load_test(args.dataset or options["dataset"], args.data_dir, names, read)
+    if not args.dataset and options["dataset"] not in DATASETS:
+        with suppress(DataError):  # it may have no training images any more
+            warn_of_other_images(args.run, options, load(options["dataset"], args.data_dir))
     batches = Batches(images, labels, args.batch_size, device, black=options["black"], shuffle=False)
     logits = utils.predict(model, batches)[0].cpu()
     metrics = classifier.classification_measures(logits, labels, names)
@@ -156,6 +162,13 @@ def evaluate_classifier(model: Any, args: argparse.Namespace, device: torch.devi
         "predictions.csv": classifier.predictions_table(logits, labels, names, files),
     }
     return {"model": options["model"], **metrics}, {name: plot for name, plot in plots.items() if plot}
+
+
+def warn_of_other_images(run: str, options: dict[str, Any], train_set: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """A folder may have changed since: for instance, a file with a new name may go from one part to the other."""
+    if options["dataset"] not in DATASETS and options.get("dataset_digest") not in (None, digest(*train_set)):
+        reason = f"{options['dataset']} has other training images than {run} was trained on"
+        print(f"warning: {reason}; some of those may be test images now", file=sys.stderr)
 
 
 def walk_plots(network: Any, args: argparse.Namespace, suffix: str) -> Plots:
@@ -191,26 +204,28 @@ def asked(digits: list[int] | None, names: list[str]) -> str:
 def evaluate_generator(network: Any, args: argparse.Namespace, device: torch.device) -> tuple[dict[str, Any], Plots]:
     """Measures of SAMPLES images beside those of real images, the log-likelihood if the model has one, and plots."""
     dataset, plots = network.options["dataset"], walk_plots(network, args, f"-seed{args.seed}")
-    classes = len(class_names(dataset, args.data_dir, network.options["classes"]))
+    classes = class_names(dataset, args.data_dir, network.options["classes"])
     train_set, test_set = (load(dataset, args.data_dir, train=part) for part in (True, False))
-    if network.options.get("dataset_digest") not in (None, digest(*train_set)):
-        print(f"warning: {dataset} has other training images than {args.run} was trained on", file=sys.stderr)
+    warn_of_other_images(args.run, network.options, train_set)
+    require_enough(*train_set, *test_set)
     metrics: dict[str, Any] = {"parameters": sum(parameter.numel() for parameter in network.parameters())}
     if hasattr(network, "log_likelihood"):
         images = (binarise(test_set[0], TEST_SEED) / 255).to(device)
         metrics.update(likelihood_measures(network, images))
         print_likelihood(metrics)
         if hasattr(network, "images_of"):
-            grids = network.images_of(images, torch.Generator(device).manual_seed(NOISE_SEED + args.seed))
+            tens = images[: len(images) // 10 * 10 or None]  # whole rows
+            grids = network.images_of(tens, torch.Generator(device).manual_seed(NOISE_SEED + args.seed))
             plots.update({f"{name}.png": (grid.cpu(), 10) for name, grid in grids.items()})
-    columns = classes if is_conditional(network) else 10
+    columns = len(classes) if is_conditional(network) else 10
     started = time.monotonic()
     samples, labels, _ = sample_images(network, torch.arange(SAMPLES) % columns, args.seed)
     metrics["sampling_seconds"] = time.monotonic() - started
     pairs = torch.cat([samples[:20], nearest_images(samples[:20], train_set[0])])
     plots.update({"samples.png": (samples[: 10 * columns], columns), "real_images.png": (test_set[0][:100] / 255, 10)})
     plots["nearest_training_images.png"] = pairs, 20
-    metrics.update(beside_real_images(samples, labels, train_set, test_set, load_reference(device), classes))
+    digits = classes == list("0123456789")
+    metrics.update(beside_real_images(samples, labels, train_set, test_set, load_reference(device), digits))
     print_measures(metrics, metrics["real"])
     if dataset not in SHOW_DIGITS:
         print(f"warning: the reference classifier knows only MNIST's digits; its features of {dataset} mean little")

@@ -97,7 +97,7 @@ def build(args: Namespace, device: torch.device, batches: Any) -> tuple[dict[str
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args, device = flags.start(get_args_parser(), RECIPES, VARIANTS, argv)
-    train_set, val_set = split(args)
+    train_set, val_set = split(args, at_least=2)
     batches = Batches(*train_set, args.batch_size, device, black=0.0, seed=args.seed)
     state, train_step, sampler = build(args, device, batches)
     watch = Watch(sampler, val_set[0], args.seed, digits=args.dataset in SHOW_DIGITS and not args.dry_run)

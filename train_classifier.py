@@ -139,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args, device = flags.start(get_args_parser(), RECIPES, VARIANTS, argv)
     if args.patience and not args.val_size:
         raise UserError("--patience needs a validation split to watch; add --val-size N")
-    train_set, val_set = split(args)
+    train_set, val_set = split(args, at_least=2)
     batches = Batches(*train_set, args.batch_size, device, black=args.black, seed=args.seed)
     val_batches = Batches(*val_set, 1000, device, black=args.black, shuffle=False)
     state, train_step, network = build(args, device, batches)

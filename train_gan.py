@@ -38,6 +38,7 @@ RECIPES = {
 }  # fmt: skip
 VARIANTS: flags.Variants = {
     ("best", "digits"): dict(epochs=500, val_size=0),
+    ("best", "folder"): dict(val_size=0),
     ("best", "large"): dict(epochs=60, batch_size=200, lr=1e-3, ema=0.9998, val_size=10_000),
     ("paper", "digits"): dict(val_size=137),
 }

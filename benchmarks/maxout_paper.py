@@ -21,7 +21,7 @@ import torch
 
 import train_classifier
 import utils
-from datasets import Batches, hold_out, load
+from datasets import Batches, class_names, hold_out, load
 from engine import flags, optim
 from engine.checkpoint import load_checkpoint
 from engine.errors import UserError, run_script
@@ -48,6 +48,8 @@ def begin(args: argparse.Namespace, state: dict[str, Any], epoch_length: int) ->
             raise UserError(f"{args.first_stage} was trained with another {name}; use the same here")
     for name in ("model", "optimizer"):
         state[name].load_state_dict(first["state"][name])
+    if "ema" in state:
+        state["ema"].model.load_state_dict(first["state"]["model"])
     (group,) = state["optimizer"].param_groups
     del group["initial_lr"]
     state["schedule"] = optim.build_schedule(args, state["optimizer"], epoch_length, final_momentum=group["momentum"])
@@ -64,6 +66,7 @@ def loss_with_dropout(model: torch.nn.Module, batches: Batches) -> float:
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     args, device = flags.start(get_args_parser(), RECIPES, VARIANTS, argv)
+    args.classes = class_names(args.dataset, args.data_dir)
     images = load(args.dataset, args.data_dir)
     parts = [Batches(*part, 1000, device, args.black, shuffle=False) for part in hold_out(*images, args.val_size)]
     first_batches, val_batches = parts

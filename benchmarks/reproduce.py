@@ -216,8 +216,9 @@ def main(argv: list[str] | None = None) -> None:
         if not args.command or not (ROOT / args.command[0]).is_file():
             parser.error('--command must begin with a training script, like "train_gan.py --recipe best"')
         args.names = args.names or [folder_name(args.command)]
-        if args.names[0] in args.command:  # where a row's name stands for its run
-            parser.error(f"{args.names[0]} is a word of the command; use another name for the row")
+        words = {word for text in ROWS.values() for word in text.split()} - ROWS.keys()
+        if args.names[0] in {*args.command, *words}:  # where a row's name stands for its run
+            parser.error(f"{args.names[0]} is a word of a command; use another name for the row")
         ROWS[args.names[0]] = shlex.join(args.command)
     if unknown := set(args.names) - ROWS.keys():
         parser.error(f"there is no row {min(unknown)}; --list prints them")

@@ -51,7 +51,7 @@ def main() -> None:
         "code": {},  # not compared with the code: what counts is that the weights fit the network
         "state": {name: weights},
         "epoch": checkpoint["epoch"],
-        "commit": checkpoint["commit"] if "commit" in checkpoint else read_config(args.run)["commit"],
+        "commit": checkpoint.get("commit", read_config(measured.parent.parent).get("commit")),
         "measured": json.loads(measured.read_text()),
     }
     path = WEIGHTS / f"{args.name}.pt"

@@ -14,7 +14,7 @@ from datasets.augment import distort as distort
 from datasets.batches import Batches as Batches
 from datasets.binarise import binarise as binarise
 from datasets.digits import load_digits
-from datasets.folder import difference, folder_classes, load_folder
+from datasets.folder import CLASS_FOLDERS, difference, folder_classes, load_folder
 from datasets.folder import read_image as read_image
 from datasets.mnist import FOLDERS, load_mnist
 from engine.distributed import broadcast, rank_0_first
@@ -48,7 +48,8 @@ def load_test(name: str, data_dir: str, classes: list[str], read: Callable[[str]
     now = class_names(name, data_dir, None if read else classes)
     if read and (new := {*now} - {*classes}):
         listed = ", ".join(sorted(new)[:5])
-        raise DataError(f"{name} has classes that the network does not know ({listed}); remove them")
+        remedy = "use a network that was trained on them" if name in DATASETS else "remove them"
+        raise DataError(f"{name} has classes that the network does not know ({listed}); {remedy}")
     numbers = torch.tensor([classes.index(each) for each in now] if read else range(len(now)))
     if name in DATASETS:
         images, labels = load(name, data_dir, train=False)
@@ -63,6 +64,8 @@ def class_names(name: str, data_dir: str, before: list[str] | None = None) -> li
     before: those that a run was trained on, or None. A folder must still have them: its labels are their numbers.
     """
     if name in DATASETS:
+        if os.path.isdir(name) and not os.path.isdir(os.path.join(name, "raw")):
+            print(f"{name} is the built-in dataset; for the folder of that name, use {os.path.join('.', name)}")
         return list(CLASSES.get(name, "0123456789"))
     names = folder_classes(require_folder(name, data_dir))
     if before and names != before:
@@ -90,17 +93,22 @@ def short_name(name: str) -> str:
     return name if name in DATASETS else re.sub(r"[^\w.-]+", "-", path.name).strip("-.") or "folder"
 
 
-def split(args: argparse.Namespace) -> tuple[Images, Images]:
+def split(args: argparse.Namespace, at_least: int = 1) -> tuple[Images, Images]:
     """The training images and the validation split of --dataset, each with labels.
 
-    Sets `args.classes` to the names and `args.dataset_digest`. Of several processes, rank 0 downloads and the others
-    read. Raises DataError, also if a resumed run was trained on other images.
+    Sets `args.classes` to the names, and `args.dataset_digest` of a folder. Of several processes, rank 0 downloads and
+    the others read. Raises DataError, also for fewer classes than `at_least`, and if a resumed run was trained on other
+    images.
     """
     before = {**vars(args)} if args.resume else {}
     args.classes = broadcast(lambda: class_names(args.dataset, args.data_dir, before.get("classes")))
+    if len(args.classes) < at_least:
+        raise DataError(f"{args.dataset} has one class, but {args.script} needs two; {CLASS_FOLDERS}")
 
     def read() -> Images:
         images, labels = load(args.dataset, args.data_dir)
+        if args.dataset in DATASETS:  # verified; the digits' pixels are rounded as the processor computes them
+            return images, labels
         args.dataset_digest = digest(images, labels)
         if before.get("dataset_digest") not in (None, args.dataset_digest):
             remedy = f"restore them, or start a new run with --start-from {args.resume}"

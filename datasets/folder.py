@@ -134,8 +134,6 @@ def list_images(folder: Path, train: bool, whole: bool = False) -> tuple[list[tu
     training image remains one when others are added.
     """
     part, names = parts(folder)[1 - train], folder_classes(folder)
-    if train and len(names) < 2:
-        raise DataError(f"{part} has 1 subfolder, but a classifier needs two classes; {CLASS_FOLDERS}")
     others, chosen = outside_classes(folder, part), list[tuple[bytes, str, int]]()
     for label, (name, files) in enumerate(class_files(part, names).items()):
         images = sorted((name_hash(path, part), path, label) for path in filter(is_image, files))

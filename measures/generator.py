@@ -66,20 +66,14 @@ def measure_images(
     labels: Tensor | None,
     classifier: ReferenceClassifier,
     reference: tuple[Tensor, Tensor, Tensor],
-    classes: int = 10,
+    of_digits: bool = True,
 ) -> dict[str, Any]:
-    """All measures of generated or real images [N, 1, 28, 28] with pixels in [0, 1]. Raises UserError if too few.
+    """All measures of generated or real images [N, 1, 28, 28] with pixels in [0, 1].
 
-    labels: the classes they should show, or None; only compared with the predictions if there are ten, as of digits.
+    labels: the classes they should show, or None; only compared with the predictions `of_digits`.
     reference: validation images, test images, and test labels.
     """
     validation_images, test_images, test_labels = reference
-    asked = labels if classes == 10 else None
-    counts = [len(images), len(test_images)]
-    if asked is not None:
-        counts += [*asked.bincount(minlength=10).tolist(), *test_labels.bincount(minlength=10).tolist()]
-    if min(counts) <= NEIGHBOURS:
-        raise UserError(f"{min(counts)} images of a class or part are too few; use more than {NEIGHBOURS}")
     features, digits = classifier.read(images)
     test_features, _ = classifier.read(test_images)
     parts = {
@@ -90,15 +84,23 @@ def measure_images(
     measures: dict[str, Any] = {"images": len(images)}
     for measure in tqdm(parts.values(), ", ".join(parts), leave=False, disable=None):  # None: in a terminal only
         measures.update(measure())
-    if classes == 10:
+    if of_digits:
         measures.update(class_measures(digits))
-    if asked is not None:
-        measures["conditional_accuracy"] = (digits == asked).double().mean().item()
-        measures["class_coverage"] = [
-            neighbour_measures(features[asked == digit], test_features[test_labels == digit])["coverage"]
-            for digit in range(10)
-        ]
+    if of_digits and labels is not None:
+        measures["conditional_accuracy"] = (digits == labels).double().mean().item()
+        if min(part.bincount(minlength=10).min() for part in (labels, test_labels)) > NEIGHBOURS:
+            measures["class_coverage"] = [
+                neighbour_measures(features[labels == digit], test_features[test_labels == digit])["coverage"]
+                for digit in range(10)
+            ]
     return measures
+
+
+def require_enough(train_images: Tensor, train_labels: Tensor, test_images: Tensor, test_labels: Tensor) -> None:
+    """Raise UserError if there are too few real images for `beside_real_images`."""
+    for part, count in {"training": len(train_images) * 5 // 6, "test": len(test_images)}.items():
+        if count <= NEIGHBOURS:
+            raise UserError(f"{count} {part} images are too few to measure a generator; add images")
 
 
 def beside_real_images(
@@ -107,7 +109,7 @@ def beside_real_images(
     train_set: tuple[Tensor, Tensor],
     test_set: tuple[Tensor, Tensor],
     classifier: ReferenceClassifier,
-    classes: int = 10,
+    of_digits: bool = True,
 ) -> dict[str, Any]:
     """`measure_images` of samples, and, as `real`, of up to 10,000 training images. The sets: uint8 images, and labels.
 
@@ -117,9 +119,9 @@ def beside_real_images(
     (train_images, train_labels), (test_images, test_labels) = train_set, test_set
     cut = len(train_images) * 5 // 6
     reference = train_images[cut:][:1000] / 255, test_images / 255, test_labels
-    measures = measure_images(samples, labels, classifier, reference, classes)
+    measures = measure_images(samples, labels, classifier, reference, of_digits)
     real_labels = None if labels is None else train_labels[:cut][:10_000]
-    measures["real"] = measure_images(train_images[:cut][:10_000] / 255, real_labels, classifier, reference, classes)
+    measures["real"] = measure_images(train_images[:cut][:10_000] / 255, real_labels, classifier, reference, of_digits)
     return measures
 
 

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import PROCESSES
+from helpers import DIGITS, PROCESSES, train
+from helpers import load as load_run
 
+import datasets
 from datasets import hold_out, load, mnist
 from datasets.mnist import FOLDERS, MIRRORS, SHA256, find_idx
 from engine.errors import DataError
@@ -95,6 +97,15 @@ def test_digits_are_scikit_learns_in_its_order_and_look_like_mnist():
     assert labels.tolist() == originals.target.tolist()
     small = F.adaptive_avg_pool2d(images[:, :, 4:-4, 4:-4].float(), 8).flatten()
     assert np.corrcoef(small, originals.images.flatten())[0, 1] > 0.95  # upside down: 0.6
+
+
+def test_a_run_on_digits_resumes_on_a_processor_that_rounds_a_pixel_otherwise(tmp_path, monkeypatch):
+    images, labels = datasets.load_digits(True)
+    train(*DIGITS, "--model", "mlp", "--epochs", 1, "--output-dir", tmp_path / "run")
+    images[0, 0, 14, 14] ^= 1
+    monkeypatch.setattr(datasets, "load_digits", lambda train: (images, labels))
+    train("--resume", tmp_path / "run", "--epochs", 2)
+    assert load_run(tmp_path / "run" / "checkpoint.pt")["epoch"] == 2
 
 
 def test_mnist_is_what_torchvision_reads(data_dir, tmp_path):

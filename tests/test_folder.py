@@ -48,7 +48,18 @@ def test_a_network_learns_three_shapes_and_the_report_names_them(tmp_path, capsy
 
 def test_the_best_recipe_holds_none_of_a_folder_out(few):
     train_classifier.main(["--dataset", "few", "--recipe", "best", *CPU, "--dry-run"])
-    assert load("runs/dry-run-mlp-few/checkpoint.pt")["options"]["val_size"] == 0
+    train_gan.main(["--dataset", "few", "--recipe", "best", "--networks", "large", "--device", "cpu", "--dry-run"])
+    for run in ("mlp", "gan"):
+        assert load(f"runs/dry-run-{run}-few/checkpoint.pt")["options"]["val_size"] == 0
+
+
+def test_generators_learn_a_folder_of_one_class(few):
+    for path in few.glob("*/[sc]*"):
+        shutil.rmtree(path)
+    for script in (train_gan, train_likelihood):
+        script.main(["--dataset", "few", "--device", "cpu", "--dry-run"])
+    with pytest.raises(DataError, match=r"few has one class, but train_cgan\.py needs two"):
+        train_cgan.main(["--dataset", "few", "--device", "cpu", "--dry-run"])
 
 
 def test_a_conditional_gan_shows_every_class(few):
@@ -92,6 +103,13 @@ def test_the_names_of_the_built_in_classes():
     names = [class_names(name, "") for name in ("digits", "mnist", "fashion-mnist", "kmnist")]
     assert names[:2] == [list("0123456789")] * 2
     assert (names[2][9], names[3][0], len(names[2]), len(names[3])) == ("Ankle boot", "o", 10, 10)
+
+
+def test_a_folder_with_the_name_of_a_built_in_dataset_is_pointed_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "digits" / "7").mkdir(parents=True)
+    class_names("digits", "")
+    assert "digits is the built-in dataset; for the folder of that name, use ./digits\n" in capsys.readouterr().out
 
 
 def test_a_folder_is_named_by_its_own_name_in_runs(tmp_path, monkeypatch):
@@ -249,7 +267,7 @@ def deny(few):
     [
         (shutil.rmtree, ["no dataset few, neither here nor in data; use one of mnist,", "digits", "folder"]),
         (lambda few: [shutil.rmtree(path) for path in few.glob("*/[sc]*")],
-         ["few/train has 1 subfolder, but a classifier needs two classes", "a folder of their own"]),
+         ["few has one class, but train_classifier.py needs two", "a folder of their own"]),
         (lambda few: [shutil.rmtree(path) for path in few.iterdir()], ["few has no subfolder; put the images of each"]),
         (lambda few: (few / "test").rename(few / "Val"), ["few has a folder Val, but not both"]),
         (lambda few: (few / "test" / "square").rename(few / "test" / "star"),
@@ -287,6 +305,17 @@ def test_changed_classes_are_one_line(few):
     for main, words in ((train_classifier.main, ["--resume", "runs/mlp-few"]), (evaluate.main, ["runs/mlp-few"])):
         with pytest.raises(DataError, match=r"^few has other classes .*missing: square; new: star.*new run.*$"):
             main(words)
+
+
+def test_a_classifier_that_is_scored_after_its_images_got_other_names_warns(one_level, monkeypatch, capsys):
+    monkeypatch.chdir(one_level.parent)
+    train_classifier.main(["--dataset", "one", *CPU, "--epochs", "1"])
+    evaluate.main(["runs/mlp-one"])
+    assert capsys.readouterr().err == ""
+    for path in list((one_level / "circle").iterdir()):
+        path.rename(path.with_name(f"new-{path.name}"))
+    evaluate.main(["runs/mlp-one"])
+    assert "warning: one has other training images than runs/mlp-one was trained on" in capsys.readouterr().err
 
 
 def test_other_training_images_are_noticed_by_evaluating_and_by_resuming(few, monkeypatch, capsys):

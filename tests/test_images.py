@@ -11,8 +11,11 @@ import torch
 from PIL import Image, ImageDraw
 from test_evaluate import call
 
+import evaluate
 from datasets import load as load_data
 from datasets import read_image
+from engine.errors import DataError
+from models import build_network
 from photos import read
 
 
@@ -33,6 +36,15 @@ def seen(tmp_path):
 def test_an_image_of_28x28_grey_pixels_stays_as_it_is(seen):
     array = np.random.default_rng(0).integers(0, 256, (28, 28), np.uint8)
     assert (seen(Image.fromarray(array)).numpy() == array).all()
+
+
+@pytest.mark.parametrize("light", [False, True], ids=["light on black", "dark on white"])
+def test_a_network_of_clothes_sees_the_whole_image(light):
+    model = build_network({"kind": "classifier", "model": "mlp", "classes": list("abcdefghij")}).eval()
+    model.options = {"dataset": "fashion-mnist", "classes": list("abcdefghij"), "black": -1.0}
+    array = np.random.default_rng(0).integers(0, 100, (28, 28), np.uint8)
+    reading = evaluate.read_picture(model, Image.fromarray(255 - array if light else array))
+    assert (reading.images[0, 0].numpy() == array).all()
 
 
 def left_half(mode):
@@ -180,5 +192,7 @@ def test_a_network_is_scored_on_another_labelled_folder_and_its_mistakes_are_nam
     assert len(rows) == len(chosen) + 3
     assert not (folder.parent / "metrics.json").exists()  # the results on the run's own dataset stay
     Path("mine/x").mkdir()
-    with pytest.raises(OSError, match=r"mine has classes that the network does not know \(x\); remove them"):
+    with pytest.raises(DataError, match=r"mine has classes that the network does not know \(x\); remove them"):
         call("weights/cnn.pt", "--dataset", "mine")
+    with pytest.raises(DataError, match=r"fashion-mnist has classes .*; use a network that was trained on them"):
+        call("weights/cnn.pt", "--dataset", "fashion-mnist")

@@ -1,5 +1,7 @@
 """benchmarks/maxout_paper.py: the second stage of the Maxout paper."""
 
+import copy
+
 import pytest
 import torch
 from helpers import DIGITS, load, same, train
@@ -31,6 +33,13 @@ def test_it_continues_from_the_best_epoch_with_its_learning_rate_and_momentum_on
     assert stages[1]["schedule"]["last_epoch"] == 15  # 1,437 images: 15 steps
     assert groups[1]["lr"] == pytest.approx(reached["lr"] / 1.000004**15, rel=1e-9)
     assert groups[1]["momentum"] == pytest.approx(reached["momentum"], rel=1e-9)  # it no longer rises
+
+
+def test_its_ema_begins_with_the_first_stages_weights(first, monkeypatch):
+    seen = []
+    monkeypatch.setattr(maxout_paper, "loss_with_dropout", lambda network, _: seen.append(copy.deepcopy(network)) or 9)
+    second("--first-stage", "first", "--epochs", 1, "--ema", 0.9, "--output-dir", "second")
+    assert same(seen[0].state_dict(), load(first / "best.pt")["state"]["model"])
 
 
 def test_it_ends_when_the_validation_split_is_learned_as_well_and_resumes(first, tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ from measures.generator import (
     measure_images,
     nearest_images,
     neighbour_measures,
+    require_enough,
 )
 from measures.likelihood import likelihood_measures
 from measures.parzen import SIGMAS, parzen_log_likelihood, parzen_measures
@@ -136,7 +137,7 @@ def test_the_real_column_is_of_training_images_that_choose_nothing():
     test = (digits_like(labels) * 255).round().to(torch.uint8), labels
     samples = digits_like(torch.arange(80) % 5)
     train[0][50:] = (samples[:10] * 255).round().to(torch.uint8)  # the narrowest sigma is best for these alone
-    measures = beside_real_images(samples, None, train, test, Reader(), classes=5)
+    measures = beside_real_images(samples, None, train, test, Reader(), of_digits=False)
     validation, test_images = train[0][50:] / 255, test[0] / 255
     assert measures["parzen_sigma"] == pytest.approx(0.1)
     for part, images in ((measures, samples), (measures["real"], train[0][:50] / 255)):
@@ -148,11 +149,26 @@ def test_the_real_column_is_of_training_images_that_choose_nothing():
         assert not {"class_histogram", "conditional_accuracy"} & part.keys()  # which only digits can be asked
 
 
-def test_too_few_images_are_refused():
-    images, labels = torch.rand(30, 1, 28, 28), torch.arange(30) % 10  # three of each class
-    for number, few, asked, classes in ((3, images[:3], None, 3), (3, images, labels, 10)):
-        with pytest.raises(UserError, match=f"{number} images of a class or part are too few; use more than 5"):
-            measure_images(few, asked, Reader(), (images, images, labels), classes)
+def test_ten_thousand_real_images_are_measured_and_a_thousand_choose_sigma(monkeypatch):
+    seen, train = [], torch.zeros(12_600, 1, 1, 1, dtype=torch.uint8)
+    monkeypatch.setattr("measures.generator.measure_images", lambda *given: seen.append(given) or {})
+    beside_real_images(torch.zeros(5, 1, 1, 1), None, (train, train), (train[:7], train[:7]), Reader())
+    assert [(len(images), len(reference[0])) for images, _, _, reference, _ in seen] == [(5, 1000), (10_000, 1000)]
+
+
+def test_a_class_of_too_few_images_has_no_coverage():
+    labels = torch.arange(30) % 10  # three of each class
+    images = digits_like(labels)
+    measures = measure_images(images, labels, Reader(), (images, images, labels))
+    assert measures["conditional_accuracy"] == 1
+    assert "class_coverage" not in measures
+
+
+@pytest.mark.parametrize(("train", "test", "few"), [(6, 6, "5 training"), (60, 5, "5 test")])
+def test_too_few_images_are_refused(train, test, few):
+    with pytest.raises(UserError, match=f"{few} images are too few to measure a generator; add images"):
+        require_enough(*[torch.zeros(n) for n in (train, train, test, test)])
+    require_enough(*[torch.zeros(n) for n in (8, 8, 6, 6)])
 
 
 # The reference classifier ---------------------------------------------------------------------------------------------
