@@ -19,6 +19,7 @@ from datasets.binarise import TEST_SEED
 from engine.checkpoint import load_checkpoint
 from engine.errors import UserError
 from engine.folder import lock
+from measures.samples import sample_images
 from models import KINDS
 from models.mlp import MLP
 from models.vae import VAE
@@ -222,8 +223,9 @@ def test_the_plane_of_a_vae_with_two_latent_dimensions_is_mapped(tmp_path, monke
     beside = lambda *sets: given.extend([len(sets[2][0]), len(sets[3][0])]) or {"real": {}}  # noqa: E731
     monkeypatch.setattr(evaluate, "beside_real_images", beside)
     monkeypatch.setattr(VAE, "log_likelihood", lambda self, x: scored.append(x) or torch.zeros(len(x)))
-    call(tmp_path / "run")
-    assert given == [1437, 1437, 360], "beside training, training and test images"
+    monkeypatch.setattr(evaluate, "sample_images", lambda *told: given.append(told[2]) or sample_images(*told))
+    call(tmp_path / "run", "--seed", 3)
+    assert given == [3, 1437, 1437, 360], "noise of the seed; beside training, training and test images"
     assert torch.equal(torch.cat(scored), binarise(load_data("digits", None, train=False)[0], TEST_SEED) / 255)
     seen = numpy.asarray(Image.open(tmp_path / "run" / "evaluation" / "plane.png"))[::2, ::2] / 255
     network = evaluate.load_model(tmp_path / "run")

@@ -98,6 +98,12 @@ def test_the_other_scripts_take_a_folder_too(few):
         evaluate.main([run, "--samples", "4"])
 
 
+def test_a_folder_that_was_moved_into_the_data_dir_is_found(few):
+    (few.parent / "disk").mkdir()
+    few.rename(few.parent / "disk" / "few")
+    assert len(load_data("few", "disk")[0]) == 60
+
+
 # Names ----------------------------------------------------------------------------------------------------------------
 def test_the_names_of_the_built_in_classes():
     names = [class_names(name, "") for name in ("digits", "mnist", "fashion-mnist", "kmnist")]

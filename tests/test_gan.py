@@ -104,10 +104,10 @@ def test_paper_and_large_networks_have_the_papers_layers_and_their_own_dropout(n
 def test_paper_init_has_the_papers_limits_and_starts_at_the_pixel_means(script):
     _, state, _ = build(script, "--recipe", "paper")
     for name, limit in (("generator", 0.05), ("discriminator", 0.005)):
-        for weight in state[name].parameters():
-            if weight.dim() == 2 and weight.shape[1] != 10:
-                assert weight.abs().max() <= limit
-                assert weight.abs().max() > 0.95 * limit
+        linear = [module for module in state[name].modules() if isinstance(module, nn.Linear)]
+        for layer in (layer for layer in linear if layer.in_features != 10):  # not those of labels
+            assert 0.95 * limit < layer.weight.abs().max() <= limit
+            assert layer.bias is None or layer.out_features == 784 or not layer.bias.any()
     last = list(state["generator"].parameters())[-1]
     assert torch.allclose(last.sigmoid(), torch.full((784,), 0.2))
 

@@ -291,6 +291,15 @@ def test_rnn_uses_all_earlier_pixels_and_no_later_ones():
     assert torch.equal(seen, torch.ones(9, 9).tril(-1).bool())
 
 
+def test_deeper_layers_of_the_rnn_add_to_the_units_below():
+    rnn = randomise(RNN(hidden=5, units=3, depth=2, pixel_means=grey(3, 3)))
+    images = all_binary(9).view(-1, 1, 3, 3)
+    for parameter in rnn.deeper.parameters():
+        parameter.data.zero_()
+    nothing_added, rnn.deeper = rnn.log_likelihood(images), torch.nn.ModuleList()
+    assert torch.equal(nothing_added, rnn.log_likelihood(images))
+
+
 def test_rnn_samples_its_own_distribution():
     rnn = randomise(RNN(hidden=5, units=3, pixel_means=grey(2, 3)))
     x = all_binary(6)

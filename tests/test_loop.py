@@ -257,6 +257,17 @@ def test_a_second_signal_ends_at_once_and_says_how_to_resume(tmp_path, number):
         utils.train(start(tmp_path / "run", {}), impatient, ten_images(batch_size=2))
 
 
+def test_a_signal_that_torchrun_repeats_is_no_second_one(tmp_path, monkeypatch):
+    def repeated(images, labels):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        return {}
+
+    monkeypatch.setattr("torch.distributed.is_torchelastic_launched", lambda: True)
+    with pytest.raises(Stopped, match="stopped and saved"):
+        utils.train(start(tmp_path / "run", {}), repeated, ten_images(batch_size=2))
+
+
 def test_a_checkpoint_is_on_the_disk_before_its_name_points_to_it(tmp_path, monkeypatch):
     done = []
 

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import DIGITS, ROOT, act_at, assert_close, assert_one_line, load, run, train
 
 import evaluate
@@ -249,6 +250,14 @@ def test_a_package_that_is_not_installed_is_named_with_the_remedy():
 
 
 # Words ----------------------------------------------------------------------------------------------------------------
+def test_a_run_and_its_resumption_have_the_threads_that_were_asked_for(monkeypatch, tmp_path):
+    given = []
+    monkeypatch.setattr(torch, "set_num_threads", given.append)
+    train(*MLP, "--dry-run", "--threads", 3, "--output-dir", tmp_path / "run")
+    train("--resume", tmp_path / "run")
+    assert given == [3, 3]
+
+
 def test_what_a_recipe_sets_for_a_dataset_beats_what_it_sets_for_a_model():
     parser, words = train_likelihood.get_args_parser(), [*DIGITS, "--model", "rnn"]
     args = flags.parse_args(parser, train_likelihood.RECIPES, train_likelihood.VARIANTS, words)

@@ -88,12 +88,13 @@ def test_each_sign_of_failure_is_a_warning(capsys):
 
 
 @pytest.mark.parametrize("script", PAIRS)
-def test_the_epoch_with_the_best_score_is_saved(script, monkeypatch):
-    scores = iter([-2.0, -1.0, -3.0])
+def test_the_epoch_with_the_best_score_is_saved_and_each_is_looked_at(script, monkeypatch):
+    scores, warned = iter([-2.0, -1.0, -3.0]), []
     monkeypatch.setattr(Watch, "validate", lambda self: {"val_log_likelihood": next(scores)})
-    monkeypatch.setattr(Watch, "warn", lambda self, row: None)
+    monkeypatch.setattr(Watch, "warn", lambda self, row: warned.append(row["epoch"]))
     PAIRS[script].main([*DIGITS, "--epochs", "3", "--batch-size", "1437", "--output-dir", "run"])
     assert load("run/best.pt")["epoch"] == 2
+    assert warned == [1, 2, 3], "signs of failure are looked for after each epoch"
 
 
 def test_the_validation_score_is_the_best_parzen_log_likelihood_of_ten_thousand_samples():
