@@ -103,8 +103,9 @@ def conditional_accuracy(seeds: list[Row]) -> str:
 
 
 def named(name: str, row: Row) -> str:
-    """The name of a row, with ² if it has two seeds."""
-    return name + " ²" * (len(row.get("test_errors", row.get("seeds", []))) == 2)
+    """The name of a row, with the number of its seeds if it is not five."""
+    seeds = len(row.get("test_errors", row.get("seeds", [])))
+    return f"{name} ({seeds} seeds)" if seeds != 5 else name
 
 
 def minutes(name: str, row: Row) -> str:
