@@ -9,7 +9,7 @@ From a batch to a number on the screen:
     report       every --log-interval steps and after the last one, reads their means, a point of the curve; below
     progress     shows that point in a progress bar, or on a line; below
 
-After each step the loop updates every EMA, adds 1 to `run.state["step"]`, and advances every schedule. An epoch ends
+After each step the loop updates every EMA, adds 1 to `run.state["step"]`, and advances the schedules. An epoch ends
 when every image has been seen once: the network is validated, samples and the best checkpoint are saved, and a row of
 metrics and a checkpoint are written. `--resume RUN` continues with the batch after the last checkpoint.
 
@@ -17,7 +17,7 @@ Edit a train_step as you like. Keep what must survive a step or a resume in `sta
 generators, plain values. To anneal a number, compute it from the tensor `state["step"]`. On a GPU, or with --compile,
 the step is captured, which means recorded once and replayed without Python. So it must stay on the device and do the
 same in every step: no `.item()`, no `print` of a tensor, no `images[mask]`, no `if` on a tensor, no Python number that
-changes. Random numbers, and an `if` on an option, are fine. A step that cannot be captured ends the training at once,
+changes. Random numbers, and an `if` on an option, are fine. A step that breaks these rules ends the training at once,
 with a message that names the line; with `--no-cuda-graph` and without `--compile`, it runs eagerly, without limits.
 """
 

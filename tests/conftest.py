@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture(scope="session")
 def data_dir():
     """The folder that holds MNIST/raw: $DATA_DIR, else ../shared/data beside the repository."""
-    folder = Path(os.environ.get("DATA_DIR") or ROOT.parent / "shared" / "data")
+    folder = Path(os.environ.get("DATA_DIR") or ROOT.parent / "shared" / "data").resolve()
     if not list(folder.glob("MNIST/raw/*-ubyte*")):
         pytest.skip(f"no MNIST in {folder}; set DATA_DIR to a folder that holds MNIST/raw")
     return folder

@@ -76,16 +76,19 @@ def apply(copy, diff):
         file, *lines = hunk.splitlines()
         old = "\n".join(line[1:] for line in lines if line[0] in " -")
         new = "\n".join(line[1:] for line in lines if line[0] in " +")
+        assert f"\n{old}\n" in (copy / file).read_text(), "whole lines"
         edit(copy, file, old, new)
 
 
-def test_the_script_of_the_architecture_page_trains_and_its_run_is_evaluated(tmp_path):
+def test_the_script_of_the_architecture_page_trains_and_its_run_is_evaluated_and_resumed(tmp_path):
     """On the digits, in an empty folder."""
     page = (ROOT / "docs" / "architecture.md").read_text()
     code = re.search(r"```python\n(.*?)```", page, re.DOTALL)[1].replace('"mnist"', '"digits"')
     exec(code, {})
     assert load(tmp_path / "runs" / "mine" / "checkpoint.pt")["epoch"] == 2
     assert evaluate.main(["runs/mine"])["test_accuracy"] > 0.5
+    exec(code.replace("epochs=2", 'epochs=3, resume="runs/mine"'), {})
+    assert load(tmp_path / "runs" / "mine" / "checkpoint.pt")["epoch"] == 3
 
 
 @pytest.mark.parametrize("title", SECTIONS)
