@@ -78,7 +78,7 @@ def train(
         run.state["step"].fill_(run.epoch * steps + run.batch)
         run_step = make_step(run, train_step, batches)
         check = evaluating(*run.networks().values())(check)
-        optim.warn_of_short_schedules(run.state, run.args.epochs, len(batches))
+        optim.check_schedules(run.state, run.args.epochs, len(batches))
         if finished(run, should_stop):
             print(f"run already finished at epoch {run.epoch}")
         with caught_signals() as signals, watched_optimizers(run.state, run.updated):
@@ -166,6 +166,7 @@ def make_step(run: Run, train_step: TrainStep, batches: Any) -> Callable[[torch.
         else:
             run.state["step"].add_(1)
         if run.batch == 0:  # in every epoch: `after_epoch` may have unfrozen a layer
+            run.require_as_built("train_step")
             for problem in sorted({*untrained(run.state, run.updated)} - said):
                 said.add(problem)
                 print(f"warning: {problem}")
@@ -201,8 +202,8 @@ def finish_epoch(
         run.save("best.pt")
     print(f"epoch {run.epoch}/{run.epochs}  {listed(row)}  {run.seconds[run.epoch - 1]:.1f} s")
     if after_epoch:
-        with run.unchanged():
-            after_epoch(row)
+        after_epoch({**row})
+        run.require_as_built("after_epoch")
     run.write_metrics()
 
 
@@ -218,7 +219,8 @@ def save(run: Run, signals: list[int], due: bool) -> None:
 
 def stopped(run: Run, signal: int, how: str) -> Stopped:
     """What to raise: it says how to resume the run."""
-    again = "the same command" if run.args.auto_resume else command(run.script, "--resume", run.folder)
+    again = command(run.script, "--resume", run.folder) if run.script else f"resume={str(run.folder)!r} in its options"
+    again = "the same command" if run.args.auto_resume else again
     return Stopped(signal, f"{how}; resume with: {again}" if rank() == 0 else "")
 
 

@@ -249,7 +249,7 @@ class CapturedStep:
 def advanced(state: dict[str, Any], steps: int) -> Iterator[None]:
     """Within this, what a step may read of the schedules in `state` is another one after every step."""
     schedules = [item for item in state.values() if isinstance(item, LRScheduler)]
-    before = [(schedule, schedule.last_epoch, schedule._last_lr) for schedule in schedules]
+    before = [(schedule, getattr(schedule, "last_epoch", 0), schedule._last_lr) for schedule in schedules]
     try:
         for schedule, epoch, rates in before:
             schedule.last_epoch, schedule._last_lr = epoch + steps, [rate * (1 + steps) for rate in rates]

@@ -145,7 +145,7 @@ def require(checkpoint: dict[str, Any], keys: set[str]) -> None:
 def upgrade(checkpoint: dict[str, Any]) -> None:
     """Bring a checkpoint of version 1 to the names of version 2, in place."""
     options = checkpoint["options"]
-    if "kind" in options or "script" not in options:
+    if "kind" in options or "script" not in options or "types" in checkpoint:
         return
     options["kind"] = options["script"].removeprefix("train_").removesuffix(".py")
     options.setdefault("classes", list("0123456789"))

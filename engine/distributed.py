@@ -5,8 +5,9 @@ All ranks keep the same weights: each backward pass sums their gradients. A sing
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ import torch.distributed as dist
 import torch.distributed.nn  # before `join()`: the defaults of its functions keep the group of that time alive
 
 from engine.errors import UserError
+
+PATIENCE = timedelta(days=1)  # while rank 0 reads files or validates; if a process dies, torchrun ends the others
 
 
 def rank() -> int:
@@ -39,7 +42,7 @@ def join(device: torch.device) -> torch.device:
     if os.environ["TORCHELASTIC_USE_AGENT_STORE"] == "True":  # after a restart it still holds addresses of dead workers
         store = dist.PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=number, world_size=size)
+    dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=PATIENCE)
     return device
 
 
@@ -98,7 +101,7 @@ def sync_flags(signals: list[int], due: bool) -> tuple[int, bool]:
     return tuple(flags.tolist())
 
 
-def sum_gradients(optimizers: list[torch.optim.Optimizer], fraction: Callable[[], float]) -> None:
+def sum_gradients(weights: Iterable[torch.Tensor], fraction: Callable[[], float]) -> None:
     """Have each backward pass end with the gradient of the whole batch's mean loss, the same on every rank.
 
     fraction: returns the fraction of the batch that this rank computes. Not DistributedDataParallel, which does not
@@ -111,8 +114,8 @@ def sum_gradients(optimizers: list[torch.optim.Optimizer], fraction: Callable[[]
             dist.all_reduce(gradient)
         return gradient
 
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    for parameter in {parameter for group in groups for parameter in group["params"]} if world_size() > 1 else ():
-        learns = parameter.requires_grad  # one that does not may do so later
-        parameter.requires_grad_().register_hook(total)
-        parameter.requires_grad_(learns)
+    for weight in weights if world_size() > 1 else ():
+        learns = weight.requires_grad
+        if learns or (isinstance(weight, torch.nn.Parameter) and weight.is_floating_point()):  # it may learn later
+            weight.requires_grad_().register_hook(total)
+            weight.requires_grad_(learns)

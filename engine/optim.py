@@ -74,9 +74,15 @@ def step_schedules(state: dict[str, Any], row: dict[str, float], score: str | No
         schedule.step(row[metric])
 
 
-def warn_of_short_schedules(state: dict[str, Any], epochs: int, epoch_length: int) -> None:
-    """Name each schedule that is advanced after each step and whose own numbers look like epochs."""
+def check_schedules(state: dict[str, Any], epochs: int, epoch_length: int) -> None:
+    """Of those that are advanced after each step: name one whose own numbers look like epochs.
+
+    Raises UserError if one cannot make so many steps.
+    """
     for name, schedule in schedules(state, per_epoch=False).items():
+        if (end := getattr(schedule, "total_steps", None)) and end < epochs * epoch_length:
+            remedy = "to train longer, start a new run with --start-from"
+            raise UserError(f"{name} ends after {end} of {epochs * epoch_length} steps; {remedy}")
         numbers = [getattr(schedule, key, 0) for key in ("T_max", "T_0", "total_iters", "total_steps", "step_size")]
         end = max(*numbers, *getattr(schedule, "milestones", ()))
         if 1 < end <= epochs < epochs * epoch_length:
@@ -120,7 +126,7 @@ class EMA:
         self.decay = decay
         self.updates = torch.zeros((), device=next(model.parameters()).device)
         self.source, averages = model, self.model.state_dict()
-        tied = {(own.data_ptr(), own.shape): name for name, own in model.state_dict().items()}  # each weight once
+        tied = {(own.data_ptr(), own.shape): name for name, own in averages.items()}  # each weight once
         self.averages = {name: averages[name] for name in tied.values() if averages[name].is_floating_point()}
         self.counts = {name: averages[name] for name in tied.values() if name not in self.averages}  # of batch norm
 

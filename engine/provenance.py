@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def code_fingerprint(script: str) -> dict[str, str]:
     """SHA-256 of the files that decide what a run's weights mean: those of models/, and the script."""
-    files = [*sorted((ROOT / "models").glob("*.py")), ROOT / script]
+    files = [*sorted((ROOT / "models").glob("[!.]*.py")), ROOT / script]
     texts = {path.relative_to(ROOT).as_posix(): path.read_text("utf-8") for path in files if path.is_file()}
     return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from engine.checkpoint import POSITION, TABLES, load_checkpoint, load_result, seal, write_atomically
+from engine.checkpoint import POSITION, TABLES, load_checkpoint, load_result, require, seal, write_atomically
 from engine.device import random_state, set_random_state
 from engine.distributed import all_gather, broadcast, rank, sum_gradients, world_size
 from engine.errors import UserError
@@ -21,7 +21,7 @@ from engine.meter import Meter, Metrics
 from engine.optim import EMA
 from engine.provenance import code_fingerprint, environment, warn_if_code_changed
 from engine.recorder import tensors_of
-from engine.state import check_optimizers, restored, saved, weights_of
+from engine.state import VALUES, check_optimizers, restored, saved, weights_of
 from engine.table import Table
 
 WHERE = dict(resume=None, output_dir=None, auto_resume=False)  # options that are not saved
@@ -47,10 +47,14 @@ class Run:
         self.options = plain({name: value for name, value in vars(self.args).items() if name not in WHERE})
         if "step" in state:
             raise UserError('state["step"] is the loop\'s, the number of steps made; use another name')
+        if "ema" in state and not isinstance(state["ema"], EMA):
+            raise UserError('state["ema"] is what evaluate.py measures, an engine.optim.EMA; use another name')
         self.content()  # raises what the first save would
         check_optimizers(state)
         self.script = self.options.get("script", "")
         self.code = code_fingerprint(self.script)  # an edit that follows is not what is trained
+        with matching("this run could not be read again; classes is a list of names, and black at most 0"):
+            require({"options": self.options, "code": self.code, "state": {}, "epoch": 0}, set())
         self.epochs = 1 if self.args.dry_run else self.args.epochs
         if self.args.batch_size < world_size():
             raise UserError(f"--batch-size {self.args.batch_size} is less than the {world_size()} processes; raise it")
@@ -65,9 +69,10 @@ class Run:
         self.begun = False  # whether the first step has been made, by the code as it is now
         self.meter = Meter(self.device())  # sums of the current epoch's metrics
         self.fraction = 1.0  # fraction of the batch that this rank computes
-        sum_gradients(self.optimizers(), lambda: self.fraction)
+        sum_gradients(weights_of(state), lambda: self.fraction)
         if self.args.start_from and not self.args.resume:
             self.start_from(self.args.start_from)
+        self.built, self.learning = self.structure(), self.weights_that_learn()
         name = f"dry-run-{name}" if self.args.dry_run else name  # a later command is not to find it
         self.folder = Path(self.args.resume or broadcast(lambda: str(new_folder(self.args.output_dir, name))))
         self.lock = lock(self.folder)
@@ -85,27 +90,29 @@ class Run:
 
     def buffers(self) -> dict[str, torch.Tensor]:
         """What each rank may have of its own, such as an RBM's chains, by name."""
+        tensors = {name: item for name, item in self.state.items() if isinstance(item, torch.Tensor) and name != "step"}
         buffers = [(name, network.named_buffers()) for name, network in self.networks().items()]
-        return {f"{name}.{key}": buffer for name, own in buffers for key, buffer in own}
+        return {**tensors, **{f"{name}.{key}": buffer for name, own in buffers for key, buffer in own}}
 
     def content(self) -> dict[str, Any]:
         """What a checkpoint holds of `state`; the step number follows from epoch and batch."""
         return {name: saved(name, item) for name, item in self.state.items() if name != "step"}
 
     def types(self) -> dict[str, str]:
-        return {name: type(item).__name__ for name, item in self.state.items() if name != "step"}
+        """The class of each object in `state`; a value may become one of another type."""
+        return {name: type(item).__name__ for name, item in self.state.items() if not isinstance(item, VALUES)}
 
-    @contextmanager
-    def unchanged(self) -> Iterator[None]:
-        """Raise UserError if within this an item of `state` becomes one that a resumed run would not build."""
-        before = self.structure()
-        yield
-        if changed := [name for name, own in self.structure().items() if own != before.get(name)]:
+    def weights_that_learn(self) -> dict[str, bool]:
+        return {name: weight.requires_grad for weight, name in weights_of(self.state).items()}
+
+    def require_as_built(self, maker: str) -> None:
+        """Raise UserError if `maker` has made an object of `state` one that a resumed run would not build."""
+        if changed := [name for name, own in self.structure().items() if own != self.built.get(name)]:
             remedy = "build it before the first step; what is to learn later, freeze with requires_grad_(False)"
-            raise UserError(f"after_epoch makes {changed[0]} another one, which a resumed run would not do; {remedy}")
+            raise UserError(f"{maker} makes {changed[0]} another one, which a resumed run would not do; {remedy}")
 
     def structure(self) -> dict[str, Any]:
-        """The type of each item of `state`, with a network's keys and the sizes of an optimizer's groups."""
+        """The class of each object in `state`, with a network's keys and the sizes of an optimizer's groups."""
         optimizers = {name: item for name, item in self.state.items() if isinstance(item, Optimizer)}
         groups = {name: [len(group["params"]) for group in item.param_groups] for name, item in optimizers.items()}
         keys = {name: [*network.state_dict()] for name, network in self.networks().items()}
@@ -121,11 +128,12 @@ class Run:
         if rank() == 0:
             self.count_seconds()
             state = self.content()
-            learning = [name for weight, name in weights_of(self.state).items() if weight.requires_grad]
+            learning = self.weights_that_learn().items()
+            switched = {name: learns for name, learns in learning if learns != self.learning.get(name)}
             self.require_finite({key: largest(value) for key, value in state.items()})
             checkpoint = {
                 "options": self.options, "types": self.types(), "code": self.code, "state": state,
-                "learning": learning, "ranks": ranks, "seconds": torch.tensor(self.seconds, dtype=torch.float64),
+                "switched": switched, "ranks": ranks, "seconds": torch.tensor(self.seconds, dtype=torch.float64),
                 **{key: getattr(self, key) for key in POSITION}, **{key: getattr(self, key).pack() for key in TABLES},
             }  # fmt: skip
             write_atomically(self.folder / name, seal(checkpoint))
@@ -156,10 +164,10 @@ class Run:
                 ranks = checkpoint["ranks"]
                 if len(ranks) == world_size() > 1:
                     for name, buffer in self.buffers().items():
-                        buffer.copy_(ranks[rank()].get("buffers", {}).get(name, buffer))
+                        buffer.data.copy_(ranks[rank()].get("buffers", {}).get(name, buffer))
             self.begun = self.epoch + self.batch > 0 and not changed
-            for weight, name in weights_of(self.state).items() if "learning" in checkpoint and not changed else ():
-                weight.requires_grad_(name in checkpoint["learning"])  # a layer may have been unfrozen
+            for weight, name in weights_of(self.state).items():  # after_epoch may have unfrozen a layer
+                weight.requires_grad_(checkpoint.get("switched", {}).get(name, weight.requires_grad))
         if self.args.resume or world_size() > 1:  # each rank draws its own random numbers
             random = ranks[rank()]["random"] if len(ranks) == world_size() else {}
             with matching(f"{self.folder} has no random state that can be restored; train again"):
@@ -195,13 +203,19 @@ class Run:
                 item.model.load_state_dict(item.source.state_dict())
 
     def load_state(self, checkpoint: dict[str, Any]) -> None:
+        values = {kind.__name__ for kind in VALUES}  # which older checkpoints name too
         for name, then in checkpoint["types"].items():
             now = self.types().get(name, "gone")
-            if now != then and not isinstance(self.state.get(name), torch.nn.Module):
+            if (
+                now != then
+                and (now != "gone" or then not in values)
+                and not isinstance(self.state.get(name), torch.nn.Module)
+            ):
                 remedy = "undo the edit, or start a new run"
                 raise UserError(f"{name}: {self.folder} was trained with {then}, the code now has {now}; {remedy}")
-        for name in self.types():
-            self.state[name] = restored(self.state[name], checkpoint["state"][name])
+        for name in {**self.state, **checkpoint["state"]}:  # a step may have added a value
+            if name != "step":
+                self.state[name] = restored(self.state.get(name), checkpoint["state"][name], self.device())
 
     def load_position(self, checkpoint: dict[str, Any]) -> None:
         """Fails in many ways if it has none."""

@@ -16,12 +16,13 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import MappingKey, tree_leaves, tree_leaves_with_path, tree_map_only
 
 from engine.errors import UserError
 from engine.recorder import NO_LINE, PLAIN, Recorder, address_of, keep_rates, portable_state, storage_of, tensors_of
 
 CONTAINERS = (dict, list, tuple, OrderedDict, torch.Size)  # that a checkpoint may hold
+VALUES = (torch.Tensor, nn.Parameter, *PLAIN, *CONTAINERS)  # of which a step may replace one by another
 
 
 def saved(name: str, item: Any) -> Any:
@@ -35,36 +36,42 @@ def saved(name: str, item: Any) -> Any:
     else:
         content = item
     foreign = lambda part: isinstance(part, dict | list | tuple | deque) and type(part) not in CONTAINERS  # noqa: E731
-    for leaf in tree_leaves(content, foreign):
-        if not isinstance(leaf, torch.Tensor) and type(leaf) not in (*PLAIN, Counter):  # as MultiStepLR's milestones
-            what = f"a {type(item).__name__}" + (f" that holds a {type(leaf).__name__}" if leaf is not item else "")
-            remedy = "a checkpoint holds tensors and plain values: give it state_dict() and load_state_dict()"
-            raise UserError(f"state[{name!r}] is {what}, which cannot be saved; {remedy}")
+    for path, leaf in tree_leaves_with_path(content, foreign):
+        for part in (leaf, *(step.key for step in path if isinstance(step, MappingKey))):
+            if isinstance(part, torch.Tensor) or type(part) in (*PLAIN, Counter):  # as MultiStepLR's milestones
+                continue
+            what = f"a {type(item).__name__}" + (f" that holds a {type(part).__name__}" if part is not item else "")
+            remedy = "a checkpoint holds tensors and plain values: use float(), or give it state_dict()"
+            raise UserError(f"state[{name!r}] is {what}, which cannot be saved; {remedy} and load_state_dict()")
     return content
 
 
-def restored(item: Any, before: Any) -> Any:
-    """`item` as it was when `saved` returned `before`: changed in place, unless it is a number, a text or a tuple."""
+def restored(item: Any, before: Any, device: torch.device) -> Any:
+    """`item` as it was when `saved` returned `before`: changed in place, unless it is a number, a text or a tuple.
+
+    device: of tensors that `item` has not.
+    """
     if isinstance(item, torch.Generator):
-        item.set_state(before)
+        if item.get_state().shape == before.shape:  # else it was another device's, and starts anew
+            item.set_state(before)
     elif isinstance(item, Optimizer):
         rates = [group["lr"] for group in item.param_groups]
         item.load_state_dict(before)
         keep_rates(item.param_groups, rates)
     elif isinstance(item, torch.Tensor) and isinstance(before, torch.Tensor):
-        if item.shape != before.shape:
+        if (item.shape, item.dtype) != (before.shape, before.dtype):
             return before.to(item.device)
         item.data.copy_(before)
     elif hasattr(item, "load_state_dict"):
         item.load_state_dict(before)
     elif type(item) is type(before) is list:
-        item[:] = [restored(*pair) for pair in zip(item, before)] + before[len(item) :]
+        item[:] = [restored(*pair, device) for pair in itertools.zip_longest(item[: len(before)], before)]
     elif type(item) is type(before) is dict:
-        content = {key: restored(item.get(key), value) for key, value in before.items()}
+        content = {key: restored(item.get(key), value, device) for key, value in before.items()}
         item.clear()
         item.update(content)
     else:
-        return before
+        return tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), before)
     return item
 
 

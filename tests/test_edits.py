@@ -22,6 +22,7 @@ import train_classifier
 import train_gan
 import train_likelihood
 import utils
+from engine import provenance
 from engine.adversarial import logits_of
 from engine.errors import UserError
 from models.mlp import MLP
@@ -192,6 +193,13 @@ def test_a_network_that_would_be_evaluated_wrongly_is_one_line(monkeypatch, netw
     with pytest.raises(UserError) as caught:
         train(*WORDS, "--dry-run")
     assert_one_line(f"{caught.value}\n", part)
+
+
+def test_hidden_files_in_models_are_no_code(tmp_path, monkeypatch):
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "._cnn.py").write_bytes(b"\0\5\x16\7\xb0")  # as archives from a Mac hold
+    monkeypatch.setattr(provenance, "ROOT", tmp_path)
+    assert provenance.code_fingerprint("") == {}
 
 
 def test_an_average_that_evaluate_would_not_find_is_refused(monkeypatch):

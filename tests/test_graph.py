@@ -105,7 +105,8 @@ def test_what_a_step_reads_of_a_schedule_is_seen_to_change(read):
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
     prepare(optimizer, torch.device("cpu"))
     before = schedule.last_epoch, schedule.get_last_lr()
-    state = {"optimizer": optimizer, "schedule": schedule}
+    chained = torch.optim.lr_scheduler.ChainedScheduler([schedule])
+    state = {"optimizer": optimizer, "schedule": schedule, "chained": chained}
     with pytest.raises(UserError, match=r"tests/test_graph.py:\d+ does not do the same in every step"):
         call(captured_step(lambda rows: torch.ones(1) * read(schedule), state), 1)
     assert (schedule.last_epoch, schedule.get_last_lr()) == before

@@ -117,6 +117,8 @@ def test_options_are_saved_as_plain_values_or_refused(tmp_path):
     assert load(tmp_path / "run" / "checkpoint.pt")["options"]["betas"] == [0.5, 0.9]
     with pytest.raises(UserError, match=r"options of a run must be numbers, strings, .* Object of type PosixPath"):
         start(tmp_path / "other", {}, root=tmp_path)
+    with pytest.raises(UserError, match="this run could not be read again; classes is a list of names"):
+        start(tmp_path / "run", {}, classes=10)
 
 
 def test_after_a_start_that_failed_another_one_can_use_the_folder(tmp_path):
@@ -253,7 +255,7 @@ def test_a_second_signal_ends_at_once_and_says_how_to_resume(tmp_path, number):
         signal.raise_signal(number)
         raise AssertionError("the second signal was ignored")
 
-    with pytest.raises(Stopped, match=r"interrupted; resume with: .* --resume .*run"):
+    with pytest.raises(Stopped, match=r"interrupted; resume with: resume='.*run' in its options"):
         utils.train(start(tmp_path / "run", {}), impatient, ten_images(batch_size=2))
 
 

@@ -140,6 +140,16 @@ def test_the_ema_of_any_script_has_the_decay_of_its_flag():
         assert (state["ema"].source, state["ema"].decay) == (network, 0.7)
 
 
+def test_weights_that_share_their_memory_are_both_averaged():
+    first, second = torch.nn.Linear(2, 2, bias=False), torch.nn.Linear(2, 2, bias=False)
+    second.weight.data = first.weight.data
+    ema, before = optim.EMA(torch.nn.Sequential(first, second), decay=0.5), first.weight.detach().clone()
+    first.weight.data += 1  # of both
+    ema.update()
+    for layer in ema.model:
+        torch.testing.assert_close(layer.weight.data, before + 0.9)
+
+
 def test_a_layer_may_be_unfrozen_later(tmp_path):
     args = train_classifier.get_args_parser().parse_args(["--optimizer", "sgd", "--momentum", "0.9", "--lr", "1"])
     first, second = (torch.zeros(1, requires_grad=wanted) for wanted in (True, False))
@@ -209,6 +219,14 @@ def test_a_schedule_whose_numbers_look_like_epochs_is_named(tmp_path, capsys):
     train_with(tmp_path, lambda optimizer: ("schedule", torch.optim.lr_scheduler.StepLR(optimizer, 2)))
     unit = "its 2 counts steps, of 20 in all"
     assert f'{unit}; if it should count epochs, put it into `state` as "epoch_sch' in capsys.readouterr().out
+
+
+def test_a_schedule_with_too_few_steps_is_refused_before_the_first(tmp_path):
+    make = lambda optimizer: ("cycle", torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=5))  # noqa: E731
+    with pytest.raises(
+        UserError, match="cycle ends after 5 of 20 steps; to train longer, start a new run with --start-"
+    ):
+        train_with(tmp_path, make)
 
 
 @pytest.mark.parametrize(("mode", "rate"), [("min", 1e-3), ("max", 1e-4)])

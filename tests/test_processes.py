@@ -200,15 +200,15 @@ def test_a_signal_to_one_process_stops_all_and_another_number_of_processes_resum
 
 
 @pytest.mark.slow
-def test_each_process_resumes_with_its_own_buffers(tmp_path, monkeypatch):
+def test_each_process_resumes_with_its_own_buffers_and_tensors(tmp_path, monkeypatch):
     def start_here(**options):
         network = torch.nn.Linear(1, 1)
         network.register_buffer("chains", torch.zeros(2))
-        return start(tmp_path / "run", {"network": network}, **options), network
+        return start(tmp_path / "run", {"network": network, "queue": torch.zeros(1)}, **options), network
 
     run, _ = start_here()
     monkeypatch.setattr(run_module, "world_size", lambda: 2)
-    of_second = {"network.chains": torch.ones(2)}
+    of_second = {"network.chains": torch.ones(2), "queue": torch.ones(1)}
     monkeypatch.setattr(run_module, "all_gather", lambda part: [part, {**part, "buffers": of_second}])
     run.save()
     run.lock.release()
@@ -216,17 +216,25 @@ def test_each_process_resumes_with_its_own_buffers(tmp_path, monkeypatch):
     run, network = start_here(resume=str(tmp_path / "run"))
     run.restore()
     assert network.chains.tolist() == [1, 1]
+    assert run.state["queue"] == 1
 
 
 def test_a_frozen_weight_may_be_unfrozen_in_several_processes(monkeypatch):
-    weight, summed = torch.ones(1), []
+    weight, summed = torch.nn.Parameter(torch.ones(1), requires_grad=False), []
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     monkeypatch.setattr(distributed, "collective", contextlib.nullcontext)
     monkeypatch.setattr(distributed.dist, "all_reduce", summed.append)
-    distributed.sum_gradients([torch.optim.SGD([weight], lr=1)], lambda: 0.5)
+    distributed.sum_gradients([weight], lambda: 0.5)
     assert not weight.requires_grad
     weight.requires_grad_().sum().backward()
     assert summed == [0.5]
+
+
+def test_gradients_are_also_summed_of_weights_that_no_optimizer_holds(tmp_path, monkeypatch):
+    layer, seen = torch.nn.Linear(1, 1), []
+    monkeypatch.setattr(run_module, "sum_gradients", lambda weights, _: seen.extend(weights))
+    start(tmp_path / "run", {"layer": layer})
+    assert {*layer.parameters()} < {*seen}
 
 
 def test_a_signal_to_torchrun_saves_the_run(tmp_path):

@@ -29,6 +29,14 @@ KEPT = {
     "tensors that it collects": (lambda state, own: own.append(0.1 * own[-1]) or sum(own), lambda: [torch.ones(())]),
     "a tensor that it replaces": (lambda state, own: state.update(own=state["own"] * 0.9) or state["own"],
                                   lambda: torch.ones(())),
+    "a tensor that becomes a fraction": (lambda state, own: state.update(own=state["own"] * 0.9) or state["own"],
+                                         lambda: torch.tensor(1)),
+    "a number that becomes a tensor": (lambda state, own: state.update(own=state["own"] * torch.tensor(0.9)) or
+                                       state["own"], lambda: 1),
+    "a number that becomes a fraction": (lambda state, own: state.update(own=state["own"] / 2) or state["own"],
+                                         lambda: 1),
+    "a value that it adds": (lambda state, own: state.update(mean=0.9 * state.get("mean", 1)) or state["mean"],
+                             lambda: None),
     "constants": (lambda state, own: torch.tensor(0.5) * torch.tensor(0.1), lambda: None),
     "the step number": (lambda state, own: 1 / (1 + state["step"]), lambda: None),
     "numpy's random numbers": (lambda state, own: np.random.rand(), lambda: None),
@@ -63,14 +71,27 @@ def test_what_state_holds_continues_exactly_and_without_a_warning(tmp_path, caps
 
 def test_lists_and_dicts_within_others_are_restored_in_place_too():
     inner, tensor = {"n": 1}, torch.zeros(2)
-    restored({"a": [inner, tensor]}, {"a": [{"n": 2}, torch.ones(2), 3]})
+    restored({"a": [inner, tensor]}, {"a": [{"n": 2}, torch.ones(2), 3]}, torch.device("cpu"))
     assert (inner, tensor.tolist()) == ({"n": 2}, [1, 1])
+
+
+def test_tensors_that_a_step_made_come_back_on_the_device():
+    one, device = torch.ones(1), torch.device("meta")
+    content = restored({"list": [], "tuple": (0,)}, {"list": [one], "tuple": (one,), "new": one}, device)
+    assert {content["list"][0].device, content["tuple"][0].device, content["new"].device} == {device}
+
+
+def test_a_generator_of_another_kind_of_device_starts_anew():
+    own = torch.Generator().manual_seed(3)
+    restored(own, torch.zeros(16, dtype=torch.uint8), torch.device("cpu"))  # CUDA's state is this long
+    assert own.initial_seed() == 3
 
 
 @pytest.mark.parametrize(
     ("item", "part"),
     [(object(), "a object"), (np.random.default_rng(0), "a Generator"), ({1, 2}, "a set"),
-     (deque([1]), "a deque"), ([torch.nn.Linear(1, 1)], "a list that holds a Linear"), (np.float64(0.5), "a float64")],
+     (deque([1]), "a deque"), ([torch.nn.Linear(1, 1)], "a list that holds a Linear"), (np.float64(0.5), "a float64"),
+     ({np.int64(3): 1}, "a dict that holds a int64")],
 )  # fmt: skip
 def test_what_cannot_be_saved_is_named_before_the_first_step(tmp_path, item, part):
     with pytest.raises(UserError) as caught:
@@ -79,9 +100,10 @@ def test_what_cannot_be_saved_is_named_before_the_first_step(tmp_path, item, par
     assert not (tmp_path / "run").exists()
 
 
-def test_the_name_of_the_step_number_is_the_loops(tmp_path):
-    with pytest.raises(UserError, match=r'state\["step"\] is the loop\'s, .*use another name'):
-        start(tmp_path / "run", {"step": torch.zeros(())})
+@pytest.mark.parametrize(("name", "owner"), [("step", "the loop's"), ("ema", "what evaluate.py measures")])
+def test_a_name_with_a_meaning_is_no_other_items(tmp_path, name, owner):
+    with pytest.raises(UserError, match=rf'state\["{name}"\] is {owner}, .*use another name'):
+        start(tmp_path / "run", {name: torch.zeros(())})
 
 
 LACKING = {  # what a step adds to its images from `own`, which it keeps outside `state`; and what is said of it
@@ -137,39 +159,13 @@ def test_updates_that_a_resumed_run_would_not_continue_are_named(tmp_path, capsy
     assert "would not continue exactly: tests/test_state.py:" in capsys.readouterr().out
 
 
-def test_a_layer_that_after_epoch_unfroze_learns_in_a_resumed_run_too(tmp_path):
-    def train(epochs, **options):
-        seed_all(0)
-        network = torch.nn.Sequential(torch.nn.Linear(1, 2), torch.nn.Linear(2, 1))
-        network[0].requires_grad_(False)
-        optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
-        state = {"network": network, "optimizer": optimizer}
-        run = start(tmp_path / f"{len(options)}", state, epochs=epochs, **options)
-        unfreeze = lambda row: row["epoch"] == 1 and network[0].requires_grad_()  # noqa: E731
-        utils.train(run, fit(network, optimizer), ten_images(batch_size=2), after_epoch=unfreeze)
-        return network[0].weight
-
-    train(2, cuda_graph=True)
-    whole, resumed = train(4), train(4, cuda_graph=True, resume=str(tmp_path / "1"))
-    assert torch.equal(whole, resumed)
-
-
-def test_what_after_epoch_rebuilds_is_refused(tmp_path):
-    layer, late = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
-    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
-    run = start(tmp_path / "run", {"layer": layer, "late": late, "optimizer": optimizer})
-    add = lambda row: optimizer.add_param_group({"params": late.parameters()})  # noqa: E731
-    with pytest.raises(UserError, match=r"after_epoch makes optimizer another one, .*requires_grad_"):
-        utils.train(run, fit(layer, optimizer), ten_images(batch_size=2), after_epoch=add)
-
-
 def test_a_learning_rate_that_is_a_tensor_of_the_users_remains_that_tensor():
     layer, rate = torch.nn.Linear(1, 1), torch.tensor(0.1)
     optimizer = torch.optim.Adam(layer.parameters(), rate, fused=True)
     prepare(optimizer, torch.device("cpu"))
     before = saved("optimizer", optimizer)
     rate.fill_(0.2)
-    restored(optimizer, before)
+    restored(optimizer, before, torch.device("cpu"))
     assert optimizer.param_groups[0]["lr"] is rate
     assert rate == 0.1
 
@@ -299,28 +295,3 @@ def test_weights_that_are_not_trained_are_named(tmp_path, capsys, held, train_st
     run = start(tmp_path / "run", {"layer": layer, "optimizer": optimizer})
     utils.train(run, train_step or fit(layer, optimizer), ten_images(batch_size=2))
     assert capsys.readouterr().out.count(f"warning: {warning}") == 1
-
-
-def test_a_layer_that_after_epoch_unfreezes_and_no_optimizer_holds_is_named_once(tmp_path, capsys):
-    network = torch.nn.Sequential(torch.nn.Linear(1, 1, bias=False).requires_grad_(False), torch.nn.Linear(1, 1))
-    optimizer = torch.optim.SGD(network[1].parameters(), lr=0.1)
-    run = start(tmp_path / "run", {"network": network, "optimizer": optimizer}, epochs=3)
-    unfreeze = lambda row: network[0].requires_grad_() and None  # noqa: E731
-    utils.train(run, fit(network, optimizer), ten_images(batch_size=2), after_epoch=unfreeze)
-    _, output = capsys.readouterr().out.split("epoch 1/3")
-    assert output.count("warning: 1 weights are not trained: no optimizer holds network.0.weight\n") == 1
-
-
-@pytest.mark.parametrize("callback", ["validate", "sample", "after_epoch"])
-def test_each_callback_runs_in_eval_mode_and_the_next_step_in_each_layers_own_mode(tmp_path, callback):
-    network, modes = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Dropout()), []
-    network[0].eval()  # as a user may hold a layer's statistics fixed
-    returned = {"validate": {}, "sample": torch.zeros(1, 1, 2, 2)}.get(callback)
-
-    def note(result):
-        modes.append([torch.is_grad_enabled(), *(layer.training for layer in network.modules())])
-        return result
-
-    run = start(tmp_path / "run", {"network": network})
-    utils.train(run, lambda *_: note({}), ten_images(10), **{callback: lambda *_: note(returned)})
-    assert modes == [[True, True, False, True], [False] * 4] * 2
