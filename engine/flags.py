@@ -240,5 +240,6 @@ def refuse_changes(parser: ArgumentParser, args: argparse.Namespace, changed: di
         raise UserError(f"--epochs {args.epochs}: this run's schedule ends with its last epoch; {remedy}")
     for name in changed.keys() - FREE_ON_RESUME:
         value, flag = changed[name], name.replace("_", "-")
-        flag = f"--no-{flag}" if value is False else f"--{flag}" if value is True else shell(f"--{flag}", value)
+        values = value if isinstance(value, list) else [value]
+        flag = f"--no-{flag}" if value is False else f"--{flag}" if value is True else shell(f"--{flag}", *values)
         raise UserError(f"{flag}: {args.resume} was trained with {name}={parser.get_default(name)}; omit {flag}")

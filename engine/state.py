@@ -172,10 +172,10 @@ def unsaved(recorder: Recorder, state: dict[str, Any], before: Sequence[int] = (
     held = [vars(item) for item in objects if not isinstance(item, nn.Module) and hasattr(item, "load_state_dict")]
     known = {*before} | set(map(storage_of, tensors_of([held, *(saved(name, item) for name, item in state.items())])))
     for storage, (tensor, line) in recorder.continued().items():
-        if storage in gradients:
+        if storage in gradients and tensor.any():  # not zeroed at the end of the step
             remedy = "call optimizer.zero_grad() in each step, and accumulate gradients within one step only"
             return f"{line} adds to the gradient of {gradients[storage]} across steps; {remedy}"
-        if line != NO_LINE and storage not in known:  # without a line, it is the loop's
+        if line != NO_LINE and storage not in known and storage not in gradients:  # without a line, it is the loop's
             return f"{line} updates a tensor {list(tensor.shape)} that `state` lacks; add it"
     return ""
 

@@ -183,20 +183,22 @@ def test_sparse_matrices_and_an_optimizer_that_changes_its_formula_train_without
     assert "warning" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("within", [False, True], ids=["across steps", "within a step"])
-def test_gradients_accumulated_across_steps_are_named_and_within_a_step_they_are_fine(tmp_path, capsys, within):
+@pytest.mark.parametrize("zeroed", ["never", "first", "last"])
+def test_gradients_accumulated_across_steps_are_named_and_within_a_step_they_are_fine(tmp_path, capsys, zeroed):
     layer = torch.nn.Linear(1, 1)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
 
     def train_step(images, labels):
-        if within:
+        if zeroed == "first":
             optimizer.zero_grad(set_to_none=False)
         for part in images.flatten(1).chunk(2):
             layer(part).mean().backward()
+        if zeroed == "last":
+            optimizer.zero_grad(set_to_none=False)
         return {}
 
     utils.train(start(tmp_path / "run", {"layer": layer, "optimizer": optimizer}), train_step, ten_images(batch_size=2))
-    assert ("adds to the gradient of layer." in capsys.readouterr().out) == (not within)
+    assert ("adds to the gradient of layer." in capsys.readouterr().out) == (zeroed == "never")
 
 
 def test_a_scheduled_rate_and_a_gradient_scaler_are_saved_without_a_warning(tmp_path, capsys):

@@ -109,6 +109,7 @@ def test_the_page_lists_the_flags_that_may_change_on_resume():
     ("words", "message"),
     [
         ("--model cnn", "--model cnn: .* was trained with model=mlp; omit --model cnn"),
+        ("--betas 0.5 0.9", r"--betas 0.5 0.9: .* was trained with betas=\[0.9, 0.999\]; omit --betas 0.5 0.9"),
         ("--recipe lecture", "--recipe lecture: .*recipe=best"),
         ("--no-augment", "--no-augment: .*augment=True"),
         ("--epochs 9", "--epochs 9: this run's schedule ends with its last epoch; .* --start-from"),
