@@ -71,10 +71,11 @@ def read_picture(model: Any, picture: Any) -> Reading:
 
     For a network trained on a folder or on clothes, that is the whole image.
     """
-    if model.options["dataset"] not in (*SHOW_DIGITS, "kmnist"):
+    clothes = model.options["dataset"] == "fashion-mnist"
+    if clothes or model.options["dataset"] not in DATASETS:
         images = read_image(picture)
-        if model.options["dataset"] in DATASETS and images[..., 0].float().mean() > 127:
-            images = 255 - images  # its clothes are light on black
+        if clothes and images[..., 0].float().mean() > 127:
+            images = 255 - images  # the network knows clothes that are light on black
         reading = Reading(images, torch.empty(0))
     elif model.options["classes"] == list("0123456789"):
         return read(picture, partial(trained.classify, model))
@@ -149,7 +150,7 @@ def evaluate_classifier(model: Any, args: argparse.Namespace, device: torch.devi
     read, names = partial(read_one, model) if args.dataset else None, options["classes"]
     images, labels, files = load_test(args.dataset or options["dataset"], args.data_dir, names, read)
     if not args.dataset and options["dataset"] not in DATASETS:
-        with suppress(DataError):  # it may have no training images any more
+        with suppress(DataError), redirect_stdout(io.StringIO()):  # its training images may be gone
             warn_of_other_images(args.run, options, load(options["dataset"], args.data_dir))
     batches = Batches(images, labels, args.batch_size, device, black=options["black"], shuffle=False)
     logits = utils.predict(model, batches)[0].cpu()
@@ -166,7 +167,7 @@ def evaluate_classifier(model: Any, args: argparse.Namespace, device: torch.devi
 
 def warn_of_other_images(run: str, options: dict[str, Any], train_set: tuple[torch.Tensor, torch.Tensor]) -> None:
     """A folder may have changed since: for instance, a file with a new name may go from one part to the other."""
-    if options["dataset"] not in DATASETS and options.get("dataset_digest") not in (None, digest(*train_set)):
+    if options.get("dataset_digest") not in (None, digest(*train_set)):
         reason = f"{options['dataset']} has other training images than {run} was trained on"
         print(f"warning: {reason}; some of those may be test images now", file=sys.stderr)
 
@@ -206,8 +207,9 @@ def evaluate_generator(network: Any, args: argparse.Namespace, device: torch.dev
     dataset, plots = network.options["dataset"], walk_plots(network, args, f"-seed{args.seed}")
     classes = class_names(dataset, args.data_dir, network.options["classes"])
     train_set, test_set = (load(dataset, args.data_dir, train=part) for part in (True, False))
-    warn_of_other_images(args.run, network.options, train_set)
-    require_enough(*train_set, *test_set)
+    if dataset not in DATASETS:
+        warn_of_other_images(args.run, network.options, train_set)
+    require_enough(train_set[0], test_set[0])
     metrics: dict[str, Any] = {"parameters": sum(parameter.numel() for parameter in network.parameters())}
     if hasattr(network, "log_likelihood"):
         images = (binarise(test_set[0], TEST_SEED) / 255).to(device)

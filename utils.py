@@ -202,6 +202,7 @@ def finish_epoch(
         run.save("best.pt")
     print(f"epoch {run.epoch}/{run.epochs}  {listed(row)}  {run.seconds[run.epoch - 1]:.1f} s")
     if after_epoch:
+        run.require_as_built("train_step")
         after_epoch({**row})
         run.require_as_built("after_epoch")
     run.write_metrics()

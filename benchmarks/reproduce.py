@@ -113,7 +113,7 @@ def print_recorded(row: Row) -> None:
     seeds = row.get("seeds")
     columns = dict(zip(("nats per image", *MEASURES), (nats(seeds), *measures(seeds)))) if seeds else {}
     print("recorded:", ", ".join(f"{key} {text}" for key, text in columns.items() if text) or accuracy(row))
-    print("published:", row["published"] or "-")
+    print("reference:", row["published"] or "-")
 
 
 def folder_name(words: list[str]) -> str:

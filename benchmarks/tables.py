@@ -82,7 +82,7 @@ def mean_sd(values: Iterable[float], digits: int) -> str:
     values = list(values)
     mean, sd = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0
     if sd > abs(mean) / 2:
-        return f"{min(values):.{digits}f} to {max(values):.{digits}f}"
+        return " to ".join(dict.fromkeys(f"{value:.{digits}f}" for value in (min(values), max(values))))
     return f"{mean:.{digits}f}" + f" ± {sd:.{digits}f}" * (len(values) > 1)
 
 
@@ -150,7 +150,7 @@ def generators_table() -> str:
         lines.append([named(name, row), *cells, row["published"].removeprefix("Parzen ")])
     real = [real_images(rows.values())]
     lines.append(["real training images", *measures(real), conditional_accuracy(real), "", ""])
-    return table(["name", *MEASURES, "conditional accuracy", "minutes", "published Parzen"], lines)
+    return table(["name", *MEASURES, "conditional accuracy", "minutes", "reference (Parzen)"], lines)
 
 
 def likelihood_table(names: Sequence[str] = ()) -> str:
@@ -159,7 +159,7 @@ def likelihood_table(names: Sequence[str] = ()) -> str:
     for name in names or [name for name, row in rows.items() if nats(row.get("seeds", [{}]))]:
         seeds, row = rows[name]["seeds"], rows[name]
         lines.append([named(name, row), nats(seeds), *measures(seeds), minutes(name, row), row["published"]])
-    return table(["name", "nats per image", *MEASURES, "minutes", "published"], lines)
+    return table(["name", "nats per image", *MEASURES, "minutes", "reference"], lines)
 
 
 def families_table() -> str:

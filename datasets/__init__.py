@@ -103,11 +103,11 @@ def split(args: argparse.Namespace, at_least: int = 1) -> tuple[Images, Images]:
     before = {**vars(args)} if args.resume else {}
     args.classes = broadcast(lambda: class_names(args.dataset, args.data_dir, before.get("classes")))
     if len(args.classes) < at_least:
-        raise DataError(f"{args.dataset} has one class, but {args.script} needs two; {CLASS_FOLDERS}")
+        raise DataError(f"{args.dataset} has one class, but {args.script} needs at least two; {CLASS_FOLDERS}")
 
     def read() -> Images:
         images, labels = load(args.dataset, args.data_dir)
-        if args.dataset in DATASETS:  # verified; the digits' pixels are rounded as the processor computes them
+        if args.dataset in DATASETS:  # built in; the digits' pixels depend on how the processor rounds
             return images, labels
         args.dataset_digest = digest(images, labels)
         if before.get("dataset_digest") not in (None, args.dataset_digest):

@@ -85,7 +85,7 @@ def bernoulli_(x: torch.Tensor, p: float = 0.5, *, generator: torch.Generator | 
     Inductor would change that order, and with it which element gets which random number.
     """
     if not x.is_contiguous() and not generator:
-        raise RuntimeError("dropout of a transposed tensor, as within attention, would draw other random numbers")
+        raise RuntimeError("compiled dropout of a transposed tensor, as within attention, would draw others")
     return NotImplemented
 
 

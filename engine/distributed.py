@@ -115,7 +115,7 @@ def sum_gradients(weights: Iterable[torch.Tensor], fraction: Callable[[], float]
         return gradient
 
     for weight in weights if world_size() > 1 else ():
-        learns = weight.requires_grad
-        if learns or (isinstance(weight, torch.nn.Parameter) and weight.is_floating_point()):  # it may learn later
+        if weight.is_floating_point() or weight.is_complex():
+            learns = weight.requires_grad  # one that does not may do so later
             weight.requires_grad_().register_hook(total)
             weight.requires_grad_(learns)

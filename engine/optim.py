@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
 
 from engine.errors import UserError
 
@@ -75,20 +75,20 @@ def step_schedules(state: dict[str, Any], row: dict[str, float], score: str | No
 
 
 def check_schedules(state: dict[str, Any], epochs: int, epoch_length: int) -> None:
-    """Of those that are advanced after each step: name one whose own numbers look like epochs.
+    """Warn about a schedule that is advanced after each step and whose own numbers look like epochs.
 
-    Raises UserError if one cannot make so many steps.
+    Raises UserError if a OneCycleLR, which cannot go past its end, is too short.
     """
+    steps = epochs * epoch_length
     for name, schedule in schedules(state, per_epoch=False).items():
-        if (end := getattr(schedule, "total_steps", None)) and end < epochs * epoch_length:
-            remedy = "to train longer, start a new run with --start-from"
-            raise UserError(f"{name} ends after {end} of {epochs * epoch_length} steps; {remedy}")
-        numbers = [getattr(schedule, key, 0) for key in ("T_max", "T_0", "total_iters", "total_steps", "step_size")]
+        advice = f'if it should count epochs, put it into `state` as "epoch_{name}"'
+        if isinstance(schedule, OneCycleLR) and schedule.total_steps < steps:
+            remedy = f"give it total_steps={steps}; {advice}; to train a run longer, start a new one with --start-from"
+            raise UserError(f"{name} ends after {schedule.total_steps} of {steps} steps; {remedy}")
+        numbers = [getattr(schedule, key, 0) for key in ("T_max", "T_0", "total_iters", "step_size")]
         end = max(*numbers, *getattr(schedule, "milestones", ()))
-        if 1 < end <= epochs < epochs * epoch_length:
-            unit = f"so its {end} counts steps, of {epochs * epoch_length} in all"
-            advice = f'if it should count epochs, put it into `state` as "epoch_{name}"'
-            print(f"warning: {name} is advanced after each step, {unit}; {advice}")
+        if 1 < end <= epochs < steps:
+            print(f"warning: {name} is advanced after each step, so its {end} counts steps, of {steps}; {advice}")
 
 
 class MaxoutSchedule(LRScheduler):

@@ -53,7 +53,8 @@ class Run:
         check_optimizers(state)
         self.script = self.options.get("script", "")
         self.code = code_fingerprint(self.script)  # an edit that follows is not what is trained
-        with matching("this run could not be read again; classes is a list of names, and black at most 0"):
+        rules = "script, kind, dataset and data_dir are texts, classes is a list of names, and black at most 0"
+        with matching(f"a run with these options could not be read again ({rules})"):
             require({"options": self.options, "code": self.code, "state": {}, "epoch": 0}, set())
         self.epochs = 1 if self.args.dry_run else self.args.epochs
         if self.args.batch_size < world_size():
@@ -107,9 +108,10 @@ class Run:
 
     def require_as_built(self, maker: str) -> None:
         """Raise UserError if `maker` has made an object of `state` one that a resumed run would not build."""
-        if changed := [name for name, own in self.structure().items() if own != self.built.get(name)]:
+        now = self.structure()
+        if changed := [name for name in {**self.built, **now} if now.get(name) != self.built.get(name)]:
             remedy = "build it before the first step; what is to learn later, freeze with requires_grad_(False)"
-            raise UserError(f"{maker} makes {changed[0]} another one, which a resumed run would not do; {remedy}")
+            raise UserError(f"{maker} changes the structure of {changed[0]}, which a resumed run would not; {remedy}")
 
     def structure(self) -> dict[str, Any]:
         """The class of each object in `state`, with a network's keys and the sizes of an optimizer's groups."""
@@ -164,7 +166,9 @@ class Run:
                 ranks = checkpoint["ranks"]
                 if len(ranks) == world_size() > 1:
                     for name, buffer in self.buffers().items():
-                        buffer.data.copy_(ranks[rank()].get("buffers", {}).get(name, buffer))
+                        own = restored(buffer, ranks[rank()].get("buffers", {}).get(name, buffer), self.device())
+                        if name in self.state:  # a tensor, which may have another size in each process
+                            self.state[name] = own
             self.begun = self.epoch + self.batch > 0 and not changed
             for weight, name in weights_of(self.state).items():  # after_epoch may have unfrozen a layer
                 weight.requires_grad_(checkpoint.get("switched", {}).get(name, weight.requires_grad))
@@ -205,12 +209,8 @@ class Run:
     def load_state(self, checkpoint: dict[str, Any]) -> None:
         values = {kind.__name__ for kind in VALUES}  # which older checkpoints name too
         for name, then in checkpoint["types"].items():
-            now = self.types().get(name, "gone")
-            if (
-                now != then
-                and (now != "gone" or then not in values)
-                and not isinstance(self.state.get(name), torch.nn.Module)
-            ):
+            now = self.types().get(name, "none")
+            if now != then and then not in values and not isinstance(self.state.get(name), torch.nn.Module):
                 remedy = "undo the edit, or start a new run"
                 raise UserError(f"{name}: {self.folder} was trained with {then}, the code now has {now}; {remedy}")
         for name in {**self.state, **checkpoint["state"]}:  # a step may have added a value

@@ -22,7 +22,7 @@ from engine.errors import UserError
 from engine.recorder import NO_LINE, PLAIN, Recorder, address_of, keep_rates, portable_state, storage_of, tensors_of
 
 CONTAINERS = (dict, list, tuple, OrderedDict, torch.Size)  # that a checkpoint may hold
-VALUES = (torch.Tensor, nn.Parameter, *PLAIN, *CONTAINERS)  # of which a step may replace one by another
+VALUES = (torch.Tensor, nn.Parameter, *PLAIN, *CONTAINERS)  # a step may replace any of these by another
 
 
 def saved(name: str, item: Any) -> Any:
@@ -37,11 +37,11 @@ def saved(name: str, item: Any) -> Any:
         content = item
     foreign = lambda part: isinstance(part, dict | list | tuple | deque) and type(part) not in CONTAINERS  # noqa: E731
     for path, leaf in tree_leaves_with_path(content, foreign):
-        for part in (leaf, *(step.key for step in path if isinstance(step, MappingKey))):
+        for part in (leaf, *tree_leaves([step.key for step in path if isinstance(step, MappingKey)])):
             if isinstance(part, torch.Tensor) or type(part) in (*PLAIN, Counter):  # as MultiStepLR's milestones
                 continue
             what = f"a {type(item).__name__}" + (f" that holds a {type(part).__name__}" if part is not item else "")
-            remedy = "a checkpoint holds tensors and plain values: use float(), or give it state_dict()"
+            remedy = "make it tensors, numbers, texts, lists or dicts, or give it state_dict()"
             raise UserError(f"state[{name!r}] is {what}, which cannot be saved; {remedy} and load_state_dict()")
     return content
 
@@ -49,10 +49,10 @@ def saved(name: str, item: Any) -> Any:
 def restored(item: Any, before: Any, device: torch.device) -> Any:
     """`item` as it was when `saved` returned `before`: changed in place, unless it is a number, a text or a tuple.
 
-    device: of tensors that `item` has not.
+    device: for tensors that `item` lacks.
     """
     if isinstance(item, torch.Generator):
-        if item.get_state().shape == before.shape:  # else it was another device's, and starts anew
+        if item.get_state().shape == before.shape:  # else it was another device's: it restarts from its seed
             item.set_state(before)
     elif isinstance(item, Optimizer):
         rates = [group["lr"] for group in item.param_groups]

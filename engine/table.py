@@ -10,7 +10,7 @@ from engine.checkpoint import append, write_atomically
 
 
 class Table(list[dict[str, float]]):
-    """A list of rows, and the same as CSV. Each row is turned into text once, so each new row costs the same."""
+    """A list of rows, and the same as CSV. Each row is turned into text only once."""
 
     def __init__(self, rows: Any = ()):
         """rows: what `pack` returned, or the rows themselves."""
@@ -19,8 +19,8 @@ class Table(list[dict[str, float]]):
             rows = ({name: float(value) for name, value in line.items() if value} for line in lines)
         super().__init__(rows)
         self.columns: list[str] = []
-        self.text, self.packed = io.StringIO(), 0  # of so many rows
-        self.written = -1  # bytes of the text that the file has
+        self.text, self.packed = io.StringIO(), 0  # the first `packed` rows as CSV
+        self.written = -1  # bytes of it in the file
 
     def pack(self) -> str:
         """The rows as CSV. Where a row lacks a number, its cell is empty."""

@@ -96,7 +96,7 @@ def measure_images(
     return measures
 
 
-def require_enough(train_images: Tensor, train_labels: Tensor, test_images: Tensor, test_labels: Tensor) -> None:
+def require_enough(train_images: Tensor, test_images: Tensor) -> None:
     """Raise UserError if there are too few real images for `beside_real_images`."""
     for part, count in {"training": len(train_images) * 5 // 6, "test": len(test_images)}.items():
         if count <= NEIGHBOURS:

@@ -111,7 +111,7 @@ def classify(model: Any, images: Any) -> torch.Tensor:
     """The probability of each class for each image, [N, classes] on the CPU; `model` is a classifier of load_model.
 
     images: arrays or tensors with pixels from 0 to 255, 0 to 1 or -1 to 1, white on black. photos.to_pixels lists the
-    shapes. Raises UserError and DataError.
+    shapes. Raises UserError.
     """
     if hasattr(model, "sample"):
         raise UserError("this is a generator, not a classifier; classify needs a run of a classifier")

@@ -49,14 +49,24 @@ def test_what_after_epoch_rebuilds_is_refused(tmp_path):
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
     run = start(tmp_path / "run", {"layer": layer, "late": late, "optimizer": optimizer})
     add = lambda row: optimizer.add_param_group({"params": late.parameters()})  # noqa: E731
-    with pytest.raises(UserError, match=r"after_epoch makes optimizer another one, .*requires_grad_"):
+    with pytest.raises(UserError, match=r"after_epoch changes the structure of optimizer, .*requires_grad_"):
         utils.train(run, fit(layer, optimizer), ten_images(batch_size=2), after_epoch=add)
+
+
+@pytest.mark.parametrize("drop", [lambda state: state.update(schedule=None), lambda state: state.pop("schedule")])
+def test_an_object_that_after_epoch_drops_is_named(tmp_path, drop):
+    layer = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    state = {"layer": layer, "optimizer": optimizer, "schedule": torch.optim.lr_scheduler.StepLR(optimizer, 9)}
+    run = start(tmp_path / "run", state)
+    with pytest.raises(UserError, match="after_epoch changes the structure of schedule"):
+        utils.train(run, fit(layer, optimizer), ten_images(batch_size=2), after_epoch=lambda row: drop(state))
 
 
 def test_a_buffer_that_the_first_step_makes_is_refused(tmp_path):
     layer = torch.nn.Linear(1, 1)
     run = start(tmp_path / "run", {"layer": layer})
-    with pytest.raises(UserError, match="train_step makes layer another one"):
+    with pytest.raises(UserError, match="train_step changes the structure of layer"):
         utils.train(run, lambda *_: layer.register_buffer("mean", torch.zeros(1)) or {}, ten_images(batch_size=2))
 
 

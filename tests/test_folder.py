@@ -58,7 +58,7 @@ def test_generators_learn_a_folder_of_one_class(few):
         shutil.rmtree(path)
     for script in (train_gan, train_likelihood):
         script.main(["--dataset", "few", "--device", "cpu", "--dry-run"])
-    with pytest.raises(DataError, match=r"few has one class, but train_cgan\.py needs two"):
+    with pytest.raises(DataError, match=r"few has one class, but train_cgan\.py needs at least two"):
         train_cgan.main(["--dataset", "few", "--device", "cpu", "--dry-run"])
 
 
@@ -273,7 +273,7 @@ def deny(few):
     [
         (shutil.rmtree, ["no dataset few, neither here nor in data; use one of mnist,", "digits", "folder"]),
         (lambda few: [shutil.rmtree(path) for path in few.glob("*/[sc]*")],
-         ["few has one class, but train_classifier.py needs two", "a folder of their own"]),
+         ["few has one class, but train_classifier.py needs at least two", "a folder of their own"]),
         (lambda few: [shutil.rmtree(path) for path in few.iterdir()], ["few has no subfolder; put the images of each"]),
         (lambda few: (few / "test").rename(few / "Val"), ["few has a folder Val, but not both"]),
         (lambda few: (few / "test" / "square").rename(few / "test" / "star"),

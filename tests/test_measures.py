@@ -167,8 +167,8 @@ def test_a_class_of_too_few_images_has_no_coverage():
 @pytest.mark.parametrize(("train", "test", "few"), [(6, 6, "5 training"), (60, 5, "5 test")])
 def test_too_few_images_are_refused(train, test, few):
     with pytest.raises(UserError, match=f"{few} images are too few to measure a generator; add images"):
-        require_enough(*[torch.zeros(n) for n in (train, train, test, test)])
-    require_enough(*[torch.zeros(n) for n in (8, 8, 6, 6)])
+        require_enough(torch.zeros(train), torch.zeros(test))
+    require_enough(torch.zeros(8), torch.zeros(6))
 
 
 # The reference classifier ---------------------------------------------------------------------------------------------

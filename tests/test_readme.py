@@ -46,6 +46,12 @@ def test_tables_are_the_measured_results(page):
     assert tables.fill(page) == page.read_text()
 
 
+def test_a_deviation_above_half_of_the_mean_is_shown_as_a_range():
+    assert tables.mean_sd([3, 4, 5], 1) == "4.0 ± 1.0"
+    assert tables.mean_sd([1, 5], 0) == "1 to 5"
+    assert tables.mean_sd([0, 1e-4], 3) == "0.000"
+
+
 FEWER_SEEDS = {"gan-paper": 4}
 
 

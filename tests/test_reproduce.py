@@ -54,7 +54,7 @@ def test_a_rows_second_stage_continues_the_same_seeds_first(args, in_this_proces
     rows = json.loads(reproduce.RESULTS.read_text())
     assert (rows["second"]["command"], rows["second"]["published"]) == (f"python {SECOND}", "99 %")
     assert [rows[name]["epochs_trained"] for name in ("first", "second")] == [[1], [1]]
-    assert "published: 99 %\n" in capsys.readouterr().out
+    assert "reference: 99 %\n" in capsys.readouterr().out
 
 
 def test_without_record_the_recorded_value_is_printed_and_kept(args, in_this_process, tmp_path, capsys):

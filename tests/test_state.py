@@ -23,6 +23,7 @@ KEPT = {
     "a plain value": (lambda state, own: state.update(own=state["own"] + 1) or 1 / state["own"], lambda: 0),
     "a list": (lambda state, own: own.append(len(own)) or 1 / len(own), lambda: [1]),
     "a dict": (lambda state, own: own.update(n=own["n"] + 1) or 1 / own["n"], lambda: {"n": 1}),
+    "a dict of pairs": (lambda state, own: own.update({(0, 1): own[0, 1] + 1}) or 1 / own[0, 1], lambda: {(0, 1): 1}),
     "a dict of tensors": (lambda state, own: own["mean"].mul_(0.9).sum(), lambda: {"mean": torch.ones(2)}),
     "a number beside a tensor": (lambda state, own: own.update(n=own["n"] + 1) or own["mean"].sum() / own["n"],
                                  lambda: {"n": 1, "mean": torch.ones(2)}),
