@@ -78,16 +78,20 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def mean_sd(values: Iterable[float], digits: int) -> str:
-    """Mean ± standard deviation; the range, if that is more than half of the mean."""
     values = list(values)
-    mean, sd = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0
-    if sd > abs(mean) / 2:
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
+
+
+def mean_or_range(values: list[float], digits: int) -> str:
+    """Mean ± standard deviation or, if that is more than half of the mean, the lowest and the highest value."""
+    if len(values) > 1 and statistics.stdev(values) > abs(statistics.mean(values)) / 2:
         return " to ".join(dict.fromkeys(f"{value:.{digits}f}" for value in (min(values), max(values))))
-    return f"{mean:.{digits}f}" + f" ± {sd:.{digits}f}" * (len(values) > 1)
+    return mean_sd(values, digits)
 
 
 def measures(seeds: list[Row]) -> list[str]:
-    return [mean_sd((seed[key] for seed in seeds), digits) for key, digits in MEASURES.values()]
+    return [mean_or_range([seed[key] for seed in seeds], digits) for key, digits in MEASURES.values()]
 
 
 def accuracy(row: Row) -> str:
@@ -99,7 +103,7 @@ def conditional_accuracy(seeds: list[Row]) -> str:
     """How often the reference classifier reads the digit that was asked for; empty without labels."""
     if "conditional_accuracy" not in seeds[0]:
         return ""
-    return f"{mean_sd((100 * seed['conditional_accuracy'] for seed in seeds), 2)} %"
+    return f"{mean_or_range([100 * seed['conditional_accuracy'] for seed in seeds], 2)} %"
 
 
 def named(name: str, row: Row) -> str:
