@@ -5,7 +5,7 @@ python demo.py                                    # the networks of weights/
 python demo.py runs/mlp-mnist weights/cnn.pt      # your own, side by side
 """
 
-import engine  # noqa: F401, I001 (before torch: Ctrl-C during its import is one line)
+import engine  # noqa: F401, I001 (before torch, so that Ctrl-C during its import prints one line)
 import html
 import os
 import socket

@@ -7,7 +7,7 @@ python evaluate.py runs/gan-mnist                              # a generator: FI
 python evaluate.py weights/cgan.pt --samples 100 --digit 7     # sample from it
 """
 
-import engine  # noqa: F401, I001 (before torch: Ctrl-C during its import is one line)
+import engine  # noqa: F401, I001 (before torch, so that Ctrl-C during its import prints one line)
 import argparse
 import io
 import json
@@ -53,23 +53,23 @@ def get_args_parser() -> flags.ArgumentParser:
     parser = flags.ArgumentParser("evaluate.py", __doc__)
     add, number = parser.add_argument, flags.number
     add("run", metavar="RUN", type=flags.path, help="run folder, or one checkpoint file")
-    add("--data-dir", type=flags.path, help="folder of the datasets, by default the run's own")
-    add("--dataset", metavar="NAME", type=flags.path, help="classify this dataset or folder, not the run's own")
+    add("--data-dir", type=flags.path, help="folder of the datasets (default: the run's own)")
+    add("--dataset", metavar="NAME", type=flags.path, help="classify this dataset or folder instead of the run's own")
     add("--batch-size", type=number(int, 1), default=1000, help="batch size")
     add("--device", type=flags.device_name, default="auto", help="auto, cpu, cuda, cuda:1, ... or mps")
     add("--image", metavar="FILE", nargs="+", type=flags.path, help="classify these image files, or those of a folder")
     add("--samples", metavar="N", type=number(int, 1, 100_000), help="only generate N samples, as an image and as .npz")
-    add("--separate", action="store_true", help="also write each sample as an image file of its own")
-    add("--digit", metavar="CLASS", nargs="+", help="sample only these (conditional generators): names, or numbers")
-    add("--columns", type=number(int, 1), help="columns of the image of samples, by default about as many as rows")
+    add("--separate", action="store_true", help="also write each sample to its own image file")
+    add("--digit", metavar="CLASS", nargs="+", help="classes to sample, by name or number (conditional generators)")
+    add("--columns", type=number(int, 1), help="columns of the grid of samples (default: about as many as rows)")
     add("--seed", type=number(int, 0, 2**31 - 1), default=0, help="random seed of the noise")
     return parser
 
 
 def read_picture(model: Any, picture: Any) -> Reading:
-    """The digits in a file or PIL image, as the network reads them; if it knows no digits, the images that it reads.
+    """What the network sees in a file or PIL image: each digit or character, with the probabilities of the classes.
 
-    For a network trained on a folder or on clothes, that is the whole image.
+    A network trained on a folder or on clothes sees the whole image.
     """
     clothes = model.options["dataset"] == "fashion-mnist"
     if clothes or model.options["dataset"] not in DATASETS:
@@ -166,7 +166,7 @@ def evaluate_classifier(model: Any, args: argparse.Namespace, device: torch.devi
 
 
 def warn_of_other_images(run: str, options: dict[str, Any], train_set: tuple[torch.Tensor, torch.Tensor]) -> None:
-    """A folder may have changed since: for instance, a file with a new name may go from one part to the other."""
+    """Warn if a folder's training images have changed since: a renamed file may now be in the other part."""
     if options.get("dataset_digest") not in (None, digest(*train_set)):
         reason = f"{options['dataset']} has other training images than {run} was trained on"
         print(f"warning: {reason}; some of those may be test images now", file=sys.stderr)
@@ -303,7 +303,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
 
 
 def evaluation_folder(run: Path) -> Path:
-    """RUN/evaluation; for a file that lies in no run, as those of weights/, runs/<its name>-weights/evaluation."""
+    """RUN/evaluation; for a file outside a run, such as those of weights/, runs/<its name>-weights/evaluation."""
     if run.is_dir() or (run.parent / "config.json").is_file():
         return (run if run.is_dir() else run.parent) / "evaluation"
     return Path("runs") / f"{run.stem}-weights" / "evaluation"

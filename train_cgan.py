@@ -6,7 +6,7 @@ python train_cgan.py --recipe paper                   # the paper's settings
 python train_cgan.py --resume runs/cgan-mnist         # continue where it stopped
 """
 
-import engine  # noqa: F401, I001 (before torch: Ctrl-C during its import is one line)
+import engine  # noqa: F401, I001 (before torch, so that Ctrl-C during its import prints one line)
 from argparse import Namespace
 from collections.abc import Sequence
 from functools import partial
@@ -50,7 +50,7 @@ def get_args_parser() -> flags.ArgumentParser:
 
 
 def build(args: Namespace, device: torch.device, batches: Any) -> tuple[dict[str, Any], utils.TrainStep, nn.Module]:
-    """The objects to train, by name, the step that trains them, and the generator that is the result."""
+    """Return `state` (what to train and to save, by name), the training step, and the generator to evaluate."""
     classes = len(args.classes)
     generator = ConditionalGenerator(args.dropout_g, classes, noise=args.noise)
     discriminator = ConditionalDiscriminator(args.dropout_d, classes)
@@ -60,11 +60,11 @@ def build(args: Namespace, device: torch.device, batches: Any) -> tuple[dict[str
     loss_of_d, loss_of_g = LOSSES[args.loss]
     paired = args.loss == "relativistic"  # D compares x with G(z|y): a logit alone means nothing
 
-    def train_step(images: Tensor, labels: Tensor) -> dict[str, Tensor | float]:
+    def train_step(images: Tensor, labels: Tensor) -> dict[str, Tensor | float]:  # images [N, 1, 28, 28] in [0, 1]
         fakes = generator(generator.noise(len(images), device=device), labels)  # G(z|y)
 
         # (1) update D: maximise log D(x|y) + log(1 - D(G(z|y)|y))
-        real, fake = logits_of(discriminator, [images, labels], [fakes.detach(), labels])
+        real, fake = logits_of(discriminator, [images, labels], [fakes.detach(), labels])  # [N, 1] each
         loss_d = loss_of_d(real, fake)
         if args.wrong_label:  # log(1 - D(x|a wrong y)) keeps G from shapes that could be another digit
             wrong = (labels + torch.randint_like(labels, 1, classes)) % classes
@@ -73,13 +73,13 @@ def build(args: Namespace, device: torch.device, batches: Any) -> tuple[dict[str
         penalised = [images, fakes.detach()] if paired else [images]
         penalty = args.r1 / 2 * sum(r1_penalty(discriminator, x, labels) for x in penalised) if args.r1 else 0
         optimizer_d.zero_grad()
-        (loss_d / 2 + penalty).backward()  # loss_d / 2: the mean of the two halves, as in the paper's SGD
+        (loss_d / 2 + penalty).backward()  # loss_d / 2: the mean over real and fake images, as in the paper's code
         if not args.simultaneous:
             optimizer_d.step()
 
         # (2) update G: maximise log D(G(z|y)|y), or minimise log(1 - D(G(z|y)|y)), which saturates
         discriminator.requires_grad_(False)  # only G learns here
-        logits = discriminator(fakes, labels).float()
+        logits = discriminator(fakes, labels).float()  # float32, also with --amp
         loss_g = loss_of_g(discriminator(images, labels).float() if paired else real, logits)
         optimizer_g.zero_grad()
         loss_g.backward()
@@ -104,8 +104,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     run = utils.Run(args, state, name=f"cgan-{short_name(args.dataset)}")
     check = partial(check_rebuilt, run, sampler, batches)
     return utils.train(
-        run, train_step, batches, watch.validate, "val_log_likelihood", watch.grid, watch.warn, check=check
-    )
+        run, train_step, batches, validate=watch.validate, score="val_log_likelihood",
+        sample=watch.grid, after_epoch=watch.warn, check=check,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ python train_classifier.py --recipe paper                      # Maxout, Goodfel
 python train_classifier.py --resume runs/mlp-mnist             # continue where it stopped
 """
 
-import engine  # noqa: F401, I001 (before torch: Ctrl-C during its import is one line)
+import engine  # noqa: F401, I001 (before torch, so that Ctrl-C during its import prints one line)
 from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Sequence
 from functools import partial
@@ -53,7 +53,7 @@ VARIANTS: flags.Variants = {  # what a recipe changes for a dataset or a model
     ("paper", "digits"): dict(val_size=137),
 }
 
-# What the loss compares: logits [N, classes] and target probabilities [N, classes] (one-hot labels, perhaps smoothed).
+# Each takes logits [N, classes] and the target probabilities t [N, classes]: one-hot labels, perhaps smoothed.
 LOSSES = {
     "cross-entropy": F.cross_entropy,  # L = -sum_k t_k log Z_k, with Z = softmax(logits)
     # L = -sum_k [t_k log p_k + (1 - t_k) log(1 - p_k)], with p = sigmoid(logits)
@@ -67,7 +67,7 @@ def get_args_parser() -> flags.ArgumentParser:
     parser, number = flags.training_parser("classifier", __file__, __doc__, RECIPES, DATASETS), flags.number
     add = parser.group("what to train")
     add("--model", choices=list(CLASSIFIERS), default="cnn", help="network to train")
-    add("--activation", choices=list(ACTIVATIONS), help="activation function of the hidden layers, by default ReLU")
+    add("--activation", choices=list(ACTIVATIONS), help="activation function of the hidden layers (default: ReLU)")
     add("--batch-norm", action=BooleanOptionalAction, default=False, help="batch norm before each activation")
     add("--loss", choices=list(LOSSES), default="cross-entropy", help="loss function")
     add = parser.group("on what")
@@ -83,7 +83,7 @@ def get_args_parser() -> flags.ArgumentParser:
 
 
 def build(args: Namespace, device: torch.device, batches: Any) -> tuple[dict[str, Any], utils.TrainStep, nn.Module]:
-    """The objects to train, by name, the step that trains them, and the network that is the result."""
+    """Return `state` (what to train and to save, by name), the training step, and the network to evaluate."""
     try:
         model = build_network(vars(args)).to(device)
     except ValueError as error:
@@ -95,7 +95,7 @@ def build(args: Namespace, device: torch.device, batches: Any) -> tuple[dict[str
     loss_of = LOSSES[args.loss]
     targets = target_probabilities(args, device)
 
-    def train_step(images: Tensor, labels: Tensor) -> dict[str, Tensor | float]:
+    def train_step(images: Tensor, labels: Tensor) -> dict[str, Tensor | float]:  # images [N, 1, 28, 28], labels [N]
         if args.augment:
             images = distort(images, elastic=args.elastic)
         logits = model(images)  # forward pass
@@ -111,7 +111,7 @@ def build(args: Namespace, device: torch.device, batches: Any) -> tuple[dict[str
 
 
 def target_probabilities(args: Namespace, device: torch.device | str) -> Tensor:
-    """The target for each label, [classes, classes]: one-hot rows, smoothed with --label-smoothing."""
+    """Row k is the target for label k, [classes, classes]: one-hot, smoothed by --label-smoothing."""
     classes, smoothing = len(args.classes), args.label_smoothing
     return torch.eye(classes, device=device) * (1 - smoothing) + smoothing / classes
 
@@ -119,7 +119,7 @@ def target_probabilities(args: Namespace, device: torch.device | str) -> Tensor:
 def check_network(args: Namespace, model: nn.Module, batches: Any) -> None:
     """Raise UserError unless the network takes these images and gives one logit per class."""
     classes = len(args.classes)
-    images, _ = batches.take(torch.zeros(2, dtype=torch.int64))
+    images, _ = batches.take(torch.zeros(2, dtype=torch.int64))  # the first image, twice
     try:
         with utils.evaluating(model):
             outputs = model(images)
@@ -157,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         return bool(args.patience) and row["epoch"] - run.best_epoch("val_accuracy") >= args.patience
 
     check = partial(check_rebuilt, run, network, batches)
-    return utils.train(run, train_step, batches, validate, "val_accuracy", should_stop=should_stop, check=check)
+    return utils.train(run, train_step, batches, validate, score="val_accuracy", should_stop=should_stop, check=check)
 
 
 if __name__ == "__main__":

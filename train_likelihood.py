@@ -7,7 +7,7 @@ python train_likelihood.py --model hmm --states 512        # hidden Markov model
 python train_likelihood.py --resume runs/vae-mnist         # continue where it stopped
 """
 
-import engine  # noqa: F401, I001 (before torch: Ctrl-C during its import is one line)
+import engine  # noqa: F401, I001 (before torch, so that Ctrl-C during its import prints one line)
 from argparse import Namespace
 from collections.abc import Sequence
 from functools import partial
@@ -27,7 +27,7 @@ from models import LIKELIHOOD_MODELS, build_likelihood_model
 
 RECIPES = {
     "lecture": dict(batch_size=100, schedule="cosine", val_size=0),  # minutes on two CPU cores
-    "best": dict(batch_size=100, schedule="cosine", val_size=0),
+    "best": dict(batch_size=100, schedule="cosine", val_size=0),  # longer: see VARIANTS
 }
 VARIANTS: flags.Variants = {
     ("lecture", "vae"): dict(epochs=50, lr=4e-3),
@@ -62,7 +62,7 @@ def get_args_parser() -> flags.ArgumentParser:
 
 
 def build(args: Namespace, device: torch.device, batches: Any) -> tuple[dict[str, Any], utils.TrainStep, Any]:
-    """The objects to train, by name, the step that trains them, and the network that is the result."""
+    """Return `state` (what to train and to save, by name), the training step, and the network to evaluate."""
     try:
         model: Any = build_likelihood_model(vars(args), batches.pixel_means().cpu()).to(device)
     except ValueError as error:
@@ -73,7 +73,7 @@ def build(args: Namespace, device: torch.device, batches: Any) -> tuple[dict[str
     optimizer = optim.build_optimizer(args, model.parameters())
     state = optim.training_state(args, model, optimizer, len(batches))
 
-    def train_step(images: Tensor, labels: Tensor) -> dict[str, Tensor | float]:
+    def train_step(images: Tensor, labels: Tensor) -> dict[str, Tensor | float]:  # images [N, 1, 28, 28] in [0, 1]
         if args.binarise == "dynamic":
             images = torch.bernoulli(images)  # each pixel is white with probability grey / 255, sampled at each visit
         loss = model.loss(images)  # -log p(x) in nats per image, or what stands for it
@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     run = utils.Run(args, state, name=f"{args.model}-{short_name(args.dataset)}")
     check = partial(check_rebuilt, run, network, batches)
-    return utils.train(run, train_step, batches, validate, "val_log_likelihood", sample, check=check)
+    return utils.train(run, train_step, batches, validate, score="val_log_likelihood", sample=sample, check=check)
 
 
 if __name__ == "__main__":

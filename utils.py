@@ -6,8 +6,8 @@ From a batch to a number on the screen:
     take         their pixels and labels, on the device                                    batches.take
     train_step   forward pass, backward pass, update; returns metrics                      the script's
     meter        sums the metrics, on the device                                           engine/meter.py
-    report       every --log-interval steps and after the last one, reads their means, a point of the curve; below
-    progress     shows that point in a progress bar, or on a line; below
+    report       every --log-interval steps, adds their means to the curve                 below
+    progress     shows the curve's last point in a progress bar, or on a line              below
 
 After each step the loop updates every EMA, adds 1 to `run.state["step"]`, and advances the schedules. An epoch ends
 when every image has been seen once: the network is validated, samples and the best checkpoint are saved, and a row of
@@ -77,14 +77,14 @@ def train(
         run.restore()
         run.state["step"].fill_(run.epoch * steps + run.batch)
         run_step = make_step(run, train_step, batches)
-        check = evaluating(*run.networks().values())(check)
+        check = evaluating(*run.networks().values())(check)  # in eval mode, without gradients
         optim.check_schedules(run.state, run.args.epochs, len(batches))
         if finished(run, should_stop):
             print(f"run already finished at epoch {run.epoch}")
         with caught_signals() as signals, watched_optimizers(run.state, run.updated):
             if run.epoch == run.batch == 0:
                 run.save()
-                broadcast(check)
+                broadcast(check)  # runs on rank 0; the others wait
             while not finished(run, should_stop):
                 for rows in progress(run, batches, steps):
                     run_step(rows)
@@ -94,7 +94,7 @@ def train(
                 with evaluating(*run.networks().values()):
                     finish_epoch(run, validate, score, sample, after_epoch)
                 optim.step_schedules(run.state, run.history[-1], score)
-                save(run, [] if finished(run, should_stop) else signals, due=True)
+                save(run, [] if finished(run, should_stop) else signals, due=True)  # no signal stops a finished run
         broadcast(check)
         save_plots(run)
         print_what_is_next(run)
@@ -138,12 +138,12 @@ def make_step(run: Run, train_step: TrainStep, batches: Any) -> Callable[[torch.
     device = run.device()
     emas = [item for item in run.state.values() if isinstance(item, optim.EMA)]
     schedules = optim.schedules(run.state, per_epoch=False).values()
-    sizes = [len(rows) for rows in batches.rows(run.epochs)]  # as in every other epoch
+    sizes = [len(rows) for rows in batches.rows(run.epochs)]  # the same in every epoch
     if len(sizes) != len(batches):
         raise UserError(f"len(batches) is {len(batches)}, but rows() yields {len(sizes)} batches; make them the same")
     trained = [size for size in sizes if size >= world_size()]  # run_step skips the others
     require_batches_for_norm(run.networks(), min(trained, default=0) // world_size())
-    said = set[str]()
+    warned = set[str]()
 
     def train_on(images: torch.Tensor, labels: torch.Tensor) -> None:
         # Without autocast's cache, which would return stale weights after an update within the step.
@@ -167,8 +167,8 @@ def make_step(run: Run, train_step: TrainStep, batches: Any) -> Callable[[torch.
             run.state["step"].add_(1)
         if run.batch == 0:  # in every epoch: `after_epoch` may have unfrozen a layer
             run.require_as_built("train_step")
-            for problem in sorted({*untrained(run.state, run.updated)} - said):
-                said.add(problem)
+            for problem in sorted({*untrained(run.state, run.updated)} - warned):
+                warned.add(problem)
                 print(f"warning: {problem}")
         for schedule in schedules:
             schedule.step()
@@ -177,7 +177,7 @@ def make_step(run: Run, train_step: TrainStep, batches: Any) -> Callable[[torch.
 
 
 def report(run: Run, steps: int) -> None:
-    """Every --log-interval steps, and after the last: append the metrics' means since the last report to the curve."""
+    """Every --log-interval steps and at the epoch's end, add the metrics' means since the last report to the curve."""
     if run.batch % run.args.log_interval == 0 or run.batch == steps:
         means = run.meter.report()
         run.require_finite(means)
@@ -219,7 +219,7 @@ def save(run: Run, signals: list[int], due: bool) -> None:
 
 
 def stopped(run: Run, signal: int, how: str) -> Stopped:
-    """What to raise: it says how to resume the run."""
+    """Return the exception to raise, which says how to resume the run."""
     again = command(run.script, "--resume", run.folder) if run.script else f"resume={str(run.folder)!r} in its options"
     again = "the same command" if run.args.auto_resume else again
     return Stopped(signal, f"{how}; resume with: {again}" if rank() == 0 else "")

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import engine  # noqa: F401, I001 (before NumPy: Ctrl-C during its import is one line)
+import engine  # noqa: F401, I001 (before NumPy, so that Ctrl-C during its import prints one line)
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator

@@ -1,4 +1,4 @@
-"""MNIST and its same-shaped relatives, by name, and folders of images."""
+"""Datasets: MNIST, Fashion-MNIST, KMNIST and scikit-learn's digits by name, or a folder of images."""
 
 import argparse
 import hashlib
@@ -96,9 +96,9 @@ def short_name(name: str) -> str:
 def split(args: argparse.Namespace, at_least: int = 1) -> tuple[Images, Images]:
     """The training images and the validation split of --dataset, each with labels.
 
-    Sets `args.classes` to the names, and `args.dataset_digest` of a folder. Of several processes, rank 0 downloads and
-    the others read. Raises DataError, also for fewer classes than `at_least`, and if a resumed run was trained on other
-    images.
+    Sets `args.classes` to the classes' names and, for a folder, `args.dataset_digest`. With several processes, rank 0
+    downloads and the others read. Raises DataError, also for fewer than `at_least` classes, or if a resumed run was
+    trained on other images.
     """
     before = {**vars(args)} if args.resume else {}
     args.classes = broadcast(lambda: class_names(args.dataset, args.data_dir, before.get("classes")))

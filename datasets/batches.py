@@ -31,7 +31,7 @@ class Batches:
         self.batch_size, self.black, self.shuffle, self.seed = batch_size, black, shuffle, seed
 
     def __len__(self) -> int:
-        return -(-len(self.images) // self.batch_size)
+        return -(-len(self.images) // self.batch_size)  # rounded up
 
     def rows(self, epoch: int, start: int = 0) -> Iterator[Tensor]:
         """The batches of `epoch` from number `start` on, as row numbers, int64 [B].

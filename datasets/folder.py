@@ -189,7 +189,7 @@ def class_files(part: Path, names: Sequence[str]) -> dict[str, list[str]]:
 
 
 def files_below(folder: str | Path) -> Iterator[str]:
-    """The files in and below a folder, except hidden ones. A link to a folder counts as a file: it may never end."""
+    """All but hidden files in and below a folder. A link to a folder counts as a file: it may lead in circles."""
     for root, folders, files in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if not is_hidden(name)]
         links = [name for name in folders if os.path.islink(os.path.join(root, name))]

@@ -247,7 +247,7 @@ class CapturedStep:
 
 @contextmanager
 def advanced(state: dict[str, Any], steps: int) -> Iterator[None]:
-    """Within this, what a step may read of the schedules in `state` is another one after every step."""
+    """Within this, the values of the schedules in `state` depend on `steps`, which shows in a step that reads them."""
     schedules = [item for item in state.values() if isinstance(item, LRScheduler)]
     before = [(schedule, getattr(schedule, "last_epoch", 0), schedule._last_lr) for schedule in schedules]
     try:

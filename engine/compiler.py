@@ -1,4 +1,4 @@
-"""The training step as one compiled function, which Inductor, the compiler of PyTorch, generates."""
+"""The training step as one function, compiled by Inductor, PyTorch's compiler."""
 
 import logging
 import math
@@ -85,7 +85,7 @@ def bernoulli_(x: torch.Tensor, p: float = 0.5, *, generator: torch.Generator | 
     Inductor would change that order, and with it which element gets which random number.
     """
     if not x.is_contiguous() and not generator:
-        raise RuntimeError("compiled dropout of a transposed tensor, as within attention, would draw others")
+        raise RuntimeError("compiled dropout of a transposed tensor, as in attention, would draw other random numbers")
     return NotImplemented
 
 

@@ -55,7 +55,7 @@ def warn_of_other_tasks() -> None:
 
 @contextmanager
 def collective() -> Iterator[None]:
-    """A collective operation fails when another rank has ended. Raises UserError."""
+    """Raise UserError if a collective operation fails within this, as it does when another rank has ended."""
     try:
         yield
     except torch.OutOfMemoryError:

@@ -53,9 +53,9 @@ def command(script: str, *words: object) -> str:
 
 
 def ending_signals() -> list[int]:
-    """SIGINT, SIGTERM, the one of a terminal that closes, and those of batch systems at the end of a job's time.
+    """SIGINT, SIGTERM, the signal of a closed terminal, and those that batch systems send at a job's time limit.
 
-    What was ignored at the start, as nohup does, stays ignored; not under torchrun, which handles it and passes it on.
+    Signals that were ignored at the start, as under nohup, stay ignored, except under torchrun, which passes them on.
     """
     found = [getattr(signal, name, None) for name in ("SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")]
     stays = () if dist.is_torchelastic_launched() else (signal.SIG_IGN,)

@@ -124,7 +124,7 @@ def training_parser(
     add = parser.group("on what")
     add("--dataset", metavar="NAME", type=path, default="mnist", help=f"{', '.join(datasets)}, or a folder of images")
     add("--data-dir", type=path, default="data", help="folder of the datasets; missing files are downloaded")
-    add("--val-size", type=number(int, 0), default=5000, help="last training images held out for validation")
+    add("--val-size", type=number(int, 0), default=5000, help="number of last training images held out for validation")
     add = parser.group("how to train")
     add("--epochs", type=number(int, 1), help="passes over the training images")
     add("--batch-size", type=number(int, 1, 2**31), help="images per step")
@@ -135,7 +135,7 @@ def training_parser(
     add("--momentum", type=number(float, 0, 1), default=0.0, help="SGD's momentum")
     add("--weight-decay", type=number(float, 0), default=0.0, help="weight decay")
     add("--ema", type=number(float, 0, 1), help="decay of an EMA of the weights; the averaged weights are the result")
-    add("--seed", type=number(int, 0, 2**31 - 1), help="random seed of weights, order, noise")
+    add("--seed", type=number(int, 0, 2**31 - 1), help="random seed of initial weights, image order, noise")
     add = parser.group("where to compute")
     add("--device", type=device_name, default="auto", help="auto, cpu, cuda, cuda:1, ... or mps")
     add("--threads", type=number(int, 1, 1024), help="CPU threads (default: as many as are fastest in the first steps)")
@@ -156,7 +156,7 @@ def training_parser(
 def start(
     parser: ArgumentParser, recipes: Recipes, variants: Variants | None = None, argv: Sequence[str] | None = None
 ) -> tuple[argparse.Namespace, torch.device]:
-    """What every training script starts with: its flags, and the device; it seeds random numbers. Raises UserError."""
+    """Start a training script: parse its flags, pick the device, seed the random numbers. Raises UserError."""
     args = parse_args(parser, recipes, variants, argv)
     warn_of_other_tasks()
     device = pick_device(args.device, args.amp)
@@ -191,7 +191,7 @@ def parse_args(
 
 
 def options_of(run: str, parser: ArgumentParser) -> dict[str, Any]:
-    """The options in a run's checkpoint. Raises UserError if they are those of another kind of run, or foreign."""
+    """The options in a run's checkpoint. Raises UserError for another kind of run, or an option of a wrong type."""
     options = load_checkpoint(run, warn=False)["options"]
     kind, script = (options.get(name, parser.get_default(name)) for name in ("kind", "script"))
     if kind != parser.get_default("kind"):

@@ -13,7 +13,7 @@ Totals = dict[str, tuple[float, float]]  # metric -> its sum over images, and th
 
 
 class Meter:
-    """Means of metrics. The sums stay on the device until `report`, because reading them waits for it.
+    """Means of metrics. The sums stay on the device until `report`, because reading them waits for the device.
 
     Each metric is averaged over the images it was returned for, so an eager step may omit it now and then.
     """

@@ -1,4 +1,4 @@
-"""What moves the weights besides the gradient: optimizers by name, learning rate schedules, and the EMA."""
+"""Optimizers by name, learning rate schedules, and the EMA of the weights."""
 
 import copy
 import math
@@ -60,7 +60,7 @@ def schedules(state: dict[str, Any], per_epoch: bool) -> dict[str, LRScheduler]:
 
 
 def step_schedules(state: dict[str, Any], row: dict[str, float], score: str | None) -> None:
-    """After an epoch with these metrics. ReduceLROnPlateau gets `score` with mode="max", or else the (val_)loss."""
+    """Advance schedules that count epochs. ReduceLROnPlateau gets `score` with mode="max", else val_loss or loss."""
     for name, schedule in schedules(state, per_epoch=True).items():
         if not isinstance(schedule, ReduceLROnPlateau):
             schedule.step()

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from engine.distributed import broadcast
 from engine.run import Run
 
-WORTH = 0.8  # of MKL's time, which oneDNN must not exceed: the choice seldom differs on a busy day
+WORTH = 0.8  # oneDNN must take less than this fraction of MKL's time, so that noise seldom changes the choice
 MM, ADDMM = torch.ops.aten.mm.default, torch.ops.aten.addmm.default
 OPERATION = "onednn_products::mm"  # of our own, because Inductor would ask for constant weights in oneDNN's
 Matrices = tuple[tuple[torch.Size, tuple[int, ...]], ...]  # the shape and strides of each
@@ -37,7 +37,7 @@ warnings.filterwarnings("ignore", "Warning only once for all operators")  # of t
 
 
 def with_products(step: Callable, run: Run) -> Callable:
-    """`step`, which runs eagerly, with its products by oneDNN if that is faster, as its first call finds out."""
+    """`step`, run eagerly, with oneDNN's products if they are faster, which its first call measures."""
     if not available(run):
         return step
 
@@ -96,7 +96,7 @@ class Products(TorchDispatchMode):
 
 
 def in_compiled(step: Callable, inputs: Sequence[Tensor], run: Run) -> dict[Any, Callable]:
-    """What computes the products of a step that is compiled: {}, or oneDNN if that is faster, as one step finds out."""
+    """What replaces the products of a compiled step: oneDNN's if they are faster, which one step measures; else {}."""
     if available(run) and not run.args.products:
         with Products() as products:
             step(*inputs)

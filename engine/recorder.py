@@ -31,7 +31,7 @@ class NotCapturable(UserError):
 
 
 class HostReads(TorchFunctionMode):
-    """Calls `read()` before what no operation shows: values of a tensor that become Python's or numpy's.
+    """Calls `read()` before a tensor's values become Python's or numpy's, which no operation shows.
 
     caller: the name of the last function of torch that the step called.
     """
@@ -135,7 +135,7 @@ class Recorder(TorchDispatchMode):
                 self.made[storage_of(tensor)] = len(self.operations)
 
     def continued(self) -> dict[int, tuple[torch.Tensor, str]]:
-        """What the step wrote to and did not overwrite first: it continues from the step before."""
+        """What the step wrote to without overwriting it first: its values carry over from the step before."""
         first = {storage: name.partition(".")[0] for storage, name in self.used.items()}
         return {storage: what for storage, what in self.written.items() if first[storage] not in OVERWRITES}
 

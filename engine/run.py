@@ -53,7 +53,7 @@ class Run:
         check_optimizers(state)
         self.script = self.options.get("script", "")
         self.code = code_fingerprint(self.script)  # an edit that follows is not what is trained
-        rules = "script, kind, dataset and data_dir are texts, classes is a list of names, and black at most 0"
+        rules = "script, kind, dataset and data_dir are strings, classes is a list of names, and black at most 0"
         with matching(f"a run with these options could not be read again ({rules})"):
             require({"options": self.options, "code": self.code, "state": {}, "epoch": 0}, set())
         self.epochs = 1 if self.args.dry_run else self.args.epochs
@@ -185,9 +185,9 @@ class Run:
         self.counted = self.saved = time.monotonic()
 
     def start_from(self, path: str) -> None:
-        """Load the networks' weights from another run: of the network that has an EMA, the EMA. Raises UserError.
+        """Load the networks' weights from another run, of a network with an EMA the EMA's. Raises UserError.
 
-        A layer that fits takes them; the others keep their new weights, and are named.
+        Tensors that fit are loaded; the others keep their new values, and are named.
         """
         state = load_result(path)["state"]
         for name, network in self.networks().items():

@@ -1,7 +1,7 @@
 """What `state` may hold, and how it is saved and restored.
 
 `state` is a dict of everything that a resumed run needs: networks, optimizers, schedules, an EMA, or any other object
-with `state_dict()` and `load_state_dict()`; tensors; torch.Generators; plain values (numbers, text, None, and lists,
+with `state_dict()` and `load_state_dict()`; tensors; torch.Generators; plain values (numbers, strings, None, and lists,
 tuples and dicts of them).
 """
 
@@ -41,13 +41,13 @@ def saved(name: str, item: Any) -> Any:
             if isinstance(part, torch.Tensor) or type(part) in (*PLAIN, Counter):  # as MultiStepLR's milestones
                 continue
             what = f"a {type(item).__name__}" + (f" that holds a {type(part).__name__}" if part is not item else "")
-            remedy = "make it tensors, numbers, texts, lists or dicts, or give it state_dict()"
+            remedy = "make it tensors, numbers, strings, lists or dicts, or give it state_dict()"
             raise UserError(f"state[{name!r}] is {what}, which cannot be saved; {remedy} and load_state_dict()")
     return content
 
 
 def restored(item: Any, before: Any, device: torch.device) -> Any:
-    """`item` as it was when `saved` returned `before`: changed in place, unless it is a number, a text or a tuple.
+    """`item` as it was when `saved` returned `before`: changed in place, unless it is a number, a string or a tuple.
 
     device: for tensors that `item` lacks.
     """

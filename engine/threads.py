@@ -10,7 +10,7 @@ from engine.distributed import world_size
 from engine.run import Run
 
 CORES = torch.get_num_threads()
-WORTH = 0.95  # of the time with fewer threads, which more threads must not exceed
+WORTH = 0.95  # more threads must take less than this fraction of the time with fewer
 
 
 def tuned(step: Callable, then: Callable[[], Callable], run: Run, batch_size: int) -> Callable:

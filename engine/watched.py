@@ -59,7 +59,7 @@ def watched(step: Callable, run: Run) -> Callable:
     What changes from one to the next and is not in `run.state` is named in a warning.
     """
     last: list[Watch] = []
-    said = set[int]()
+    warned = set[int]()
     calls = 0
 
     def watched_step(*inputs: torch.Tensor) -> None:
@@ -76,8 +76,8 @@ def watched(step: Callable, run: Run) -> Callable:
             reasons.append(difference(last[0], watch))
         last[:] = [watch]
         for kind, reason in enumerate(reasons):
-            if reason and kind not in said:
-                said.add(kind)
+            if reason and kind not in warned:
+                warned.add(kind)
                 print(f"{WARNING}: {reason}")
 
     return watched_step

@@ -30,7 +30,7 @@ def load_network(run: str | Path, device: torch.device | str) -> tuple[Any, dict
 
 
 def rebuild(checkpoint: dict[str, Any], run: str | Path, changed: bool) -> Any:
-    """The network of a result, in eval mode. run: names it in a UserError. changed: whether its code has."""
+    """The network of a result, in eval mode. run: its name in a UserError. changed: whether its code has changed."""
     options, state = checkpoint["options"], checkpoint["state"]
     if (kind := options.get("kind")) not in KINDS:
         known = f"models/__init__.py knows {', '.join(KINDS)}"

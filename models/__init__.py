@@ -1,6 +1,6 @@
-"""The networks by name, and how the network of a run is rebuilt. What is registered here is what the flags offer.
+"""The networks by name, and how a run's network is rebuilt. The flags offer what is registered here.
 
-What a network can do is asked of it (`hasattr`), never of its name. All images are [N, 1, 28, 28].
+What a network can do is decided by its attributes (`hasattr`), never by its name. All images are [N, 1, 28, 28].
 
 classifier: a network without `sample`: images in, logits [N, classes] out.
 sample(n, generator) -> images with pixels in [0, 1]; generator: a torch.Generator or None.
@@ -100,8 +100,8 @@ def build_likelihood_model(options: dict[str, Any], pixel_means: Tensor | None =
     return build(LIKELIHOOD_MODELS, options["model"], {**given, "pixel_means": pixel_means})
 
 
-# The kinds of runs: the name of the network that is the result in the checkpoint's state, and how it is built from the
-# run's options. A script of one's own stores one of these kinds, or adds its own.
+# Kind of a run -> the name of the resulting network in the checkpoint's state, and how to build that network from the
+# run's options. A script of your own stores one of these kinds, or adds a new one here.
 KINDS: dict[str, tuple[str, Callable[[dict[str, Any]], nn.Module]]] = {
     "classifier": ("model", build_classifier),
     "gan": ("generator", lambda o: find(GANS, o["networks"])[0](noise=o["noise"])),

@@ -63,5 +63,5 @@ class ConditionalDiscriminator(nn.Module):
 
 
 def one_hot(labels: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
-    """[N, classes]. Not F.one_hot, which checks the labels on a CPU: a step that reads a value cannot be compiled."""
+    """One-hot labels [N, classes]. Not F.one_hot, which reads the labels on a CPU: such a step cannot be compiled."""
     return torch.eye(classes, dtype=dtype, device=labels.device)[labels]

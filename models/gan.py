@@ -74,8 +74,9 @@ class Discriminator(nn.Module):
 
 
 class PaperDiscriminator(Discriminator):
-    """The paper's discriminator for MNIST: maxout 240 x 5, maxout 240 x 5, one logit. It drops half the hidden units,
-    and .2 of the input. Input and output as the lecture's.
+    """The paper's discriminator for MNIST: maxout 240 x 5, maxout 240 x 5, one logit.
+
+    Input and output as the lecture's. dropout: fraction of hidden units dropped. of_input: drop .2 of the input too.
     """
 
     def __init__(self, dropout: float = 0.5, of_input: bool = True):

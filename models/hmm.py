@@ -35,7 +35,7 @@ class HMM(nn.Module):
     def log_prob(self, images: Tensor) -> Tensor:
         """log P(x), [N] in nats, by the scaled forward algorithm (Rabiner, section V.A)."""
         pi, A, log_b = self.initial.softmax(0), self.transition.softmax(1), self.log_b(images)
-        peak = log_b.amax(2, keepdim=True).detach()  # divided by the largest b, exp does not underflow
+        peak = log_b.amax(2, keepdim=True).detach()  # dividing by the largest b keeps exp from underflowing
         before, log_p = pi, peak.sum((0, 2))  # P(s_t = i | x_1 ... x_t-1); for t = 1 it is pi
         for b in (log_b - peak).exp():
             alpha = before * b

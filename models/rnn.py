@@ -10,14 +10,14 @@ from models.vae import bernoulli_log_prob
 class RNN(nn.Module):
     """p(x) = prod_i prod_j p(x_ij | the rows above, the pixels to the left in row i): autoregressive, and exact.
 
-    A GRU (Cho et al. 2014, arXiv 1406.1078) reads the rows above: one step for each row instead of each pixel, as
-    van den Oord et al. 2016 (arXiv 1601.06759) take. Within a row, masks let each pixel see what lies left of it
-    (MADE, Germain et al. 2015, arXiv 1502.03509).
+    A GRU (Cho et al. 2014, arXiv 1406.1078) reads the rows above, one step per row, like the Row LSTM of van den Oord
+    et al. 2016 (arXiv 1601.06759). Within a row, masks let each pixel see only the pixels to its left (MADE, Germain et
+    al. 2015, arXiv 1502.03509).
 
     Input: binarised images [N, 1, height, width].
 
     hidden: units of the GRU. units: hidden units for each pixel of a row in each of `depth` layers.
-    pixel_means: [1, height, width] in [0, 1]; the mean of each pixel, where the images start. None: 28x28, grey.
+    pixel_means: [1, height, width] in [0, 1]; the mean of each pixel, at which the output starts. None: 28x28, grey.
     """
 
     likelihood = "exact"
@@ -53,7 +53,7 @@ class RNN(nn.Module):
         """The logits of all pixels, [N, T, width], each given the pixels to its left in `rows` [N, T, width]."""
         h = F.relu(contexts + F.linear(rows, self.left.weight * self.left_mask))
         for layer in self.deeper:
-            assert isinstance(layer, nn.Linear)
+            assert isinstance(layer, nn.Linear)  # for mypy
             h = h + F.relu(F.linear(h, layer.weight * self.deeper_mask, layer.bias))
         return F.linear(h, self.out.weight * self.out_mask, self.out.bias).float()
 

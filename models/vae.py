@@ -21,7 +21,7 @@ class VAE(nn.Module):
 
     importance_samples: k. With 1, the loss is the negative ELBO with the analytic KL divergence (Kingma & Welling
         2013, appendix B); with more, the negative IWAE bound L_k (Burda et al. 2015, equation 8).
-    pixel_means: [1, 28, 28] in [0, 1]; the mean of each pixel, where the images start. None: they start grey.
+    pixel_means: [1, 28, 28] in [0, 1]; the mean of each pixel, at which the output starts. None: it starts grey.
     """
 
     likelihood = "lower bound"

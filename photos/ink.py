@@ -11,7 +11,7 @@ SQUARE = np.ones((3, 3))  # pixels that touch at a corner are connected
 
 
 def propose(grey: np.ndarray) -> Iterator[tuple[np.ndarray, float]]:
-    """Masks of ink [H, W] in a picture [H, W] with values from 0 to 255, and how much speaks against each.
+    """Masks of ink [H, W] in a picture [H, W] with values from 0 to 255, and a penalty for each.
 
     Each polarity is tried, two estimates of the paper, two thresholds, and each kind of lines kept or removed.
     """

@@ -8,7 +8,7 @@ from scipy import ndimage
 
 from photos.ink import SQUARE, grow
 
-# How much speaks against leaving out a large piece, cutting one, a flat digit, ink above or below; in units of log p.
+# Penalties, in units of log p, for leaving out a large piece, cutting one, a flat digit, and ink above or below.
 SKIP, CUT, FLAT, ELSEWHERE = 3.0, 0.7, 4.0, 0.5
 
 
@@ -17,9 +17,9 @@ class Row(NamedTuple):
 
     images: list[np.ndarray]  # uint8 [28, 28] each
     spans: list[tuple[int, int]]  # of each image: its first piece, and the one after its last
-    costs: list[float]  # of each image: how much speaks against it
-    skips: list[float]  # of each piece: how much speaks against leaving it out
-    elsewhere: float  # how much speaks against the row because of the ink above and below it
+    costs: list[float]  # of each image: its penalty
+    skips: list[float]  # of each piece: the penalty for leaving it out
+    elsewhere: float  # the penalty for ink above and below the row
     several: bool  # whether there are other rows of about this size
 
 

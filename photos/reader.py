@@ -30,11 +30,11 @@ Classify = Callable[[Tensor], Tensor]  # images [N, 1, 28, 28] with pixels from 
 SHA256 = "a494d64218f8ed90a9ff9a9973d04137843d73556f2d65660d7b34c6fd97d206"
 AREA, LEAST = 360_000, 200  # larger pictures are reduced to this many pixels, smaller ones enlarged to this side
 SHARPNESS = 3  # how fast a reading's weight falls with its score
-# The length of a sure number has more than SURE of the weight, each of its digits more than SURE of the probability.
-# Its score is above WEAK.
+# A number is sure if its length has more than SURE of the weight, each of its digits has more than SURE of the
+# probability, and its score is above WEAK.
 SURE, WEAK = 0.65, -0.8
 NOTHING = -4.0  # score of what cannot be digits
-NO_DIGIT = 0.6  # how much rarer than in the reader's training an image is that shows no digit, or several
+NO_DIGIT = 0.6  # frequency of images of no digit, or of several, relative to the reader's training
 
 
 class Network(nn.Sequential):
@@ -66,7 +66,7 @@ class Reading(NamedTuple):
     images: Tensor  # of each digit, from left to right: uint8 [N, 1, 28, 28], white on black
     probabilities: Tensor  # of each class, not normalised: [N, classes]
     sure: bool = True  # False if a number of another length is as likely, or this one is weak
-    score: float = 0.0  # mean log p of the digits, less what speaks against them
+    score: float = 0.0  # mean log p of the digits, minus the penalties
     several: bool = False  # whether there are other rows
 
     def answer(self) -> tuple[list[int], bool]:
@@ -121,7 +121,7 @@ def find_readings(grey: np.ndarray, classify: Classify | None) -> list[Reading]:
 def decide(readings: list[Reading]) -> Reading:
     """The best reading of the most likely length, with the mean probabilities of all readings of this length.
 
-    Their weights add up: what comes back with other thresholds is safer.
+    Their weights add up: a reading that several thresholds agree on is more reliable.
     """
     groups: dict[int, list[Reading]] = {}  # by the number of digits; 0: several rows
     for reading in readings:
