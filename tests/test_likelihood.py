@@ -138,7 +138,7 @@ def test_the_shown_samples_are_the_emas_and_do_not_begin_with_the_random_numbers
     seen = []
     monkeypatch.setattr(RBM, "sample", lambda self, n, generator: seen.extend([self, generator.initial_seed()]))
     ema = lambda run: seen.append(run.state["ema"].model)  # noqa: E731
-    monkeypatch.setattr(train_likelihood.utils, "train", lambda run, *args, **_: (args[4](), ema(run)))
+    monkeypatch.setattr(train_likelihood.utils, "train", lambda run, *_, sample, **__: (sample(), ema(run)))
     train_likelihood.main([*DIGITS, "--model", "rbm", "--hidden", "5", "--ema", "0.9", "--seed", "3"])
     sampled, seed, averaged = seen
     assert sampled is averaged
