@@ -151,7 +151,7 @@ def cell(runs: Setting, name: str) -> str:
         return ""
     scale, unit = (100, " %") if name.endswith("accuracy") else (1, " nats" * name.endswith("log_likelihood"))
     digits = 1 if name in ("epochs", "seconds") else 2 if unit or abs(statistics.mean(values)) >= 10 else 4
-    return tables.mean_sd((scale * value for value in values), digits) + unit
+    return tables.mean_sd([scale * value for value in values], digits) + unit
 
 
 def title(runs: Setting) -> str:

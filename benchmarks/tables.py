@@ -77,8 +77,7 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
 
 
-def mean_sd(values: Iterable[float], digits: int) -> str:
-    values = list(values)
+def mean_sd(values: list[float], digits: int) -> str:
     spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.{digits}f}{spread}"
 
@@ -115,16 +114,16 @@ def named(name: str, row: Row) -> str:
 def minutes(name: str, row: Row) -> str:
     """Of training, by the seconds of three epochs; empty for a row that continues another."""
     epochs, seconds = statistics.mean(row["epochs_trained"]), read("minutes.json")["seconds"].get(name)
-    return mean_sd((epochs * each / 60 for each in seconds), 1 if epochs > 1 else 3) if seconds else ""
+    return mean_sd([epochs * each / 60 for each in seconds], 1 if epochs > 1 else 3) if seconds else ""
 
 
 def nats(seeds: list[Row]) -> str:
     """Minus the log-likelihood; that of an RBM also by the reverse estimate of log Z. Empty for a GAN."""
     if "kind" not in seeds[0]:
         return ""
-    text = mean_sd((-seed["log_likelihood"] for seed in seeds), 2)
+    text = mean_sd([-seed["log_likelihood"] for seed in seeds], 2)
     if "log_likelihood_reverse" in seeds[0]:
-        text += f" (reverse {mean_sd((-seed['log_likelihood_reverse'] for seed in seeds), 2)})"
+        text += f" (reverse {mean_sd([-seed['log_likelihood_reverse'] for seed in seeds], 2)})"
     return text
 
 
@@ -247,8 +246,7 @@ def plot_loop(axis: Any, label: str, speedups: list[list[float]], offset: float)
 
 # Experiments ----------------------------------------------------------------------------------------------------------
 
-# Measure -> its name, factor and digits.
-FORMS = {
+FORMS = {  # measure -> its name, factor and digits
     "test_accuracy": ("accuracy, %", 100, 1),
     "val_attacked": ("accuracy under attack, %", 100, 1),
     "fid": ("FID", 1, 3),
