@@ -191,7 +191,7 @@ def write_samples(network: Any, args: argparse.Namespace, folder: Path) -> None:
     if args.separate:
         for i, image in enumerate(images):
             save_grid(image[None], folder / name / f"{i:05}.png", columns=1, scale=1)
-    shown = images[:: -(-len(images) // 2500)]
+    shown = images[:: -(-len(images) // 2500)]  # at most 2,500
     grids = {f"{name}.png": (shown, args.columns or math.ceil(len(shown) ** 0.5)), **walk_plots(network, args, suffix)}
     save(grids, folder, f"{name}.npz", *[f"{name}/"] * args.separate)
 

@@ -46,7 +46,7 @@ VARIANTS: flags.Variants = {
 def get_args_parser() -> flags.ArgumentParser:
     parser, number = flags.training_parser("likelihood", __file__, __doc__, RECIPES, DATASETS), flags.number
     add = parser.group("what to train")
-    add("--model", choices=list(LIKELIHOOD_MODELS), default="vae", help="network")
+    add("--model", choices=list(LIKELIHOOD_MODELS), default="vae", help="network to train")
     add("--hidden", type=number(int, 1), help="hidden units (vae, rbm, rnn)")
     add("--latent", type=number(int, 1), help="dimensions of z; with 2, evaluate.py draws a map of the plane (vae)")
     add("--importance-samples", type=number(int, 1), help="k of the IWAE bound (vae)")

@@ -78,7 +78,7 @@ def require_folder(name: str, data_dir: str) -> Path:
     """The folder `name`; if it is not there, the one of that name in `data_dir`, to which it may have been moved."""
     path, elsewhere = (Path(os.path.expanduser(each)) for each in (name, data_dir))
     near = {each.replace("-", ""): each for each in DATASETS}.get(re.sub(r"[-_ ]", "", name.lower()))
-    if near and ((path / "raw").is_dir() or not path.is_dir()):  # torchvision's folder of that name is none of classes
+    if near and ((path / "raw").is_dir() or not path.is_dir()):  # torchvision's own folder has no class folders
         raise DataError(f"there is no dataset {name}; did you mean {near}?")
     for place in (path, elsewhere / path.name):
         if place.is_dir():

@@ -15,7 +15,7 @@ def distort(
     shift: float = 2.0,
     elastic: float = 0.0,
 ) -> Tensor:
-    """Each image [N, C, H, W] under a random affine map of its own and an elastic distortion; same shape.
+    """Distort each image of [N, C, H, W] by its own random affine map and elastic distortion; the shape stays.
 
     degrees, shear: largest rotation and shear, in degrees. scale: largest relative change of width and of height.
     shift: largest translation, in pixels. elastic: largest displacement of the points of a 5x5 grid, in pixels,

@@ -1,4 +1,4 @@
-"""Images of your own: a folder with a subfolder of images for each class, as torchvision's ImageFolder has it.
+"""Images of your own: a folder with a subfolder of images for each class, as for torchvision's ImageFolder.
 
 The networks see 28x28 grey pixels, so that is what every image becomes. docs/extending.md names what to edit for
 larger images or for colour.

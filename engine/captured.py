@@ -281,7 +281,7 @@ def replace_generator(device: torch.device, state: dict[str, torch.Tensor]) -> N
 
 @contextmanager
 def side_stream() -> Iterator[None]:
-    """A stream of its own for what comes before a capture, as CUDA requires."""
+    """A separate stream for the steps before a capture, as CUDA requires."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

@@ -30,7 +30,7 @@ def compile_step(
     """Compile `step(*inputs)`, which must be the same operations on the same tensors in every call.
 
     The step runs once, and its operations are recorded below autograd: forward pass, backward pass and updates, in one
-    graph. Tensors that it finds, such as weights, become inputs of the graph.
+    graph. Tensors from outside the step, such as weights, become inputs of the graph.
     momenta: address of a parameter -> SGD's momentum, as a tensor that may change between calls.
     counts: address of Adam's step count of a parameter -> its value.
     products: what replaces matrix products, as `engine.products.in_compiled` returns it.

@@ -66,7 +66,7 @@ class Meter:
 
 
 def validated(validate: Callable[[], Any]) -> Metrics:
-    """What `validate` returns, as numbers. Raises UserError if it is something else than metrics named val_..."""
+    """What `validate` returns, as numbers. Raises UserError unless these are metrics named val_..."""
     metrics = validate()
     check_metrics("validate", metrics)
     return {name: float(value) for name, value in metrics.items()}

@@ -93,7 +93,7 @@ def check_schedules(state: dict[str, Any], epochs: int, epoch_length: int) -> No
 
 class MaxoutSchedule(LRScheduler):
     """The schedule of Goodfellow et al. 2013 and 2014: the learning rate is divided by `decay` after every step, down
-    to 1e-6. SGD's momentum rises linearly, once per epoch of `epoch_length` steps, to the final one in the 250th.
+    to 1e-6. SGD's momentum rises linearly, once per epoch of `epoch_length` steps, to `final_momentum` in the 250th.
     """
 
     def __init__(self, optimizer: Optimizer, decay: float, epoch_length: int, final_momentum: float = 0.7):
@@ -153,7 +153,7 @@ class EMA:
 
 
 def training_state(args: Namespace, model: nn.Module, optimizer: Optimizer, epoch_length: int) -> dict[str, Any]:
-    """What training one network saves: the network, its optimizer, and a schedule and an EMA if asked for."""
+    """The `state` of training one network: the network, its optimizer, and a schedule and an EMA if asked for."""
     state: dict[str, Any] = {"model": model, "optimizer": optimizer}
     if schedule := build_schedule(args, optimizer, epoch_length):
         state["schedule"] = schedule

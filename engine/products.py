@@ -138,7 +138,7 @@ def faster(products: list[Matrices], replacing: float) -> str:
 
 
 def seconds(products: list[Matrices]) -> float:
-    """The time of all products, by matrices with their shapes and memory orders."""
+    """The time of all products, measured with random matrices of the same shapes and strides."""
     times: dict[Matrices, float] = {}  # the RNN has hundreds of products, but few shapes
     for matrices in products:
         if matrices not in times:

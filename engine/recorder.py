@@ -108,7 +108,7 @@ class Recorder(TorchDispatchMode):
         return outputs
 
     def note(self, name: str, inputs: list[Any], written: list[torch.Tensor], line: str) -> None:
-        """Before an operation: what it uses and changes of what the step has not made."""
+        """Before an operation, note which tensors from outside the step it uses, and which of them it changes."""
         for tensor in tensors_of(inputs):
             if storage_of(tensor) not in self.made:
                 self.used.setdefault(storage_of(tensor), name)

@@ -218,7 +218,7 @@ class Run:
                 self.state[name] = restored(self.state.get(name), checkpoint["state"][name], self.device())
 
     def load_position(self, checkpoint: dict[str, Any]) -> None:
-        """Fails in many ways if it has none."""
+        """Restore epoch, batch and tables. Fails in many ways if the checkpoint has none."""
         for key in POSITION:
             setattr(self, key, int(checkpoint[key]))
         for key in TABLES:
@@ -272,7 +272,7 @@ def plain(options: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def matching(what: str) -> Iterator[None]:
-    """Loading what does not match fails in many ways. Raises UserError."""
+    """Within this, any error becomes a UserError: loading what does not match fails in many ways."""
     try:
         yield
     except UserError:

@@ -107,9 +107,9 @@ def check_optimizers(state: dict[str, Any]) -> None:
 
 @contextmanager
 def watched_optimizers(state: dict[str, Any], updated: dict[Optimizer, bool]) -> Iterator[None]:
-    """Within this, a step of an optimizer that `state` lacks raises UserError: a resumed run would start it anew.
+    """Within this, a step of an optimizer that `state` lacks raises UserError: a resumed run would restart it.
 
-    updated: gets, of each optimizer, whether its weights had a gradient at its first step.
+    updated: gets, for each optimizer, whether its weights had a gradient at its first step.
     """
 
     def check(optimizer: Optimizer, *_: Any) -> None:

@@ -5,7 +5,7 @@ What a network can do is decided by its attributes (`hasattr`), never by its nam
 classifier: a network without `sample`: images in, logits [N, classes] out.
 sample(n, generator) -> images with pixels in [0, 1]; generator: a torch.Generator or None.
 noise(n, generator, device) -> z [n, d], and decode(z) -> images: a generator of images from latent z.
-conditional = True: it also has `classes`, their number, and decode(z, labels).
+conditional = True: it also has `classes`, the number of classes, and decode(z, labels).
 loss(images) -> scalar, and log_likelihood(images) -> [N] in nats: a model of binarised images, trained by likelihood.
     likelihood: "exact", "lower bound" or "estimate". Optional: `quick`, cheaper arguments of log_likelihood for
     validation; log_partition() -> log Z as [(forward, error), (reverse, error)], and then log_likelihood takes `log_z`;
@@ -88,7 +88,7 @@ def find(registry: dict[str, Any], name: str) -> Any:
 
 
 def build_classifier(options: dict[str, Any]) -> nn.Module:
-    """The network of a classifier's run with these options; without --activation, with the network's own."""
+    """The classifier that these options describe. Without --activation, it keeps its default activation."""
     activation = ACTIVATIONS[options["activation"]] if options.get("activation") else None
     given = {"activation": activation, "batch_norm": options.get("batch_norm"), "classes": len(options["classes"])}
     return build(CLASSIFIERS, options["model"], given)

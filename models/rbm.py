@@ -74,8 +74,8 @@ class RBM(nn.Module):
     def log_partition(self, chains=100, temperatures=14_500, generator=None) -> list[tuple[float, float]]:
         """log Z by AIS (Salakhutdinov & Murray 2008), in nats: [(forward, standard error), (reverse, standard error)].
 
-        Forward, from independent pixels to the RBM, is too low on average. Reverse, from
-        the forward chains 1,000 Gibbs steps later, is too high. If they differ, trust neither.
+        Forward, from independent pixels to the RBM, is too low on average. Reverse, from the forward chains 1,000 Gibbs
+        steps later, is too high. If they differ, trust neither.
         """
         parts = (500, 0, 0.5), (4000, 0.5, 0.9), (10_000, 0.9, 1)  # of the paper's 14,500 temperatures
         betas = torch.cat([torch.linspace(a, b, temperatures * n // 14_500 + 2) for n, a, b in parts]).tolist()

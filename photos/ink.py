@@ -28,7 +28,7 @@ def propose(grey: np.ndarray) -> Iterator[tuple[np.ndarray, float]]:
 
 
 def measure_ink(grey: np.ndarray, local: bool) -> np.ndarray:
-    """How much darker each pixel is than the paper: than the picture's lightest parts, or than those around it."""
+    """How much darker each pixel is than the paper: the picture's lightest parts or, if `local`, those around it."""
     if not local:
         return np.percentile(grey[::4, ::4], 98) - grey
     scale = 160 / max(grey.shape)
@@ -40,9 +40,9 @@ def measure_ink(grey: np.ndarray, local: bool) -> np.ndarray:
 
 
 def threshold(ink: np.ndarray) -> float:
-    """The value that separates ink from paper best, by Otsu's method, but above the grain of the paper.
+    """The value that best separates ink from paper, by Otsu's method, but above the grain of the paper.
 
-    en.wikipedia.org/wiki/Otsu's_method; with little ink, it would divide the grain.
+    With little ink, the method (en.wikipedia.org/wiki/Otsu's_method) would split the grain.
     """
     counts, edges = np.histogram(ink[::2, ::2], 128)
     below, sums = counts.cumsum(), (counts * (edges[1:] + edges[:-1]) / 2).cumsum()
