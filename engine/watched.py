@@ -15,7 +15,7 @@ from engine.state import plain_values, unsaved
 WARNING = "warning: a resumed run would not continue exactly"
 
 
-class Watch(Recorder):
+class EagerRecorder(Recorder):
     """Records a step that may do anything.
 
     What the loop computes is left out: `state` has all of it. So is what optimizers compute, but not that they update,
@@ -32,7 +32,7 @@ class Watch(Recorder):
         if self.optimizing or line == NO_LINE:
             del self.operations[-1], self.lines[-1]
 
-    def __enter__(self) -> "Watch":
+    def __enter__(self) -> "EagerRecorder":
         self.hooks = [
             register_optimizer_step_pre_hook(self.begin_update),
             register_optimizer_step_post_hook(lambda *_: setattr(self, "optimizing", False)),
@@ -58,7 +58,7 @@ def watched(step: Callable, run: Run) -> Callable:
 
     What changes from one to the next and is not in `run.state` is named in a warning.
     """
-    last: list[Watch] = []
+    last: list[EagerRecorder] = []
     warned = set[int]()
     calls = 0
 
@@ -68,7 +68,7 @@ def watched(step: Callable, run: Run) -> Callable:
         if calls == 1 or calls > 1 + COMPARED:
             return step(*inputs)
         before = host_values(run)
-        with Watch(inputs, run.optimizers()) as watch:
+        with EagerRecorder(inputs, run.optimizers()) as watch:
             step(*inputs)
         after = host_values(run)
         reasons = [unsaved(watch, run.state, before[1])]
