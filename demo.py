@@ -10,7 +10,7 @@ import html
 import os
 import socket
 import tempfile
-import threading
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from engine import flags
-from engine.errors import DataError, UserError, run_script
+from engine.errors import UserError, run_script
 from engine.provenance import ROOT
 from evaluate import read_number, read_picture
 from measures.samples import is_conditional, sample_between
@@ -49,9 +49,9 @@ def read_drawing(classifiers: dict[str, Any], drawing: Any) -> list[Any]:
     for name, model in classifiers.items():
         try:
             if not (drawing and drawing["composite"]):
-                raise DataError("draw a digit")
+                raise UserError("draw a digit")
             reading = read_picture(model, drawing["composite"])
-        except DataError as error:
+        except UserError as error:
             shown.append(f"<b>{html.escape(name)}</b><p>{html.escape(str(error).partition(';')[0])}</p>")
             continue
         rows, number = read_number(model, reading)
@@ -136,7 +136,7 @@ def add_generator(gr: Any, page: Any, i: int, name: str, model: Any) -> None:
 def build_page(gr: Any, models: dict[str, Any]) -> Any:
     generators = {run: model for run, model in models.items() if hasattr(model, "sample")}
     classifiers = {run: model for run, model in models.items() if run not in generators}
-    with gr.Blocks(title="Deep Learning Bootcamp", analytics_enabled=False) as page:
+    with gr.Blocks(title="Deep Learning Bootcamp") as page:
         if classifiers:
             add_canvas(gr, page, classifiers)
         for i, (name, model) in enumerate(generators.items()):
@@ -172,10 +172,13 @@ def serve(runs: Sequence[str], port: int) -> None:
         os.environ[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1", "localhost"]))
     try:
         import gradio as gr
+
+        if int(gr.__version__.partition(".")[0]) < 6:
+            raise ImportError(f"this is Gradio {gr.__version__}")
         from PIL import Image
         from starlette.middleware import Middleware
     except ImportError as error:
-        raise UserError("demo.py needs Gradio; install it: pip install -r requirements-demo.txt") from error
+        raise UserError(f"demo.py needs Gradio 6 ({error}): pip install -r requirements-demo.txt") from error
     Image.MAX_IMAGE_PIXELS = 1_000_000  # half of what Pillow refuses to open
     runs = runs or sorted(f"weights/{path.name}" for path in (ROOT / "weights").glob("*.pt"))
     page = build_page(gr, {run: load_model(run) for run in runs})
@@ -186,10 +189,13 @@ def serve(runs: Sequence[str], port: int) -> None:
     try:
         _, url, _ = page.launch(**where, **limits, share=False, quiet=True, theme=theme)
     except OSError as error:
-        raise UserError(f"port {port} is taken; choose another one, or any free one with --port 0") from error
+        raise UserError(
+            f"port {port} is taken or not allowed; choose another one, or any free one with --port 0"
+        ) from error
     print(f"open {url} in a browser; Ctrl-C stops the page")
     try:
-        threading.Event().wait()
+        while True:
+            time.sleep(1)  # on Windows, Ctrl-C does not interrupt the wait for an Event
     finally:
         page.close(verbose=False)
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from engine.distributed import rank, world_size
+from engine.errors import UserError, shell
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -29,6 +30,15 @@ def warn_if_code_changed(checkpoint: dict[str, Any], path: str | Path) -> bool:
     if changed and rank() == 0:
         print(f"warning: {', '.join(changed)} changed since {path} was saved; its results may differ", file=sys.stderr)
     return bool(changed)
+
+
+def pinned(path: Path, sha256: str) -> bytes:
+    """The content of a file of weights/ that the code relies on. Raises UserError if it is missing or another one."""
+    content = path.read_bytes() if path.is_file() else b""
+    if hashlib.sha256(content).hexdigest() != sha256:
+        remedy = shell("git", "-C", ROOT, "checkout", path)
+        raise UserError(f"{path} is missing, or not the file of this repository; restore it: {remedy}")
+    return content
 
 
 def environment() -> dict[str, Any]:

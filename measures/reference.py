@@ -5,12 +5,15 @@ network is a separate fixed copy, so edits to models/ do not change it. Values f
 cannot be compared.
 """
 
-import hashlib
+import io
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from engine.errors import UserError
+from engine.provenance import pinned
 
 WEIGHTS = Path(__file__).parent.parent / "weights" / "cnn.pt"
 SHA256 = "db3d0871f108fde500a7224c079faf3fc4ea173fe35b83da2293621296c99ca8"
@@ -37,22 +40,19 @@ class ReferenceClassifier(nn.Module):
     def read(self, images: Tensor, block: int = 1000) -> tuple[Tensor, Tensor]:
         """Features [N, 256] and predicted digits [N] of images [N, 1, 28, 28] on any device; both on the CPU.
 
-        Raises ValueError if a pixel is outside [0, 1].
+        Raises UserError if a pixel is outside [0, 1].
         """
         low, high = images.aminmax()
         if low < 0 or high > 1:
             found = f"pixels from {low:.3g} to {high:.3g}"
-            raise ValueError(f"{found}; the reference classifier takes images with pixels in [0, 1]")
+            raise UserError(f"{found}; the reference classifier takes images with pixels in [0, 1]")
         parts = [self(part.to(self.fc.weight.device)) for part in images.split(block)]
         return torch.cat([f.cpu() for f, _ in parts]), torch.cat([logits.argmax(1).cpu() for _, logits in parts])
 
 
 def load_reference(device: torch.device | str) -> ReferenceClassifier:
-    """The reference classifier in eval mode. Raises OSError if weights/cnn.pt is missing or not the pinned file."""
-    content = WEIGHTS.read_bytes()
-    if hashlib.sha256(content).hexdigest() != SHA256:
-        reason = "is not the reference classifier of this repository (its SHA-256 differs)"
-        raise OSError(f"{WEIGHTS} {reason}; git checkout {WEIGHTS}")
+    """The reference classifier in eval mode. Raises UserError if weights/cnn.pt is missing or not the pinned file."""
+    checkpoint = torch.load(io.BytesIO(pinned(WEIGHTS, SHA256)), map_location="cpu", weights_only=True)
     classifier = ReferenceClassifier()
-    classifier.load_state_dict(torch.load(WEIGHTS, map_location="cpu", weights_only=True)["state"]["model"])
+    classifier.load_state_dict(checkpoint["state"]["model"])
     return classifier.eval().to(device)

@@ -22,7 +22,7 @@ def to_pixels(images: Any) -> Tensor:
         raise DataError(f"images must be numbers in one array or tensor [N, 1, 28, 28]: {error}") from error
     shape = [*pixels.shape]
     ends = [28, 28], [28, 28, 1], [784], [1, 28, 28]
-    if not pixels.numel() or not any(shape in (end, [len(pixels), *end]) for end in ends):
+    if not pixels.numel() or not any(shape in (end, [*shape[:1], *end]) for end in ends):
         remedy = "resize them, or pass a PIL image to evaluate.classify"
         raise DataError(f"images of shape {shape}; the networks read [N, 1, 28, 28]; {remedy}")
     return unit_range(pixels.float()).reshape(-1, 1, 28, 28)
@@ -33,7 +33,7 @@ def unit_range(pixels: Tensor) -> Tensor:
 
     Every image has paper and ink, so -0.1 to 1, into which interpolation turns 0 to 1, and 0 to 16 are errors.
     """
-    low, high = (value.item() for value in pixels.aminmax())
+    low, high = (round(value.item(), 3) for value in pixels.aminmax())  # resizing turns 1 into 1.0000001
     if low >= 0 and high <= 1:
         return pixels
     if low >= 0 and 64 <= high <= 255:

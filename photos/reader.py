@@ -5,7 +5,6 @@ neural network, 1991: pieces of ink are joined with their neighbours in every wa
 look most like digits.
 """
 
-import hashlib
 import io
 import math
 from collections.abc import Callable
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import DataError
+from engine.provenance import pinned
 from photos.files import open_image
 
 if TYPE_CHECKING:  # Pillow takes a while to import
@@ -49,13 +49,10 @@ class Network(nn.Sequential):
 
 @cache
 def load_network() -> Network:
-    """The network of weights/reader.npz. Raises OSError if it is missing or not the pinned file."""
-    content = WEIGHTS.read_bytes()
-    if hashlib.sha256(content).hexdigest() != SHA256:
-        raise OSError(f"{WEIGHTS} is not the file of this repository (its SHA-256 differs); git checkout {WEIGHTS}")
+    """The network of weights/reader.npz. Raises UserError if it is missing or not the pinned file."""
     with torch.random.fork_rng([]):
         network = Network()
-    arrays = np.load(io.BytesIO(content))
+    arrays = np.load(io.BytesIO(pinned(WEIGHTS, SHA256)))
     network.load_state_dict({name: torch.from_numpy(arrays[name]) for name in arrays})
     return network.eval()
 

@@ -13,6 +13,7 @@ import sys
 import urllib.parse
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -235,6 +236,7 @@ def test_all_digits_of_a_drawing_are_answered_and_none_is_said():
 
 
 def test_without_gradio_it_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "gradio", None)
-    with pytest.raises(demo.UserError, match=r"pip install -r requirements-demo\.txt"):
-        demo.main([])
+    for installed, found in ((None, "import of gradio halted"), (SimpleNamespace(__version__="5.50.0"), r"5\.50\.0")):
+        monkeypatch.setitem(sys.modules, "gradio", installed)
+        with pytest.raises(demo.UserError, match=rf"{found}.*pip install -r requirements-demo\.txt"):
+            demo.main([])

@@ -115,6 +115,13 @@ def test_photo_is_fitted_into_20_pixels_and_centred_by_mass(tmp_path):
     assert (columns.min(), columns.max()) in ((12, 14), (13, 15))
 
 
+def test_damaged_exif_is_ignored_silently(recwarn):
+    write_page("page.png", torch.zeros(28, 28, dtype=torch.uint8).fill_diagonal_(255))
+    Image.open("page.png").save("page.jpg", exif=b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01")
+    assert len(read("page.jpg").images) == 1
+    assert not recwarn.list
+
+
 def test_image_prints_all_ten_probabilities_and_shows_what_was_seen(capsys):
     image, label = (part[3] for part in load_data("digits", None, train=False))
     write_page("mine.png", image[0])

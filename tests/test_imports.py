@@ -12,7 +12,7 @@ PACKAGES = {"engine", "models", "datasets", "measures", "photos"}
 ALLOWED = {
     "engine": {"engine", "torch", "numpy", "filelock", "tqdm", "matplotlib", "PIL", "torchvision"},
     "models": {"models", "torch"},
-    "photos": {"photos", "engine.errors", "torch", "numpy", "PIL", "scipy"},
+    "photos": {"photos", "engine.errors", "engine.provenance", "torch", "numpy", "PIL", "scipy"},
     "datasets": {
         "datasets", "photos", "engine.errors", "engine.distributed", "torch", "torchvision", "numpy", "PIL", "sklearn",
         "tqdm",

@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 
 import photo as pages
 from datasets import load
-from engine.errors import DataError
+from engine.errors import DataError, UserError
 from evaluate import read_number, read_picture
 from measures.trained import load_model
 from photos import read as read_file
@@ -129,7 +129,7 @@ def test_the_number_is_what_both_networks_find_most_likely():
 def test_the_readers_weights_are_the_pinned_ones(tmp_path, monkeypatch):
     (tmp_path / "reader.npz").write_bytes(reader.WEIGHTS.read_bytes()[:-1] + b"0")
     monkeypatch.setattr(reader, "WEIGHTS", tmp_path / "reader.npz")
-    with pytest.raises(OSError, match=r"reader\.npz is not the file of this repository"):
+    with pytest.raises(UserError, match=r"reader\.npz is missing, or not the file of this repository"):
         reader.load_network.__wrapped__()
 
 

@@ -53,6 +53,7 @@ def test_arrays_of_the_usual_shapes_and_ranges_are_the_same_images(images, shape
     [
         *((np.zeros(shape), rf"images of shape \[{', '.join(map(str, shape))}\]")
           for shape in ((32, 32), (0, 28, 28), (6, 3, 28, 28))),  # of another size, none, in colour
+        (None, r"images of shape \[\]"),  # what OpenCV gives for a missing file
         (["a.png"], "images must be numbers in one array"),
         (np.full((28, 28), 300.0), "pixels from 300 to 300"),
         (np.full((28, 28), np.nan), "pixels from nan"),
@@ -65,6 +66,11 @@ def test_arrays_of_the_usual_shapes_and_ranges_are_the_same_images(images, shape
 def test_arrays_of_other_shapes_and_ranges_are_one_line(given, reason):
     with pytest.raises(DataError, match=reason):
         to_pixels(given)
+
+
+def test_a_resized_image_may_exceed_1_by_rounding():
+    image = torch.ones(28, 28).nextafter(torch.tensor(2.0))
+    assert to_pixels(image).equal(image[None, None])
 
 
 def test_turned_and_big_endian_arrays_are_read_as_they_are():
