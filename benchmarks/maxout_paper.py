@@ -12,6 +12,7 @@ had reached, but keeps the momentum. The last epoch is the result.
 import argparse
 import copy
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from datasets import Batches, class_names, hold_out, load
 from engine import flags, optim
 from engine.checkpoint import load_checkpoint
 from engine.errors import UserError, run_script
+from measures.trained import check_rebuilt
 
 RECIPES, VARIANTS = train_classifier.RECIPES, train_classifier.VARIANTS
 
@@ -34,7 +36,9 @@ def get_args_parser() -> flags.ArgumentParser:
     parser.prog = "benchmarks/maxout_paper.py"
     parser.describe(__doc__)
     parser.set_defaults(script=parser.prog, kind="classifier", recipe="paper")
-    parser.add_argument("--first-stage", metavar="RUN", help="run of train_classifier.py --recipe paper")
+    parser.add_argument(
+        "--first-stage", metavar="RUN", type=flags.run_folder, help="run of train_classifier.py --recipe paper"
+    )
     return parser
 
 
@@ -43,8 +47,8 @@ def begin(args: argparse.Namespace, state: dict[str, Any], epoch_length: int) ->
     if not args.first_stage:
         raise UserError("the first stage is missing; add --first-stage RUN, of train_classifier.py --recipe paper")
     first = load_checkpoint(Path(args.first_stage) / "best.pt")
-    for name in ("dataset", "val_size", "batch_size"):
-        if first["options"][name] != getattr(args, name):
+    for name in ("kind", "model", "dataset", "val_size", "batch_size", "black", "optimizer", "schedule"):
+        if first["options"].get(name) != getattr(args, name):
             raise UserError(f"{args.first_stage} was trained with another {name}; use the same here")
     for name in ("model", "optimizer"):
         state[name].load_state_dict(first["state"][name])
@@ -86,7 +90,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
     print(f"until val_loss_with_dropout is at most {args.goal:.4g}, the first stage's on its training images")
     run = utils.Run(args, state, name="maxout-paper")
-    return utils.train(run, train_step, batches, validate, should_stop=should_stop)
+    check = partial(check_rebuilt, run, network, batches)
+    return utils.train(run, train_step, batches, validate, should_stop=should_stop, check=check)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from engine.checkpoint import has_checkpoint, load_checkpoint
 from engine.device import pick_device, seed_all
 from engine.distributed import warn_of_other_tasks
 from engine.errors import UserError, command, shell
+from engine.provenance import ROOT
 from engine.run import DEFAULTS, WHERE
 
 Recipes = dict[str, dict[str, Any]]
@@ -191,11 +192,13 @@ def parse_args(
 
 
 def options_of(run: str, parser: ArgumentParser) -> dict[str, Any]:
-    """The options in a run's checkpoint. Raises UserError for another kind of run, or an option of a wrong type."""
+    """The options in a run's checkpoint. Raises UserError for another script's run, or an option of a wrong type."""
     options = load_checkpoint(run, warn=False)["options"]
     kind, script = (options.get(name, parser.get_default(name)) for name in ("kind", "script"))
-    if kind != parser.get_default("kind"):
-        raise UserError(f"{run} is a run of the kind {kind}; resume it with: {command(script, '--resume', Path(run))}")
+    is_other = script != parser.get_default("script") and (ROOT / script).is_file()  # a renamed script is the same one
+    if is_other or kind != parser.get_default("kind"):
+        found = f"{run} is a run of {script or 'another script'}, of the kind {kind}"
+        raise UserError(f"{found}; resume it with: {command(script, '--resume', Path(run))}")
     for name, value in options.items():
         default = parser.get_default(name)
         if default is not None and kind_of(value) != kind_of(default):

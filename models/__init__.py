@@ -8,8 +8,8 @@ noise(n, generator, device) -> z [n, d], and decode(z) -> images: a generator of
 conditional = True: it also has `classes`, the number of classes, and decode(z, labels).
 loss(images) -> scalar, and log_likelihood(images) -> [N] in nats: a model of binarised images, trained by likelihood.
     likelihood: "exact", "lower bound" or "estimate". Optional: `quick`, cheaper arguments of log_likelihood for
-    validation; log_partition() -> log Z as [(forward, error), (reverse, error)], and then log_likelihood takes `log_z`;
-    images_of(images, generator) -> {name: images in rows of ten}, which show what the model has learned.
+    validation; log_partition(generator=...) -> log Z as [(forward, error), (reverse, error)], and then log_likelihood
+    takes `log_z`; images_of(images, generator) -> {name: images in rows of ten}, which show what the model has learned.
 """
 
 from collections.abc import Callable

@@ -69,5 +69,14 @@ def test_the_loss_that_ends_it_has_dropout_and_leaves_the_network_as_it_was():
 
 
 def test_other_options_than_the_first_stages_are_refused(first):
-    with pytest.raises(UserError, match="another batch_size"):
-        second("--first-stage", "first", "--batch-size", 50)
+    for flag, value, name in (
+        ("--batch-size", 50, "batch_size"),
+        ("--model", "mlp", "model"),
+        ("--black", -1, "black"),
+    ):
+        with pytest.raises(UserError, match=f"another {name}"):
+            second("--first-stage", "first", flag, value)
+    with pytest.raises(
+        UserError, match=r"first is a run of train_classifier\.py, .*; resume it with: .*train_classifier\.py"
+    ):
+        maxout_paper.main(["--resume", "first"])
