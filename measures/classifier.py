@@ -81,6 +81,8 @@ def plot_confusion(matrix: list[list[int]], names: Sequence[str] = DIGITS) -> An
     figure, rotation = new_figure(side, side), 90 if max(map(len, names)) > 3 else 0
     look: dict[str, Any] = {"cmap": "Blues", "colorbar": False, "im_kw": {"vmin": 0, "vmax": 2 * worst}}
     display.plot(ax=figure.add_subplot(), xticks_rotation=rotation, include_values=len(names) <= 50, **look)
+    for text in figure.axes[0].texts:  # scikit-learn chooses their colour for another scale
+        text.set_color("white" if float(text.get_text()) > worst else "black")
     return figure
 
 

@@ -184,13 +184,13 @@ def test_features_are_the_last_convolutions_averaged_outputs():
 
 
 def test_another_reference_classifier_and_pixels_outside_0_to_1_are_refused(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match=r"pixels from -1 to 1; the reference classifier takes .* in \[0, 1\]"):
+    with pytest.raises(UserError, match=r"pixels from -1 to 1; the reference classifier takes .* in \[0, 1\]"):
         load_reference("cpu").read(torch.linspace(-1, 1, 784).view(1, 1, 28, 28))
     changed = bytearray(reference_module.WEIGHTS.read_bytes())
     changed[1000] ^= 1
     (tmp_path / "cnn.pt").write_bytes(changed)
     monkeypatch.setattr(reference_module, "WEIGHTS", tmp_path / "cnn.pt")
-    with pytest.raises(OSError, match="is not the reference classifier"):
+    with pytest.raises(UserError, match=r"cnn\.pt is missing, or not the file of this repository"):
         load_reference("cpu")
 
 
@@ -224,6 +224,12 @@ def test_the_mistakes_shown_are_the_most_confident_ones_in_order(channels):
     assert [int(axis.images[0].get_array()[0, 0].max()) for axis in axes] == list(range(48, 18, -1))
     confidence = logits[48].softmax(0).max()
     assert axes[0].get_title() == f"9 ({confidence:.0%})\ntrue 8"
+
+
+def test_the_count_of_a_rare_class_differs_in_colour_from_its_cell():
+    texts = plot_confusion([[40, 0], [1, 5]], ["3", "7"]).axes[0].texts
+    colours = {text.get_text(): text.get_color() for text in texts}
+    assert colours == {"40": "white", "0": "black", "1": "black", "5": "white"}
 
 
 @pytest.mark.filterwarnings("error")  # as matplotlib gives for glyphs that its font lacks
