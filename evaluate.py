@@ -26,7 +26,7 @@ import torch
 
 import utils
 from datasets import DATASETS, SHOW_DIGITS, Batches, binarise, class_names, digest, load, load_test
-from datasets import require_folder, short_name
+from datasets import require_folder
 from datasets.binarise import TEST_SEED
 from datasets.folder import pictures, read_image
 from engine import flags
@@ -54,11 +54,12 @@ def get_args_parser() -> flags.ArgumentParser:
     add, number = parser.add_argument, flags.number
     add("run", metavar="RUN", type=flags.path, help="run folder, or one checkpoint file")
     add("--data-dir", type=flags.path, help="folder of the datasets (default: the run's own)")
-    add("--dataset", metavar="NAME", type=flags.path, help="classify this dataset or folder instead of the run's own")
-    add("--batch-size", type=number(int, 1), default=1000, help="batch size")
+    one = parser.add_mutually_exclusive_group().add_argument
+    one("--dataset", metavar="NAME", type=flags.path, help="classify this dataset or folder instead of the run's own")
+    add("--batch-size", type=number(int, 1, 2**31), default=1000, help="batch size")
     add("--device", type=flags.device_name, default="auto", help="auto, cpu, cuda, cuda:1, ... or mps")
-    add("--image", metavar="FILE", nargs="+", type=flags.path, help="classify these image files, or those of a folder")
-    add("--samples", metavar="N", type=number(int, 1, 100_000), help="only generate N samples, as an image and as .npz")
+    one("--image", metavar="FILE", nargs="+", type=flags.path, help="classify these image files, or those of a folder")
+    one("--samples", metavar="N", type=number(int, 1, 100_000), help="only generate N samples, as an image and as .npz")
     add("--separate", action="store_true", help="also write each sample to its own image file")
     add("--digit", metavar="CLASS", nargs="+", help="classes to sample, by name or number (conditional generators)")
     add("--columns", type=number(int, 1), help="columns of the grid of samples (default: about as many as rows)")
@@ -139,6 +140,7 @@ def classify_photos(model: Any, paths: Sequence[str], folder: Path) -> None:
         seen.append(reading.images)
         captions += [Path(path).name[-13:]] * len(reading.images)
     if seen:
+        make_folder(folder)
         save({"seen.png": (torch.cat(seen) / 255, 10, 3, captions)}, folder)
     if failed:
         sys.exit(1)
@@ -210,7 +212,10 @@ def evaluate_generator(network: Any, args: argparse.Namespace, device: torch.dev
     if dataset not in DATASETS:
         warn_of_other_images(args.run, network.options, train_set)
     require_enough(train_set[0], test_set[0])
-    metrics: dict[str, Any] = {"parameters": sum(parameter.numel() for parameter in network.parameters())}
+    metrics: dict[str, Any] = {
+        "noise_seed": args.seed,
+        "parameters": sum(parameter.numel() for parameter in network.parameters()),
+    }
     if hasattr(network, "log_likelihood"):
         images = (binarise(test_set[0], TEST_SEED) / 255).to(device)
         metrics.update(likelihood_measures(network, images))
@@ -228,7 +233,7 @@ def evaluate_generator(network: Any, args: argparse.Namespace, device: torch.dev
     plots["nearest_training_images.png"] = pairs, 20
     digits = classes == list("0123456789")
     metrics.update(beside_real_images(samples, labels, train_set, test_set, load_reference(device), digits))
-    print_measures(metrics, metrics["real"])
+    print_measures(metrics)
     if dataset not in SHOW_DIGITS:
         print(f"warning: the reference classifier knows only MNIST's digits; its features of {dataset} mean little")
     return metrics, plots
@@ -284,12 +289,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     args.digit = args.digit and class_numbers(args.digit, network.options["classes"])
     if args.dataset and is_own(args.dataset, args.data_dir, network.options):
         network.options["dataset"], args.dataset = args.dataset, None  # only its test part was not trained on
-    folder = evaluation_folder(Path(args.run)) / (short_name(args.dataset) if args.dataset else "")
+    folder = evaluation_folder(Path(args.run)) / re.sub(r"[^\w.-]+", "-", args.dataset or "").strip("-.")
     warn_if_unfinished(args.run, checkpoint)
-    make_folder(folder)
     if args.image:
         classify_photos(network, args.image, folder)
         return None
+    make_folder(folder)
     if args.samples is not None:
         write_samples(network, args, folder)
         return None

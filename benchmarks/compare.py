@@ -33,7 +33,7 @@ from engine.table import Table
 
 # Options that make no other setting.
 SAME = ("seed", "classes", "data_dir", "log_interval", "save_interval", "first_stage", "goal", "threads", "products")
-LOSS_OPTIONS = ("loss", "label_smoothing", "importance_samples")  # which say what the loss is
+LOSS_OPTIONS = ("loss", "label_smoothing", "importance_samples", "binarise")  # which say what the loss is
 MEASURES = ("test_accuracy", "log_likelihood", "parzen_log_likelihood", "fid", "coverage", "conditional_accuracy")
 Setting = list[SimpleNamespace]  # runs that differ only in their seed
 
@@ -60,19 +60,19 @@ def read_run(folder: Path) -> SimpleNamespace:
 
 
 def read_measures(folder: Path) -> dict[str, float]:
-    """What evaluate.py measured; {} if it has not, or if the run's result has changed since. Raises UserError."""
+    """What evaluate.py measured; {} if it has not, of an earlier result, or with another --seed. Raises UserError."""
     path = folder / "evaluation" / "metrics.json"
     if not path.is_file():
         return {}
     try:
         read = json.loads(path.read_text("utf-8"))
-        position = read["epochs"], read.get("batch", 0)
+        position = read["epochs"], read.get("batch", 0), read.get("noise_seed", 0)
         measures = {name: float(read[name]) for name in MEASURES if name in read}
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         remedy = f"write it again: {command('evaluate.py', folder)}"
         raise UserError(f"{path} is not as evaluate.py wrote it; {remedy}") from error
     result = load_result(folder)
-    return measures if position == (result["epoch"], result["batch"]) else {}
+    return measures if position == (result["epoch"], result["batch"], 0) else {}
 
 
 def read_settings(patterns: list[str]) -> list[Setting]:
@@ -157,7 +157,7 @@ def cell(runs: Setting, name: str) -> str:
 def title(runs: Setting) -> str:
     """The label of a setting, and what evaluate.py measured, if it has for each run."""
     measured = [f"{name.replace('_', ' ')} {text}" for name in MEASURES if (text := cell(runs, name))]
-    return f"{label(runs)}{': ' * bool(measured)}{', '.join(measured)}"
+    return f"{label(runs)}{': ' * bool(measured)}{', '.join(measured)}".replace("$", r"\$")  # else a formula
 
 
 def print_table(settings: list[Setting]) -> None:
@@ -180,6 +180,8 @@ def get_args_parser() -> flags.ArgumentParser:
 def shared_metrics(runs: list[SimpleNamespace]) -> list[str]:
     """The metrics that all these runs have; no loss, if they minimise different ones."""
     shared = set.intersection(*({name for row in run.history for name in row} for run in runs))
+    if len({run.options.get("kind") == "likelihood" for run in runs}) > 1:
+        shared.discard("val_log_likelihood")  # a GAN's is Parzen's
     losses = {str([run.options.get("model") == "rbm", *map(run.options.get, LOSS_OPTIONS)]) for run in runs}
     differ = len(losses) > 1  # an RBM's is no likelihood
     return [name for name in runs[0].values if name in shared and not (differ and "loss" in name)]

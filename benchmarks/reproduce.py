@@ -209,17 +209,24 @@ def get_args_parser() -> flags.ArgumentParser:
     return parser
 
 
+def add_row(parser: flags.ArgumentParser, args: Namespace) -> None:
+    """Make --command a row."""
+    if not args.command or not (ROOT / args.command[0]).is_file():
+        parser.error('--command must begin with a training script, like "train_gan.py --recipe best"')
+    args.names = args.names or [folder_name(args.command)]
+    if own := {"--seed", "--data-dir", "--output-dir"} & {word.partition("=")[0] for word in args.command}:
+        parser.error(f"--command has {min(own)}; give it to reproduce.py (--seeds N trains the seeds 0 to N - 1)")
+    words = {word for text in ROWS.values() for word in text.split()} - ROWS.keys()
+    if args.names[0] in {*args.command, *words}:  # where a row's name stands for its run
+        parser.error(f"{args.names[0]} is a word of a command; use another name for the row")
+    ROWS[args.names[0]] = shlex.join(args.command)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = get_args_parser()
     args = parser.parse_args(argv)
     if args.command is not None:
-        if not args.command or not (ROOT / args.command[0]).is_file():
-            parser.error('--command must begin with a training script, like "train_gan.py --recipe best"')
-        args.names = args.names or [folder_name(args.command)]
-        words = {word for text in ROWS.values() for word in text.split()} - ROWS.keys()
-        if args.names[0] in {*args.command, *words}:  # where a row's name stands for its run
-            parser.error(f"{args.names[0]} is a word of a command; use another name for the row")
-        ROWS[args.names[0]] = shlex.join(args.command)
+        add_row(parser, args)
     if unknown := set(args.names) - ROWS.keys():
         parser.error(f"there is no row {min(unknown)}; --list prints them")
     if args.quick:

@@ -39,9 +39,10 @@ def main() -> None:
     parser.add_argument("run", metavar="RUN", type=Path, help="run folder or file that evaluate.py has evaluated")
     parser.add_argument("--half", action="store_true", help="keep float16 numbers; evaluate the file afterwards")
     args = parser.parse_args()
-    measured = evaluate.evaluation_folder(args.run) / "metrics.json"
+    path = evaluate.evaluation_folder(args.run) / "metrics.json"
+    measured = json.loads(path.read_text()) if path.is_file() else {}
     network, checkpoint = evaluate.load_network(args.run, "cpu")
-    if not measured.is_file() or json.loads(measured.read_text())["epochs"] != checkpoint["epoch"]:
+    if (measured.get("epochs"), measured.get("noise_seed", 0)) != (checkpoint["epoch"], 0):
         raise UserError(f"{args.run} has not been evaluated as it is; run: {command('evaluate.py', args.run)}")
     name, _ = KINDS[checkpoint["options"]["kind"]]
     weights = {key: tensor.half() if args.half and tensor.is_floating_point() else tensor
@@ -51,8 +52,8 @@ def main() -> None:
         "code": {},  # not compared with the code: what counts is that the weights fit the network
         "state": {name: weights},
         "epoch": checkpoint["epoch"],
-        "commit": checkpoint.get("commit", read_config(measured.parent.parent).get("commit")),
-        "measured": json.loads(measured.read_text()),
+        "commit": checkpoint.get("commit", read_config(path.parent.parent).get("commit")),
+        "measured": measured,
     }
     path = WEIGHTS / f"{args.name}.pt"
     path.write_bytes(seal(kept))

@@ -100,7 +100,7 @@ def load_result(path: str | Path) -> dict[str, Any]:
 
     path: of a run or a file; a file of weights/ is found from any working directory. Raises UserError.
     """
-    path = path if Path(path).exists() or not (ROOT / path).exists() else ROOT / path
+    path = path if Path(path).exists() or not (ROOT / path).is_file() else ROOT / path
     best = Path(path) / "best.pt"
     checkpoint = load_checkpoint(best if best.is_file() else path)
     state = checkpoint["state"]

@@ -125,8 +125,9 @@ def beside_real_images(
     return measures
 
 
-def print_measures(measures: dict[str, Any], real: dict[str, Any]) -> None:
+def print_measures(measures: dict[str, Any]) -> None:
     """Each measure of the samples beside that of real images."""
+    real = measures["real"]
     print(f"{'':24}{'samples':>10}{'real':>10}   ({measures['images']} samples, {real['images']} real training images)")
     for name, value in measures.items():
         if name not in real:

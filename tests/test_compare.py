@@ -63,6 +63,10 @@ def test_a_result_measured_before_the_run_trained_on_is_left_out(runs):
     for position in ({"epoch": 1}, {"batch": 3}):
         save_sealed({**load("tanh-0/checkpoint.pt"), **position}, runs / "tanh-0" / "best.pt")
         assert "test_accuracy" not in compare.read_run(Path("tanh-0")).values
+    path = runs / "tanh-1" / "evaluation" / "metrics.json"
+    for seed in (0, 5):  # of the noise: a row's samples have seed 0
+        path.write_text(json.dumps({**json.loads(path.read_text()), "noise_seed": seed}))
+        assert ("test_accuracy" in compare.read_run(Path("tanh-1")).values) == (seed == 0)
 
 
 def test_what_evaluate_measured_of_a_file_and_a_second_run_of_a_seed_are_left_out(runs, capsys):
@@ -81,6 +85,14 @@ def test_the_loss_of_an_rbm_is_not_compared_with_a_likelihood():
         one.history, one.values, one.options = [{"loss": 1.0}], {"loss": 1.0}, {"model": model}
     assert compare.shared_metrics([vae, rbm]) == []
     assert compare.shared_metrics([vae, vae]) == ["loss"]
+
+
+def test_parzens_log_likelihood_is_not_compared_with_a_models():
+    gan, vae, name = fake([], []), fake([], []), "val_log_likelihood"
+    for one, kind in ((gan, "gan"), (vae, "likelihood")):
+        one.history, one.values, one.options = [{name: 1.0}], {name: 1.0}, {"kind": kind}
+    assert compare.shared_metrics([gan, vae]) == []
+    assert compare.shared_metrics([gan, gan]) == [name]
 
 
 def test_other_devices_and_edited_code_are_other_settings(runs):

@@ -162,7 +162,14 @@ def test_a_generator_is_measured_beside_real_images(generators, name, capsys, mo
     if name == "cgan":
         values |= {"conditional_accuracy", "class_coverage"}
     for part in (metrics, metrics["real"]):
-        assert values | {"images"} == part.keys() - {"dataset", "epochs", "real", "parameters", "sampling_seconds"}
+        assert values | {"images"} == part.keys() - {
+            "dataset",
+            "epochs",
+            "noise_seed",
+            "real",
+            "parameters",
+            "sampling_seconds",
+        }
         assert sum(part["class_histogram"]) == pytest.approx(1)
     assert metrics["fid"] > 10 * metrics["real"]["fid"]
     for value in values:
@@ -234,6 +241,12 @@ def test_the_plane_of_a_vae_with_two_latent_dimensions_is_mapped(tmp_path, monke
     assert numpy.allclose(seen[:28, -28:], network.decode(z)[0, 0].detach(), atol=0.01)
 
 
+def test_a_run_that_is_missing_here_is_not_replaced_by_one_of_the_clone(small_run, monkeypatch):
+    monkeypatch.setattr("engine.checkpoint.ROOT", small_run.parent)
+    with pytest.raises(UserError, match="does not exist"):
+        evaluate.load_model(small_run.name)
+
+
 def test_flags_that_do_not_fit_the_run_are_refused(generators, small_run):
     for folder, flags, words in [
         (small_run, ["--samples", "5", "--digit", "7"], "is a classifier; --samples needs a run of a generator"),
@@ -244,6 +257,7 @@ def test_flags_that_do_not_fit_the_run_are_refused(generators, small_run):
     ]:
         with pytest.raises(UserError, match=words):
             call(folder, *flags)
-    for flags in (["--digit", "7"], ["--columns", "2"], ["--separate"], ["--samples", "0"]):
+    for flags in (["--digit", "7"], ["--columns", "2"], ["--separate"], ["--samples", "0"],
+                  ["--image", "x.png", "--dataset", "digits"]):  # fmt: skip
         with pytest.raises(SystemExit, match="2"):
             call(generators / "cgan", *flags)

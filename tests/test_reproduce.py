@@ -153,7 +153,9 @@ def test_measures_that_are_older_than_the_run_are_measured_again(args, in_this_p
     assert json.loads(measures.read_text())["test_accuracy"] > 0.1
 
 
-@pytest.mark.parametrize("command", ["python train_gan.py", "train_gan.py --dataset 'my digits", "", None])
+@pytest.mark.parametrize(
+    "command", ["python train_gan.py", "train_gan.py --dataset 'my digits", "train_gan.py --seed=7", "", None]
+)
 def test_a_command_that_is_no_training_and_none_without_a_row_are_usage_errors(command, capsys):
     with pytest.raises(SystemExit, match="2"):
         reproduce.main([] if command is None else ["--command", command])
