@@ -283,6 +283,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
         if getattr(args, name) not in (None, False) and args.samples is None:
             parser.error(f"--{name} needs --samples N")
     device = pick_device(args.device)
+    torch.set_float32_matmul_precision("highest")  # in TF32, a log-likelihood would be off
     network, checkpoint = load_network(args.run, device)
     refuse_impossible(network, args)
     args.data_dir = args.data_dir or network.options.get("data_dir", "data")

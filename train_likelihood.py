@@ -75,7 +75,7 @@ def build(args: Namespace, device: torch.device, batches: Any) -> tuple[dict[str
 
     def train_step(images: Tensor, labels: Tensor) -> dict[str, Tensor | float]:  # images [N, 1, 28, 28] in [0, 1]
         if args.binarise == "dynamic":
-            images = torch.bernoulli(images)  # each pixel is white with probability grey / 255, sampled at each visit
+            images = (torch.rand_like(images) < images).float()  # white with probability grey / 255, at each visit
         loss = model.loss(images)  # -log p(x) in nats per image, or what stands for it
         optimizer.zero_grad()
         loss.backward()

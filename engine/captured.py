@@ -189,7 +189,9 @@ class CapturedStep:
                 each(*self.inputs)
                 ends.append(random_state()[self.device.type])
             if not torch.equal(*ends):
-                raise RuntimeError("it resets the random number generator in the step, as torch.utils.checkpoint does")
+                raise RuntimeError(
+                    "it draws other random numbers, as with torch.utils.checkpoint or, on CUDA, torch.bernoulli(p)"
+                )
         except (Exception, KeyboardInterrupt) as error:  # no compiler, no Triton, another torch, Ctrl-C
             print(f"not compiled: {reason_of(error)}")
             self.compiled, self.eager = False, not self.graph
@@ -284,6 +286,8 @@ def side_stream() -> Iterator[None]:
     """A separate stream for the steps before a capture, as CUDA requires."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        yield
-    torch.cuda.current_stream().wait_stream(stream)
+    try:
+        with torch.cuda.stream(stream):
+            yield
+    finally:  # what a step that failed has written is rolled back on the other stream
+        torch.cuda.current_stream().wait_stream(stream)

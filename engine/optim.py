@@ -118,6 +118,9 @@ class EMA:
     def __init__(self, model: nn.Module, decay: float):
         try:
             self.model = copy.deepcopy(model).eval().requires_grad_(False)
+            self.model.to(
+                next(model.parameters()).device
+            )  # which puts a GRU's weights in one piece, as cuDNN wants them
             for average in self.model.state_dict().values():
                 average.isfinite()  # which a layer without a size, such as LazyLinear, does not allow
         except (RuntimeError, ValueError) as error:

@@ -13,7 +13,7 @@ import utils
 from engine import captured
 from engine.captured import COMPARED, CapturedStep
 from engine.errors import UserError
-from engine.recorder import address_of, prepare
+from engine.recorder import NotCapturable, Recorder, address_of, prepare
 from engine.run import Run
 
 
@@ -110,6 +110,26 @@ def test_what_a_step_reads_of_a_schedule_is_seen_to_change(read):
     with pytest.raises(UserError, match=r"tests/test_graph.py:\d+ does not do the same in every step"):
         call(captured_step(lambda rows: torch.ones(1) * read(schedule), state), 1)
     assert (schedule.last_epoch, schedule.get_last_lr()) == before
+
+
+def test_a_step_that_uses_the_storage_of_changing_weights_is_captured(fake_cuda):
+    """As cuDNN's recurrent layers do."""
+    weight, position = torch.zeros(3), Position()
+
+    def step(rows):
+        torch.empty(0).set_(weight.untyped_storage())
+        weight.add_(1)
+        position.steps += 1
+
+    graphed = captured_step(step, {"weight": weight, "position": position}, graph=True)
+    fake_cuda(graphed, position)
+    call(graphed, 1)
+    assert FakeGraph.captures == 1
+
+
+def test_a_constant_that_a_step_copies_to_the_gpu_is_named():
+    with Recorder(torch.device("cuda")), pytest.raises(NotCapturable, match="copies a constant to the GPU"):
+        torch.tensor([0.2, 0.8])
 
 
 def test_a_generator_in_state_is_registered_with_the_graph(fake_cuda, monkeypatch):
