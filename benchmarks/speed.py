@@ -32,6 +32,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 from torch import nn
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import Compose, Normalize, ToTensor
@@ -51,7 +52,7 @@ CASES = {
     "cnn batch 32": "train_classifier.py --model cnn",
     "maxout batch 100": "train_classifier.py --recipe paper",
     "gan batch 16": "train_gan.py --r1 0",
-    "gan large batch 200": "train_gan.py --recipe best --networks large --r1 0",
+    "gan large batch 128": "train_gan.py --recipe best --networks large --batch-size 128 --r1 0",
     "cgan batch 16": "train_cgan.py --r1 0",
 }
 LARGE = (1024, 1024)  # a matrix at whose size products reach the machine's rate
@@ -67,8 +68,9 @@ def prepare(command: str, *more: str) -> tuple[Any, argparse.Namespace]:
     name, *own = command.split()
     script = importlib.import_module(name.removesuffix(".py"))
     with contextlib.redirect_stdout(None):
-        args = flags.parse_args(script.get_args_parser(), script.RECIPES, argv=[*own, *more])
+        args = flags.parse_args(script.get_args_parser(), script.RECIPES, script.VARIANTS, [*own, *more])
     args.ema = args.max_norm = None
+    args.schedule = "constant"  # in turns of so few steps, --schedule maxout would change the momentum too often
     args.threads = torch.get_num_threads()
     return script, args
 
@@ -266,7 +268,9 @@ def profile_steps(args: argparse.Namespace) -> None:
             epoch()
             with profile(activities=activities) as profiler:
                 epoch()
-        operations = sorted(profiler.key_averages(), key=lambda operation: -getattr(operation, own))
+        # On CUDA, each kernel is also an event of its own, besides the operation that launched it.
+        averages = [each for each in profiler.key_averages() if each.device_type == DeviceType.CPU]
+        operations = sorted(averages, key=lambda operation: -getattr(operation, own))
         total = sum(getattr(operation, own) for operation in operations)  # in microseconds
         text += f"\n{case}: {total / args.steps / 1000:.2f} ms a step in operations, {args.steps} steps\n"
         for operation in operations[:8]:
@@ -305,7 +309,7 @@ def race(args: argparse.Namespace) -> None:
     means = {
         name: {key: statistics.mean(row[key] for row in own) for key in own[0]} for name, own in rows.items() if own
     }
-    print(json.dumps({"means": means, **environment()}, indent=2))
+    print(json.dumps({"means": means, **environment()}))  # on one line: gpu.py keeps the last
 
 
 WHAT = {"steps": steps, "race": race, "profile": profile_steps}
