@@ -178,7 +178,9 @@ def serve(runs: Sequence[str], port: int) -> None:
         from PIL import Image
         from starlette.middleware import Middleware
     except ImportError as error:
-        raise UserError(f"demo.py needs Gradio 6 ({error}): pip install -r requirements-demo.txt") from error
+        raise UserError(
+            f"demo.py needs Gradio 6 ({error}); install it: pip install -r requirements-demo.txt"
+        ) from error
     Image.MAX_IMAGE_PIXELS = 1_000_000  # half of what Pillow refuses to open
     runs = runs or sorted(f"weights/{path.name}" for path in (ROOT / "weights").glob("*.pt"))
     page = build_page(gr, {run: load_model(run) for run in runs})

@@ -16,6 +16,7 @@ import os
 import re
 import sys
 import time
+import zlib
 from collections.abc import Sequence
 from contextlib import redirect_stdout, suppress
 from functools import partial
@@ -26,7 +27,7 @@ import torch
 
 import utils
 from datasets import DATASETS, SHOW_DIGITS, Batches, binarise, class_names, digest, load, load_test
-from datasets import require_folder
+from datasets import require_folder, short_name
 from datasets.binarise import TEST_SEED
 from datasets.folder import pictures, read_image
 from engine import flags
@@ -283,14 +284,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
         if getattr(args, name) not in (None, False) and args.samples is None:
             parser.error(f"--{name} needs --samples N")
     device = pick_device(args.device)
-    torch.set_float32_matmul_precision("highest")  # in TF32, a log-likelihood would be off
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("highest")  # TF32, as in training, would round a log-likelihood
     network, checkpoint = load_network(args.run, device)
     refuse_impossible(network, args)
     args.data_dir = args.data_dir or network.options.get("data_dir", "data")
     args.digit = args.digit and class_numbers(args.digit, network.options["classes"])
     if args.dataset and is_own(args.dataset, args.data_dir, network.options):
         network.options["dataset"], args.dataset = args.dataset, None  # only its test part was not trained on
-    folder = evaluation_folder(Path(args.run)) / re.sub(r"[^\w.-]+", "-", args.dataset or "").strip("-.")
+    folder = evaluation_folder(Path(args.run)) / (results_name(args.dataset) if args.dataset else "")
     warn_if_unfinished(args.run, checkpoint)
     if args.image:
         classify_photos(network, args.image, folder)
@@ -313,6 +315,12 @@ def evaluation_folder(run: Path) -> Path:
     if run.is_dir() or (run.parent / "config.json").is_file():
         return (run if run.is_dir() else run.parent) / "evaluation"
     return Path("runs") / f"{run.stem}-weights" / "evaluation"
+
+
+def results_name(dataset: str) -> str:
+    """Of the folder in evaluation/: the dataset's; of a folder elsewhere with a checksum, for two may have one name."""
+    name = short_name(dataset)
+    return name if dataset == name else f"{name}-{zlib.crc32(os.fsencode(os.path.abspath(dataset))):08x}"
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def build(args: Namespace, device: torch.device, batches: Any) -> tuple[dict[str
         penalty = args.r1 / 2 * sum(r1_penalty(discriminator, x, labels) for x in penalised) if args.r1 else 0
         optimizer_d.zero_grad()
         (loss_d / 2 + penalty).backward()  # loss_d / 2: the mean over real and fake images, as in the paper's code
-        if not args.simultaneous:  # in the paper's code, both are computed before D is updated
+        if not args.simultaneous:  # else as in the paper's code: both gradients, then both updates
             optimizer_d.step()
 
         # (2) update G: maximise log D(G(z|y)|y), or minimise log(1 - D(G(z|y)|y)), which saturates

@@ -33,7 +33,7 @@ from engine.table import Table
 
 # Options that make no other setting.
 SAME = ("seed", "classes", "data_dir", "log_interval", "save_interval", "first_stage", "goal", "threads", "products")
-LOSS_OPTIONS = ("loss", "label_smoothing", "importance_samples", "binarise")  # which say what the loss is
+LOSS_OPTIONS = ("loss", "label_smoothing", "importance_samples")  # which say what the loss is
 MEASURES = ("test_accuracy", "log_likelihood", "parzen_log_likelihood", "fid", "coverage", "conditional_accuracy")
 Setting = list[SimpleNamespace]  # runs that differ only in their seed
 
@@ -60,7 +60,7 @@ def read_run(folder: Path) -> SimpleNamespace:
 
 
 def read_measures(folder: Path) -> dict[str, float]:
-    """What evaluate.py measured; {} if it has not, of an earlier result, or with another --seed. Raises UserError."""
+    """What evaluate.py measured of the run's present result, with --seed 0; {} if it has not. Raises UserError."""
     path = folder / "evaluation" / "metrics.json"
     if not path.is_file():
         return {}
@@ -178,12 +178,13 @@ def get_args_parser() -> flags.ArgumentParser:
 
 
 def shared_metrics(runs: list[SimpleNamespace]) -> list[str]:
-    """The metrics that all these runs have; no loss, if they minimise different ones."""
+    """The metrics that all these runs have, and that mean the same in all of them."""
     shared = set.intersection(*({name for row in run.history for name in row} for run in runs))
     if len({run.options.get("kind") == "likelihood" for run in runs}) > 1:
         shared.discard("val_log_likelihood")  # a GAN's is Parzen's
-    losses = {str([run.options.get("model") == "rbm", *map(run.options.get, LOSS_OPTIONS)]) for run in runs}
-    differ = len(losses) > 1  # an RBM's is no likelihood
+    # An RBM's loss is no likelihood, and neither is that of grey pixels.
+    unlike = [(run.options.get("model") == "rbm", run.options.get("binarise") == "none") for run in runs]
+    differ = len({str([*own, *map(run.options.get, LOSS_OPTIONS)]) for own, run in zip(unlike, runs)}) > 1
     return [name for name in runs[0].values if name in shared and not (differ and "loss" in name)]
 
 

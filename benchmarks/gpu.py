@@ -41,7 +41,7 @@ STEPS = {  # a training is also evaluated
 
 def run_step(name: str, commit: str, args: argparse.Namespace) -> dict[str, Any]:
     """Run the step's commands and return its row: the commands, seconds, whether it succeeded, and its metrics."""
-    folder = ROOT / args.output_dir / f"{name}-{commit[:8]}"
+    folder = Path(args.output_dir) / f"{name}-{commit[:8]}"  # from ROOT, where the commands run
     commands = [STEPS[name].split()]
     if commands[0][0].startswith("train_"):
         commands = [[*commands[0], "--output-dir", str(folder), "--auto-resume"], ["evaluate.py", str(folder)]]
@@ -61,10 +61,10 @@ def run_step(name: str, commit: str, args: argparse.Namespace) -> dict[str, Any]
         "commit": commit,
         "output": output.splitlines()[-40 if status else -1 :],
     }
-    metrics = folder / "evaluation" / "metrics.json"
+    metrics = ROOT / folder / "evaluation" / "metrics.json"
     if status == 0 and metrics.is_file():
         row["metrics"] = json.loads(metrics.read_text())
-        row["epochs_trained"] = len((folder / "metrics.csv").read_text().splitlines()) - 1
+        row["epochs_trained"] = len((ROOT / folder / "metrics.csv").read_text().splitlines()) - 1
     print(f"{name}: {'FAILED' if status else 'done'} in {row['seconds']} s", *output.splitlines()[-5:], sep="\n")
     return row
 
@@ -97,7 +97,7 @@ def main() -> None:
         if not torch.cuda.is_available():
             raise UserError("this machine or this build of torch has no CUDA device; for a trial, add --device cpu")
         torch.cuda.init()  # so that environment() names the GPU
-    run_steps(RESULTS if args.device == "cuda" else Path(args.output_dir) / "trial.json", args)
+    run_steps(RESULTS if args.device == "cuda" else ROOT / args.output_dir / "trial.json", args)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,9 @@ def begin(args: argparse.Namespace, state: dict[str, Any], epoch_length: int) ->
     if not args.first_stage:
         raise UserError("the first stage is missing; add --first-stage RUN, of train_classifier.py --recipe paper")
     first = load_checkpoint(Path(args.first_stage) / "best.pt")
-    for name in ("kind", "model", "dataset", "val_size", "batch_size", "black", "optimizer", "schedule"):
+    if first["options"].get("schedule") != "maxout" or first["options"]["kind"] != args.kind:
+        raise UserError(f"{args.first_stage} is no first stage; train it with train_classifier.py --recipe paper")
+    for name in ("model", "dataset", "val_size", "batch_size", "black", "optimizer"):
         if first["options"].get(name) != getattr(args, name):
             raise UserError(f"{args.first_stage} was trained with another {name}; use the same here")
     for name in ("model", "optimizer"):

@@ -210,12 +210,12 @@ def get_args_parser() -> flags.ArgumentParser:
 
 
 def add_row(parser: flags.ArgumentParser, args: Namespace) -> None:
-    """Make --command a row."""
+    """Add --command to ROWS. A usage error if it is no training command."""
     if not args.command or not (ROOT / args.command[0]).is_file():
         parser.error('--command must begin with a training script, like "train_gan.py --recipe best"')
     args.names = args.names or [folder_name(args.command)]
     if own := {"--seed", "--data-dir", "--output-dir"} & {word.partition("=")[0] for word in args.command}:
-        parser.error(f"--command has {min(own)}; give it to reproduce.py (--seeds N trains the seeds 0 to N - 1)")
+        parser.error(f"omit {min(own)} from --command; reproduce.py has --seeds, --data-dir and --output-dir")
     words = {word for text in ROWS.values() for word in text.split()} - ROWS.keys()
     if args.names[0] in {*args.command, *words}:  # where a row's name stands for its run
         parser.error(f"{args.names[0]} is a word of a command; use another name for the row")

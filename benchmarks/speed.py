@@ -64,7 +64,7 @@ Row = dict[str, Any]
 
 
 def prepare(command: str, *more: str) -> tuple[Any, argparse.Namespace]:
-    """The script of a command, and its options without what the baseline lacks (EMA, weight limits; and R1 above)."""
+    """The script of a command, and its options without what the baseline lacks: EMA, weight limits, schedule."""
     name, *own = command.split()
     script = importlib.import_module(name.removesuffix(".py"))
     with contextlib.redirect_stdout(None):

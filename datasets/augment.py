@@ -15,7 +15,7 @@ def distort(
     shift: float = 2.0,
     elastic: float = 0.0,
 ) -> Tensor:
-    """Distort each image of [N, C, H, W] by its own random affine map and elastic distortion; the shape stays.
+    """Distort images [N, C, H, W], each by a random affine map and an elastic distortion of its own; same shape.
 
     degrees, shear: largest rotation and shear, in degrees. scale: largest relative change of width and of height.
     shift: largest translation, in pixels. elastic: largest displacement of the points of a 5x5 grid, in pixels,

@@ -189,9 +189,8 @@ class CapturedStep:
                 each(*self.inputs)
                 ends.append(random_state()[self.device.type])
             if not torch.equal(*ends):
-                raise RuntimeError(
-                    "it draws other random numbers, as with torch.utils.checkpoint or, on CUDA, torch.bernoulli(p)"
-                )
+                cause = "torch.utils.checkpoint or, on CUDA, torch.bernoulli"
+                raise RuntimeError(f"compiled, it draws other random numbers, as with {cause}")
         except (Exception, KeyboardInterrupt) as error:  # no compiler, no Triton, another torch, Ctrl-C
             print(f"not compiled: {reason_of(error)}")
             self.compiled, self.eager = False, not self.graph
@@ -289,5 +288,5 @@ def side_stream() -> Iterator[None]:
     try:
         with torch.cuda.stream(stream):
             yield
-    finally:  # what a step that failed has written is rolled back on the other stream
+    finally:  # the rollback, also that of a failed step, runs on the current stream
         torch.cuda.current_stream().wait_stream(stream)

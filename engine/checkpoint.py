@@ -130,7 +130,7 @@ def read_checkpoint(path: Path, keys: set[str] = KEYS) -> dict[str, Any]:
 
 
 def require(checkpoint: dict[str, Any], keys: set[str]) -> None:
-    """Fail if a key is missing, a value read before building the network has a wrong type, or `script` is elsewhere."""
+    """Fail if a key is missing, a value that the network is built from has the wrong type, or `script` is elsewhere."""
     options, code, state = (checkpoint[key] for key in ("options", "code", "state"))
     script, *others = (options.get(key, "") for key in ("script", "kind", "dataset", "data_dir"))
     classes: Any = options.get("classes", [])

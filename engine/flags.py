@@ -140,7 +140,7 @@ def training_parser(
     add = parser.group("where to compute")
     add("--device", type=device_name, default="auto", help="auto, cpu, cuda, cuda:1, ... or mps")
     add("--threads", type=number(int, 1, 1024), help="CPU threads (default: as many as are fastest in the first steps)")
-    add("--products", choices=["torch", "onednn"], help="library for matrix products on a CPU (default: the faster)")
+    add("--products", choices=["torch", "onednn"], help="library of matrix products on a CPU (default: the faster one)")
     add("--cuda-graph", action=BooleanOptionalAction, help="on CUDA, replay the step as one graph")
     add("--compile", action=BooleanOptionalAction, help="compile the whole step (needs a C++ compiler; Triton on CUDA)")
     add("--amp", action="store_true", help="mixed precision (bfloat16)")

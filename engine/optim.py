@@ -117,17 +117,16 @@ class EMA:
 
     def __init__(self, model: nn.Module, decay: float):
         try:
-            self.model = copy.deepcopy(model).eval().requires_grad_(False)
-            self.model.to(
-                next(model.parameters()).device
-            )  # which puts a GRU's weights in one piece, as cuDNN wants them
+            device = next(model.parameters()).device
+            # .to puts a GRU's weights into one piece of memory, which cuDNN asks for
+            self.model = copy.deepcopy(model).to(device).eval().requires_grad_(False)
             for average in self.model.state_dict().values():
                 average.isfinite()  # which a layer without a size, such as LazyLinear, does not allow
         except (RuntimeError, ValueError) as error:
             remedy = "omit --ema, give each layer its size, or use torch.nn.utils.parametrizations"
             raise UserError(f"--ema cannot copy the network: {str(error).splitlines()[0]}; {remedy}") from error
         self.decay = decay
-        self.updates = torch.zeros((), device=next(model.parameters()).device)
+        self.updates = torch.zeros((), device=device)
         self.source, averages = model, self.model.state_dict()
         tied = {(own.data_ptr(), own.shape): name for name, own in averages.items()}  # each weight once
         self.averages = {name: averages[name] for name in tied.values() if averages[name].is_floating_point()}

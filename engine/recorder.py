@@ -98,7 +98,7 @@ class Recorder(TorchDispatchMode):
         if function.__name__ == "lift_fresh.default" and args[0].device.type != "meta":  # torch.tensor(x)
             if self.device and self.device.type == "cuda":
                 remedy = "make it before the first step, or with torch.full"
-                raise NotCapturable(f"{line} copies a constant to the GPU, as torch.tensor(x) does; {remedy}")
+                raise NotCapturable(f"{line} makes a tensor from Python values, as torch.tensor(x) does; {remedy}")
             self.made[storage_of(args[0])] = len(self.operations)
             inputs.append(values_of(args[0]))
         if reason := waits(function, inputs, self.host_reads.caller):
@@ -127,7 +127,7 @@ class Recorder(TorchDispatchMode):
 
     def record(self, name: str, inputs: list[Any], outputs: list[torch.Tensor], line: str) -> None:
         for tensor in (*tensors_of(inputs), *outputs):
-            # Attention keeps its seed on the CPU, except while CUDA captures it.
+            # Attention keeps the seed of its dropout on the CPU, except while CUDA captures it.
             if self.device and tensor.device.type != self.device.type and "scaled_dot_product" not in name:
                 remedy = f"make it with device=images.device, or before the first step and with .to({self.device})"
                 raise NotCapturable(f"{line} uses a tensor on the {tensor.device.type} in {name}; {remedy}")
@@ -148,9 +148,7 @@ class Recorder(TorchDispatchMode):
 
     def describe(self, value: Any) -> Any:
         """A tensor by its shape and its storage, which the step made or found; anything else by its value."""
-        if not isinstance(
-            value, torch.Tensor | torch.UntypedStorage
-        ):  # cuDNN's GRU sets a tensor to its weights' storage
+        if not isinstance(value, torch.Tensor | torch.UntypedStorage):  # cuDNN's GRU passes the storage of its weights
             return repr(value)
         storage = storage_of(value) if isinstance(value, torch.Tensor) else value._cdata
         origin = f"made by operation {self.made[storage]}" if storage in self.made else f"storage {storage}"

@@ -218,7 +218,7 @@ class Run:
                 self.state[name] = restored(self.state.get(name), checkpoint["state"][name], self.device())
 
     def load_position(self, checkpoint: dict[str, Any]) -> None:
-        """Restore epoch, batch and tables. Fails in many ways if the checkpoint has none."""
+        """Restore epoch, batch and tables. Fails in many ways if the checkpoint lacks one."""
         for key in POSITION:
             setattr(self, key, int(checkpoint[key]))
         for key in TABLES:

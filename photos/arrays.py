@@ -33,7 +33,7 @@ def unit_range(pixels: Tensor) -> Tensor:
 
     Every image has paper and ink, so -0.1 to 1, into which interpolation turns 0 to 1, and 0 to 16 are errors.
     """
-    low, high = (round(value.item(), 3) for value in pixels.aminmax())  # resizing turns 1 into 1.0000001
+    low, high = (round(value.item(), 3) for value in pixels.aminmax())  # resizing may turn 1 into 1.0000001
     if low >= 0 and high <= 1:
         return pixels
     if low >= 0 and 64 <= high <= 255:

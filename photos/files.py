@@ -20,7 +20,7 @@ def open_image(image: "str | Path | Image.Image", side: int) -> "Image.Image":
     """
     from PIL import Image
 
-    warnings.filterwarnings("ignore", module="PIL")  # of damaged EXIF, or of a size that is not our own limit
+    warnings.filterwarnings("ignore", module="PIL")  # about damaged EXIF, or about sizes below our own limit
     name = "the picture" if isinstance(image, Image.Image) else image
     try:
         if isinstance(image, Image.Image):

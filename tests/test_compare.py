@@ -79,12 +79,15 @@ def test_what_evaluate_measured_of_a_file_and_a_second_run_of_a_seed_are_left_ou
         compare.read_settings(["relu-weights"])
 
 
-def test_the_loss_of_an_rbm_is_not_compared_with_a_likelihood():
+def test_the_loss_of_an_rbm_or_of_grey_pixels_is_not_compared_with_a_likelihood():
     vae, rbm = fake([], []), fake([], [])
     for one, model in ((vae, "vae"), (rbm, "rbm")):
         one.history, one.values, one.options = [{"loss": 1.0}], {"loss": 1.0}, {"model": model}
     assert compare.shared_metrics([vae, rbm]) == []
     assert compare.shared_metrics([vae, vae]) == ["loss"]
+    for binarise, shared in (("none", []), ("fixed", ["loss"])):
+        rbm.options = {"model": "vae", "binarise": binarise}
+        assert compare.shared_metrics([vae, rbm]) == shared
 
 
 def test_parzens_log_likelihood_is_not_compared_with_a_models():

@@ -128,7 +128,7 @@ def test_a_step_that_uses_the_storage_of_changing_weights_is_captured(fake_cuda)
 
 
 def test_a_constant_that_a_step_copies_to_the_gpu_is_named():
-    with Recorder(torch.device("cuda")), pytest.raises(NotCapturable, match="copies a constant to the GPU"):
+    with Recorder(torch.device("cuda")), pytest.raises(NotCapturable, match="makes a tensor from Python values"):
         torch.tensor([0.2, 0.8])
 
 

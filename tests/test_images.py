@@ -180,6 +180,16 @@ def test_a_network_is_scored_on_a_folder_with_images_of_one_class(capsys):
     assert re.search(r"macro avg +1\.0000 +1\.0000 +1\.0000", capsys.readouterr().out)
 
 
+def test_folders_of_one_name_have_results_of_their_own(monkeypatch):
+    images, labels = load_data("digits", None, train=False)
+    for who in ("alice", "bob"):
+        write_page(f"{who}/photos/7/a.png", images[labels == 7][0, 0])
+        call("weights/cnn.pt", "--dataset", f"{who}/photos")
+    assert len(list(Path("runs/cnn-weights/evaluation").glob("photos-*/metrics.json"))) == 2
+    monkeypatch.chdir("alice/photos")
+    assert re.fullmatch(r"photos-\w{8}", evaluate.results_name("."))
+
+
 def test_a_network_is_scored_on_another_labelled_folder_and_its_mistakes_are_named(capsys):
     """Photos and images of 28x28, of some of the classes; one is in the wrong folder, one is blank."""
     images, labels = load_data("digits", None, train=False)
