@@ -76,13 +76,11 @@ def build(args: Namespace, device: torch.device, batches: Any) -> tuple[dict[str
             optimizer_d.step()
 
         # (2) update G: maximise log D(G(z)), or minimise log(1 - D(G(z))), which saturates
-        discriminator.requires_grad_(False)  # only G learns here
         logits = discriminator(fakes).float()  # float32, also with --amp
         loss_g = loss_of_g(discriminator(images).float() if paired else real, logits)
         optimizer_g.zero_grad()
-        loss_g.backward()
+        loss_g.backward(inputs=[weight for weight in generator.parameters() if weight.requires_grad])  # only G learns
         optimizer_g.step()
-        discriminator.requires_grad_(True)
         if args.simultaneous:
             optimizer_d.step()
         if paired:

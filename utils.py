@@ -65,7 +65,7 @@ def train(
         layers or set a learning rate. All run in eval mode and without gradients.
     score: the metric to maximise: best.pt is saved whenever it beats all earlier epochs. Without a validation split
         there is no best.pt, and the last epoch is the result.
-    should_stop: gets the last row, on every rank; training ends once it returns True.
+    should_stop: gets each row, on every rank, and the last one again on resume; training ends once it returns True.
     check: runs on rank 0 in eval mode, before the first step and after the last; see measures.trained.check_rebuilt.
 
     Saves checkpoint.pt before the first step, every --save-interval seconds, after each epoch, and on a signal,
@@ -79,13 +79,13 @@ def train(
         run_step = make_step(run, train_step, batches)
         check = evaluating(*run.networks().values())(check)  # in eval mode, without gradients
         optim.check_schedules(run.state, run.args.epochs, len(batches))
-        if finished(run, should_stop):
+        if done := finished(run, should_stop):
             print(f"run already finished at epoch {run.epoch}")
         with caught_signals() as signals, watched_optimizers(run.state, run.updated):
             if run.epoch == run.batch == 0:
                 run.save()
                 broadcast(check)  # runs on rank 0; the others wait
-            while not finished(run, should_stop):
+            while not done:
                 for rows in progress(run, batches, steps):
                     run_step(rows)
                     run.batch += 1
@@ -94,7 +94,8 @@ def train(
                 with evaluating(*run.networks().values()):
                     finish_epoch(run, validate, score, sample, after_epoch)
                 optim.step_schedules(run.state, run.history[-1], score)
-                save(run, [] if finished(run, should_stop) else signals, due=True)  # no signal stops a finished run
+                done = finished(run, should_stop)
+                save(run, [] if done else signals, due=True)  # no signal stops a finished run
         broadcast(check)
         save_plots(run)
         print_what_is_next(run)
@@ -126,6 +127,8 @@ def progress(run: Run, batches: Any, steps: int) -> Iterator[torch.Tensor]:
                 bar.update(run.batch - bar.n)
                 if hidden and run.batch < steps:
                     print(f"epoch {run.epoch + 1} step {run.batch}/{steps}  {listed(run.curve[-1])}")
+    if run.batch < steps:
+        raise UserError(f"rows({run.epoch}) yields {run.batch} of {steps} batches; yield as many in every epoch")
 
 
 def make_step(run: Run, train_step: TrainStep, batches: Any) -> Callable[[torch.Tensor], None]:

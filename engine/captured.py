@@ -155,7 +155,7 @@ class CapturedStep:
             torch.rand((), device=self.device)  # the random numbers of each step begin elsewhere
             with advanced(self.run.state, i), recorder:
                 self.step(*self.inputs)
-            random.append(random_state()[self.device.type])
+            random.append(random_state())
             settings.append([settings_of(optimizer) for optimizer in self.run.optimizers()])
         for recorder in recorders[2:]:
             if reason := difference(recorders[1], recorder):
@@ -163,7 +163,9 @@ class CapturedStep:
         if settings[1] != settings[-1]:
             remedy = "change them in `after_epoch`, or by a schedule in `state`"
             raise NotCapturable(f"it changes settings of an optimizer, which are Python numbers; {remedy}")
-        if torch.equal(random[0], random[1]):
+        if any(random[0][name] != random[1][name] for name in ("python", "numpy")):
+            raise NotCapturable("it draws random numbers from Python or numpy; draw them with torch")
+        if torch.equal(*(state[self.device.type] for state in random[:2])):
             raise NotCapturable("it seeds the random number generator in each step; seed it before the first step")
         for name, value in plain_values(self.run.state).items():
             if value != values[name]:
@@ -250,14 +252,18 @@ class CapturedStep:
 def advanced(state: dict[str, Any], steps: int) -> Iterator[None]:
     """Within this, the values of the schedules in `state` depend on `steps`, which shows in a step that reads them."""
     schedules = [item for item in state.values() if isinstance(item, LRScheduler)]
-    before = [(schedule, getattr(schedule, "last_epoch", 0), schedule._last_lr) for schedule in schedules]
+    before = [(schedule, getattr(schedule, "last_epoch", None), schedule._last_lr) for schedule in schedules]
     try:
         for schedule, epoch, rates in before:
-            schedule.last_epoch, schedule._last_lr = epoch + steps, [rate * (1 + steps) for rate in rates]
+            schedule.last_epoch, schedule._last_lr = (epoch or 0) + steps, [rate * (1 + steps) for rate in rates]
         yield
     finally:
         for schedule, epoch, rates in before:
-            schedule.last_epoch, schedule._last_lr = epoch, rates
+            schedule._last_lr = rates
+            if epoch is None:  # of a ChainedScheduler
+                del schedule.last_epoch
+            else:
+                schedule.last_epoch = epoch
 
 
 def changed(before: list[tuple[str, Any]] | None, settings: list[tuple[str, Any]]) -> str:

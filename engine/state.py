@@ -102,7 +102,7 @@ def check_optimizers(state: dict[str, Any]) -> None:
     for name, item in state.items():
         scheduled = hasattr(getattr(item, "step", None), "_wrapped_by_lr_sched")
         if scheduled and not any(isinstance(part, LRScheduler) and part.optimizer is item for part in parts):
-            print(f"warning: {name} has a schedule that `state` lacks; add it, so that a resumed run continues it")
+            print(f"warning: {name} has a schedule that `state` lacks; add it, and leave its step() to the loop")
 
 
 @contextmanager
@@ -181,7 +181,11 @@ def unsaved(recorder: Recorder, state: dict[str, Any], before: Sequence[int] = (
 
 
 def plain_values(state: dict[str, Any]) -> dict[str, list[Any]]:
-    """Python's values in what a checkpoint holds of each item; the settings of optimizers are compared separately."""
-    others = {name: item for name, item in state.items() if not isinstance(item, nn.Module | Optimizer)}
+    """Python's values in what a checkpoint holds of each item; the settings of optimizers are compared separately.
+
+    A GradScaler's numbers are tensors, which it updates in place.
+    """
+    apart = nn.Module | Optimizer | torch.amp.GradScaler
+    others = {name: item for name, item in state.items() if not isinstance(item, apart)}
     leaves = {name: tree_leaves(saved(name, item)) for name, item in others.items()}
     return {name: [leaf for leaf in own if not isinstance(leaf, torch.Tensor)] for name, own in leaves.items()}

@@ -43,7 +43,8 @@ for command in commands:
 def start(code: Path, *commands: Sequence[object], **how: Any) -> subprocess.Popen:
     """Run scripts of the folder `code`, each given with its flags, one after the other: torch is imported once."""
     words = [json.dumps([str(code / script), *map(str, flags)]) for script, *flags in commands]
-    return subprocess.Popen([sys.executable, "-c", PROGRAM, str(code), *words], **how)
+    alone = {**os.environ, "GIT_CEILING_DIRECTORIES": str(code.resolve().parent)}  # else the commit above is its own
+    return subprocess.Popen([sys.executable, "-c", PROGRAM, str(code), *words], env=alone, **how)
 
 
 def wait(processes: list[subprocess.Popen]) -> None:

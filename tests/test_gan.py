@@ -178,6 +178,16 @@ def test_real_images_with_wrong_labels_weigh_as_asked(monkeypatch):
     assert train_step(images, labels)["loss_d"].item() == pytest.approx(by_hand.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("script", PAIRS)
+def test_what_is_frozen_stays_frozen(script):
+    _, state, train_step = build(script)
+    frozen = [next(state[name].parameters()).requires_grad_(False) for name in ("generator", "discriminator")]
+    before = [weight.clone() for weight in frozen]
+    for _ in range(3):
+        train_step(torch.rand(6, 1, 28, 28), torch.arange(6))
+    assert all(map(torch.equal, frozen, before))
+
+
 RELATIVISTIC = ["--loss", "relativistic", "--r1", "0.8", "--simultaneous"]
 
 

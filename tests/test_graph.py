@@ -1,10 +1,12 @@
 """The captured step as a CUDA graph, on the CPU: replayed, compared, captured again, refused."""
 
 import contextlib
+import random
 import re
 from argparse import Namespace
 from unittest.mock import MagicMock
 
+import numpy as np
 import pytest
 import torch
 from test_loop import Position, start, ten_images
@@ -125,6 +127,30 @@ def test_a_step_that_uses_the_storage_of_changing_weights_is_captured(fake_cuda)
     fake_cuda(graphed, position)
     call(graphed, 1)
     assert FakeGraph.captures == 1
+
+
+def test_a_branch_by_a_random_number_of_python_is_refused_even_if_it_is_not_taken():
+    for draw in (random.random, np.random.rand):
+        with pytest.raises(UserError, match="it draws random numbers from Python or numpy; draw them with torch"):
+            call(captured_step(lambda rows, draw=draw: torch.ones(2 if draw() < 0 else 1), {}), 1)
+
+
+def test_a_chained_schedule_and_a_gradient_scaler_are_captured():
+    optimizer = torch.optim.SGD([torch.ones(1, requires_grad=True)], lr=0.1, fused=True)
+    chained = torch.optim.lr_scheduler.ChainedScheduler([torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)])
+    scaler = torch.amp.GradScaler("cpu")
+
+    def step(rows):
+        optimizer.zero_grad()
+        scaler.scale(optimizer.param_groups[0]["params"][0].sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+    state = {"optimizer": optimizer, "chained": chained, "scaler": scaler}
+    prepare(optimizer, torch.device("cpu"))
+    call(captured_step(step, state, begun=False), 3)
+    assert scaler.state_dict()["_growth_tracker"] == 3
+    assert not hasattr(chained, "last_epoch")
 
 
 def test_a_constant_that_a_step_copies_to_the_gpu_is_named():

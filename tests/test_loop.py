@@ -56,10 +56,11 @@ def fit(layer, optimizer):
 
 
 def test_best_pt_is_the_best_epoch_and_the_run_ends_when_it_should_stop(tmp_path):
-    accuracies = iter([0.5, 0.9, 0.9, 0.7, 0.8, 0.95])
+    accuracies, asked = iter([0.5, 0.9, 0.9, 0.7, 0.8, 0.95]), []
     run = start(tmp_path / "run", {}, epochs=6)
 
     def should_stop(row):
+        asked.append(row["epoch"])
         return row["epoch"] - run.best_epoch("val_accuracy") >= 2
 
     def validate():
@@ -68,6 +69,7 @@ def test_best_pt_is_the_best_epoch_and_the_run_ends_when_it_should_stop(tmp_path
     utils.train(run, lambda *_: {}, ten_images(10), validate, "val_accuracy", should_stop=should_stop)
     assert load(tmp_path / "run" / "best.pt")["epoch"] == 2
     assert load(tmp_path / "run" / "checkpoint.pt")["epoch"] == 4
+    assert asked == [1, 2, 3, 4]  # once each: it may count
 
 
 def test_every_schedule_and_every_ema_in_the_state_is_updated_once_a_step(tmp_path):
@@ -312,6 +314,9 @@ def test_a_batch_source_that_yields_fewer_batches_than_its_length_is_refused(tmp
     monkeypatch.setattr(batches, "rows", lambda epoch, start=0: iter(torch.arange(8).split(4)[start:]))  # no short one
     with pytest.raises(UserError, match=r"^len\(batches\) is 3, but rows\(\) yields 2 batches; make them the same$"):
         utils.train(start(tmp_path / "run", {}), lambda images, labels: {}, batches)
+    monkeypatch.setattr(batches, "rows", lambda epoch, start=0: torch.arange(10).split(4)[start : 3 - (epoch == 1)])
+    with pytest.raises(UserError, match=r"^rows\(1\) yields 2 of 3 batches; yield as many in every epoch$"):
+        utils.train(start(tmp_path / "other", {}, epochs=2), lambda images, labels: {}, batches)
 
 
 def test_the_captured_step_has_the_size_of_the_batches_not_of_the_flag(tmp_path, monkeypatch):
