@@ -318,9 +318,11 @@ def evaluation_folder(run: Path) -> Path:
 
 
 def results_name(dataset: str) -> str:
-    """Of the folder in evaluation/: the dataset's; of a folder elsewhere with a checksum, for two may have one name."""
+    """Of the results' folder: the dataset's name, with a checksum if it is a folder elsewhere: two may share a name."""
     name = short_name(dataset)
-    return name if dataset == name else f"{name}-{zlib.crc32(os.fsencode(os.path.abspath(dataset))):08x}"
+    if dataset in DATASETS or (os.path.normpath(dataset) == name and name not in DATASETS):
+        return name
+    return f"{name}-{zlib.crc32(os.fsencode(os.path.abspath(dataset))):08x}"
 
 
 if __name__ == "__main__":

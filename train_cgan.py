@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import utils
 from datasets import DATASETS, SHOW_DIGITS, Batches, short_name, split
 from engine import errors, flags, optim
-from engine.adversarial import LOSSES, adversarial_parser, init_weights, logits_of, r1_penalty
+from engine.adversarial import LOSSES, adversarial_parser, init_weights, learning, logits_of, r1_penalty
 from measures.trained import check_rebuilt
 from measures.watch import Watch
 from models.cgan import ConditionalDiscriminator, ConditionalGenerator
@@ -81,7 +81,7 @@ def build(args: Namespace, device: torch.device, batches: Any) -> tuple[dict[str
         logits = discriminator(fakes, labels).float()  # float32, also with --amp
         loss_g = loss_of_g(discriminator(images, labels).float() if paired else real, logits)
         optimizer_g.zero_grad()
-        loss_g.backward(inputs=[weight for weight in generator.parameters() if weight.requires_grad])  # only G learns
+        loss_g.backward(inputs=learning(optimizer_g))  # only G learns here
         optimizer_g.step()
         if args.simultaneous:
             optimizer_d.step()

@@ -17,8 +17,9 @@ Edit a train_step as you like. Keep what must survive a step or a resume in `sta
 generators, plain values. To anneal a number, compute it from the tensor `state["step"]`. On a GPU, or with --compile,
 the step is captured, which means recorded once and replayed without Python. So it must stay on the device and do the
 same in every step: no `.item()`, no `print` of a tensor, no `images[mask]`, no `if` on a tensor, no Python number that
-changes. Random numbers, and an `if` on an option, are fine. A step that breaks these rules ends the training at once,
-with a message that names the line; with `--no-cuda-graph` and without `--compile`, it runs eagerly, without limits.
+changes. torch's random numbers, and an `if` on an option, are fine. A step that breaks these rules ends the training at
+once, with a message that names the line; with `--no-cuda-graph` and without `--compile`, it runs eagerly, without
+limits.
 """
 
 import itertools
@@ -65,7 +66,8 @@ def train(
         layers or set a learning rate. All run in eval mode and without gradients.
     score: the metric to maximise: best.pt is saved whenever it beats all earlier epochs. Without a validation split
         there is no best.pt, and the last epoch is the result.
-    should_stop: gets each row, on every rank, and the last one again on resume; training ends once it returns True.
+    should_stop: gets the row of each epoch but the last, on every rank; training ends once it returns True. A resumed
+        run asks it again about the last row, so compute it from `run.history`.
     check: runs on rank 0 in eval mode, before the first step and after the last; see measures.trained.check_rebuilt.
 
     Saves checkpoint.pt before the first step, every --save-interval seconds, after each epoch, and on a signal,
@@ -113,7 +115,7 @@ def finished(run: Run, should_stop: Callable[[Metrics], bool]) -> bool:
 
 
 def progress(run: Run, batches: Any, steps: int) -> Iterator[torch.Tensor]:
-    """Yield the row numbers of the epoch's remaining batches, of `steps` in all.
+    """Yield the row numbers of the epoch's remaining batches, of `steps` in all. Raises UserError if there are fewer.
 
     Shows each report in a progress bar or, without a terminal, on a line.
     """
@@ -128,7 +130,7 @@ def progress(run: Run, batches: Any, steps: int) -> Iterator[torch.Tensor]:
                 if hidden and run.batch < steps:
                     print(f"epoch {run.epoch + 1} step {run.batch}/{steps}  {listed(run.curve[-1])}")
     if run.batch < steps:
-        raise UserError(f"rows({run.epoch}) yields {run.batch} of {steps} batches; yield as many in every epoch")
+        raise UserError(f"rows({run.epoch}) yields only {run.batch} of {steps} batches; yield all in every epoch")
 
 
 def make_step(run: Run, train_step: TrainStep, batches: Any) -> Callable[[torch.Tensor], None]:

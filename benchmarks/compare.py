@@ -182,7 +182,7 @@ def shared_metrics(runs: list[SimpleNamespace]) -> list[str]:
     shared = set.intersection(*({name for row in run.history for name in row} for run in runs))
     if len({run.options.get("kind") == "likelihood" for run in runs}) > 1:
         shared.discard("val_log_likelihood")  # a GAN's is Parzen's
-    # An RBM's loss is no likelihood, and neither is that of grey pixels.
+    # Neither an RBM's loss nor that of grey pixels is a likelihood.
     unlike = [(run.options.get("model") == "rbm", run.options.get("binarise") == "none") for run in runs]
     differ = len({str([*own, *map(run.options.get, LOSS_OPTIONS)]) for own, run in zip(unlike, runs)}) > 1
     return [name for name in runs[0].values if name in shared and not (differ and "loss" in name)]

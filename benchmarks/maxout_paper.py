@@ -48,7 +48,7 @@ def begin(args: argparse.Namespace, state: dict[str, Any], epoch_length: int) ->
         raise UserError("the first stage is missing; add --first-stage RUN, of train_classifier.py --recipe paper")
     first = load_checkpoint(Path(args.first_stage) / "best.pt")
     if first["options"].get("schedule") != "maxout" or first["options"]["kind"] != args.kind:
-        raise UserError(f"{args.first_stage} is no first stage; train it with train_classifier.py --recipe paper")
+        raise UserError(f"{args.first_stage} is not a first stage; train one with train_classifier.py --recipe paper")
     for name in ("model", "dataset", "val_size", "batch_size", "black", "optimizer"):
         if first["options"].get(name) != getattr(args, name):
             raise UserError(f"{args.first_stage} was trained with another {name}; use the same here")

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from engine.flags import ArgumentParser, number, training_parser
 
@@ -86,6 +87,11 @@ def logits_of(discriminator: nn.Module, real: Sequence[Tensor], fake: Sequence[T
         return discriminator(*real).float(), discriminator(*fake).float()
     of_real, of_fake = discriminator(*map(torch.cat, zip(real, fake))).float().chunk(2)
     return of_real, of_fake
+
+
+def learning(optimizer: Optimizer) -> list[Tensor]:
+    """The weights that `optimizer` updates, without those that are frozen."""
+    return [weight for group in optimizer.param_groups for weight in group["params"] if weight.requires_grad]
 
 
 def r1_penalty(discriminator: nn.Module, images: Tensor, *labels: Tensor) -> Tensor:

@@ -163,7 +163,7 @@ class CapturedStep:
         if settings[1] != settings[-1]:
             remedy = "change them in `after_epoch`, or by a schedule in `state`"
             raise NotCapturable(f"it changes settings of an optimizer, which are Python numbers; {remedy}")
-        if any(random[0][name] != random[1][name] for name in ("python", "numpy")):
+        if any(random[0][name] != random[-1][name] for name in ("python", "numpy")):
             raise NotCapturable("it draws random numbers from Python or numpy; draw them with torch")
         if torch.equal(*(state[self.device.type] for state in random[:2])):
             raise NotCapturable("it seeds the random number generator in each step; seed it before the first step")
@@ -192,7 +192,7 @@ class CapturedStep:
                 ends.append(random_state()[self.device.type])
             if not torch.equal(*ends):
                 cause = "torch.utils.checkpoint or, on CUDA, torch.bernoulli"
-                raise RuntimeError(f"compiled, it draws other random numbers, as with {cause}")
+                raise RuntimeError(f"when compiled, it draws other random numbers, as with {cause}")
         except (Exception, KeyboardInterrupt) as error:  # no compiler, no Triton, another torch, Ctrl-C
             print(f"not compiled: {reason_of(error)}")
             self.compiled, self.eager = False, not self.graph
@@ -260,7 +260,7 @@ def advanced(state: dict[str, Any], steps: int) -> Iterator[None]:
     finally:
         for schedule, epoch, rates in before:
             schedule._last_lr = rates
-            if epoch is None:  # of a ChainedScheduler
+            if epoch is None:  # a ChainedScheduler has none
                 del schedule.last_epoch
             else:
                 schedule.last_epoch = epoch

@@ -169,7 +169,8 @@ class Run:
                         own = restored(buffer, ranks[rank()].get("buffers", {}).get(name, buffer), self.device())
                         if name in self.state:  # a tensor, which may have another size in each process
                             self.state[name] = own
-            self.begun = self.epoch + self.batch > 0 and not changed
+            lazy = any(isinstance(item, torch.amp.GradScaler) for item in self.state.values())  # makes its tensors then
+            self.begun = self.epoch + self.batch > 0 and not changed and not lazy
             for weight, name in weights_of(self.state).items():  # after_epoch may have unfrozen a layer
                 weight.requires_grad_(checkpoint.get("switched", {}).get(name, weight.requires_grad))
         if self.args.resume or world_size() > 1:  # each rank draws its own random numbers

@@ -102,7 +102,7 @@ def check_optimizers(state: dict[str, Any]) -> None:
     for name, item in state.items():
         scheduled = hasattr(getattr(item, "step", None), "_wrapped_by_lr_sched")
         if scheduled and not any(isinstance(part, LRScheduler) and part.optimizer is item for part in parts):
-            print(f"warning: {name} has a schedule that `state` lacks; add it, and leave its step() to the loop")
+            print(f"warning: {name} has a schedule that `state` lacks; add it, and let the loop call its step()")
 
 
 @contextmanager

@@ -41,10 +41,11 @@ for command in commands:
 
 
 def start(code: Path, *commands: Sequence[object], **how: Any) -> subprocess.Popen:
-    """Run scripts of the folder `code`, each given with its flags, one after the other: torch is imported once."""
+    """Run scripts of the folder `code`, each given with its flags, in one process. how: for Popen."""
     words = [json.dumps([str(code / script), *map(str, flags)]) for script, *flags in commands]
-    alone = {**os.environ, "GIT_CEILING_DIRECTORIES": str(code.resolve().parent)}  # else the commit above is its own
-    return subprocess.Popen([sys.executable, "-c", PROGRAM, str(code), *words], env=alone, **how)
+    # Without the ceiling, git would find the repository above, and a run of an edited copy would claim its commit.
+    how["env"] = {**how.get("env", os.environ), "GIT_CEILING_DIRECTORIES": str(code.resolve().parent)}
+    return subprocess.Popen([sys.executable, "-c", PROGRAM, str(code), *words], **how)
 
 
 def wait(processes: list[subprocess.Popen]) -> None:

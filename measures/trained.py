@@ -64,7 +64,7 @@ def check_rebuilt(run: Any, network: Any, batches: Any) -> None:
         raise UserError(f'evaluate.py measures state["{name}"] or its EMA, but the result here is another; {remedy}')
     path, (images, _) = run.folder / "checkpoint.pt", batches.take(torch.zeros(1, dtype=torch.int64))
     rebuilt, made = rebuild(load_result(path), path, changed=False).to(images.device), outputs(network, images)
-    scale = max(1.0, made.abs().max().item()) if images.is_cuda else 1.0  # where other strides may mean TF32
+    scale = max(1.0, made.abs().max().item()) if images.is_cuda else 1.0  # kernels for other strides may use TF32
     if not torch.allclose(outputs(rebuilt, images), made, rtol=1e-2, atol=1e-3 * scale):
         raise UserError(f"evaluate.py would measure another network: state_dict() lacks a part of this one; {REMEDY}")
     if name == "generator" and (made.shape != (4, 1, 28, 28) or made.min() < 0 or made.max() > 1):

@@ -149,7 +149,7 @@ def test_a_step_that_sets_random_numbers_back_is_not_compiled_but_runs_eagerly_a
     run = start(tmp_path / "run", {"network": network, "optimizer": optimizer}, compile=True)
     utils.train(run, fit(recomputed, optimizer), ten_images(batch_size=2))
     assert not torch.equal(network[0].weight, before)
-    reason = "compiled, it draws other random numbers, as with torch.utils.checkpoint or, on CUDA, torch.bernoulli"
+    reason = "when compiled, it draws other random numbers, as with torch.utils.checkpoint or, on CUDA, torch.bernoulli"
     assert capsys.readouterr().out.count(f"not compiled: {reason}\n") == 1
 
 

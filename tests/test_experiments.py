@@ -3,6 +3,7 @@
 import csv
 import importlib
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -82,6 +83,13 @@ def test_measuring_trains_a_baseline_too_once_for_all_that_share_it(tmp_path, mo
         experiments.measure(name, tmp_path, [0], baselines)
     assert trained == ["baseline", "seed", "seed"]
     assert json.loads(experiments.RESULTS.read_text())["sam"]["without"] == [0.5]
+
+
+def test_a_script_of_a_copy_does_not_see_the_repository_above_and_gets_the_callers_environment(tmp_path):
+    (tmp_path / "say.py").write_text("import os; print(*map(os.environ.get, ('GIT_CEILING_DIRECTORIES', 'OWN')))")
+    how = {"env": {**os.environ, "OWN": "3"}, "stdout": subprocess.PIPE, "text": True}
+    with experiments.start(tmp_path, ["say.py"], **how) as process:
+        assert process.communicate()[0].split() == [str(tmp_path.resolve().parent), "3"]
 
 
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in NAMES if name != "mixup"]

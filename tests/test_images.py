@@ -188,6 +188,8 @@ def test_folders_of_one_name_have_results_of_their_own(monkeypatch):
     assert len(list(Path("runs/cnn-weights/evaluation").glob("photos-*/metrics.json"))) == 2
     monkeypatch.chdir("alice/photos")
     assert re.fullmatch(r"photos-\w{8}", evaluate.results_name("."))
+    assert evaluate.results_name("photos/") == "photos"
+    assert evaluate.results_name("./digits") != evaluate.results_name("digits")
 
 
 def test_a_network_is_scored_on_another_labelled_folder_and_its_mistakes_are_named(capsys):

@@ -69,7 +69,7 @@ def test_best_pt_is_the_best_epoch_and_the_run_ends_when_it_should_stop(tmp_path
     utils.train(run, lambda *_: {}, ten_images(10), validate, "val_accuracy", should_stop=should_stop)
     assert load(tmp_path / "run" / "best.pt")["epoch"] == 2
     assert load(tmp_path / "run" / "checkpoint.pt")["epoch"] == 4
-    assert asked == [1, 2, 3, 4]  # once each: it may count
+    assert asked == [1, 2, 3, 4]  # once each
 
 
 def test_every_schedule_and_every_ema_in_the_state_is_updated_once_a_step(tmp_path):
@@ -315,7 +315,7 @@ def test_a_batch_source_that_yields_fewer_batches_than_its_length_is_refused(tmp
     with pytest.raises(UserError, match=r"^len\(batches\) is 3, but rows\(\) yields 2 batches; make them the same$"):
         utils.train(start(tmp_path / "run", {}), lambda images, labels: {}, batches)
     monkeypatch.setattr(batches, "rows", lambda epoch, start=0: torch.arange(10).split(4)[start : 3 - (epoch == 1)])
-    with pytest.raises(UserError, match=r"^rows\(1\) yields 2 of 3 batches; yield as many in every epoch$"):
+    with pytest.raises(UserError, match=r"^rows\(1\) yields only 2 of 3 batches; yield all in every epoch$"):
         utils.train(start(tmp_path / "other", {}, epochs=2), lambda images, labels: {}, batches)
 
 

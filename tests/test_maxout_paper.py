@@ -77,7 +77,7 @@ def test_other_options_than_the_first_stages_are_refused(first):
         with pytest.raises(UserError, match=f"another {name}"):
             second("--first-stage", "first", flag, value)
     train(*DIGITS, "--recipe", "paper", "--schedule", "constant", "--epochs", 1, "--output-dir", "other")
-    with pytest.raises(UserError, match="other is no first stage"):
+    with pytest.raises(UserError, match="other is not a first stage"):
         second("--first-stage", "other", "--schedule", "constant")
     with pytest.raises(
         UserError, match=r"first is a run of train_classifier\.py, .*; resume it with: .*train_classifier\.py"
