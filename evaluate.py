@@ -68,17 +68,19 @@ def get_args_parser() -> flags.ArgumentParser:
     return parser
 
 
+def read_whole(model: Any, picture: Any) -> torch.Tensor:
+    """The whole image. The built-in datasets are light on black, so a network of them sees a light picture inverted."""
+    images = read_image(picture)
+    return 255 - images if model.options["dataset"] in DATASETS and images[..., 0].float().mean() > 127 else images
+
+
 def read_picture(model: Any, picture: Any) -> Reading:
     """What the network sees in a file or PIL image: each digit or character, with the probabilities of the classes.
 
     A network trained on a folder or on clothes sees the whole image.
     """
-    clothes = model.options["dataset"] == "fashion-mnist"
-    if clothes or model.options["dataset"] not in DATASETS:
-        images = read_image(picture)
-        if clothes and images[..., 0].float().mean() > 127:
-            images = 255 - images  # the network knows clothes that are light on black
-        reading = Reading(images, torch.empty(0))
+    if model.options["dataset"] == "fashion-mnist" or model.options["dataset"] not in DATASETS:
+        reading = Reading(read_whole(model, picture), torch.empty(0))
     elif model.options["classes"] == list("0123456789"):
         return read(picture, partial(trained.classify, model))
     else:
@@ -91,7 +93,7 @@ def read_one(model: Any, path: str) -> torch.Tensor:
     with suppress(DataError):
         if len(images := read_picture(model, path).images) == 1:
             return images
-    return read_image(path)
+    return read_whole(model, path)
 
 
 def classify(model: Any, images: Any) -> torch.Tensor:
@@ -242,7 +244,7 @@ def evaluate_generator(network: Any, args: argparse.Namespace, device: torch.dev
 
 def is_own(folder: str, data_dir: str, options: dict[str, Any]) -> bool:
     """Whether `folder` is the one that a run was trained on, to which images may have been added, or a copy of it."""
-    if options["dataset"] in DATASETS:
+    if {folder, options["dataset"]} & {*DATASETS}:
         return False
     with suppress(DataError):  # the run's own may be gone
         if require_folder(folder, data_dir).samefile(require_folder(options["dataset"], data_dir)):

@@ -15,7 +15,6 @@ from datasets.batches import Batches as Batches
 from datasets.binarise import binarise as binarise
 from datasets.digits import load_digits
 from datasets.folder import CLASS_FOLDERS, difference, folder_classes, load_folder
-from datasets.folder import read_image as read_image
 from datasets.mnist import FOLDERS, load_mnist
 from engine.distributed import broadcast, rank_0_first
 from engine.errors import DataError

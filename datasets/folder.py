@@ -115,7 +115,8 @@ def parts(folder: Path) -> tuple[Path, Path]:
 
 
 def subfolders(folder: Path) -> list[str]:
-    return sorted(name for name in next(os.walk(folder, onerror=refuse))[1] if not is_hidden(name))
+    names, runs = next(os.walk(folder, onerror=refuse))[1], Path("runs").resolve()  # of a user who stands in `folder`
+    return sorted(name for name in names if not is_hidden(name) and (folder / name).resolve() != runs)
 
 
 def is_hidden(name: str) -> bool:
@@ -143,7 +144,7 @@ def list_images(folder: Path, train: bool, whole: bool = False) -> tuple[list[tu
         if len(images) <= min(1, fifth):
             kinds = f" ({endings(files)})" * bool(files)
             holds = f"{len(images)} images ({', '.join(FORMATS)}) in {len(files)} files{kinds}"
-            remedy = f"needs at least {2 if fifth else 1}; add some, or remove the folder"
+            remedy = f"needs at least {2 if fifth else 1}; add some, or move the folder elsewhere"
             raise DataError(f"{part / name} holds {holds}, but {remedy}")
         chosen += images[fifth:] if train or not fifth else images[:fifth]
     return [(path, label) for _, path, label in sorted(chosen)], others

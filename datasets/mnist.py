@@ -107,7 +107,7 @@ def download(folder: str, root: Path) -> None:
                 data = answer.read(LARGEST)
             content = unpack(data, stem, True, f"the download was discarded: {url}", "try again later")
             path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=".download-", dir=root) as temporary:
+            with tempfile.TemporaryDirectory(prefix=".download-", dir=path.parent) as temporary:
                 (file := Path(temporary) / path.name).write_bytes(content if stem in SHA256 else data)
                 os.replace(file, path)
         except (OSError, HTTPException) as error:

@@ -116,7 +116,7 @@ def beside_real_images(
     Validation images, which choose Parzen's sigma, are the first 1,000 of the last sixth of the training images, as in
     Goodfellow et al. 2014: the last 10,000 of MNIST's 60,000. The real images come from the others.
     """
-    (train_images, train_labels), (test_images, test_labels) = train_set, test_set
+    (train_images, train_labels), (test_images, test_labels) = train_set, (part[:10_000] for part in test_set)
     cut = len(train_images) * 5 // 6
     reference = train_images[cut:][:1000] / 255, test_images / 255, test_labels
     measures = measure_images(samples, labels, classifier, reference, of_digits)
@@ -143,5 +143,5 @@ def nearest_images(samples: Tensor, images: Tensor) -> Tensor:
     """The nearest of `images`, uint8 [M, 1, H, W], to each sample [N, 1, H, W]: do the samples copy any of them?"""
     from sklearn.neighbors import NearestNeighbors
 
-    nearest = NearestNeighbors(n_neighbors=1, algorithm="brute").fit(images.flatten(1).numpy() / 255)
+    nearest = NearestNeighbors(n_neighbors=1, algorithm="brute").fit((images.flatten(1) / 255).numpy())
     return images[nearest.kneighbors(samples.flatten(1).numpy(), return_distance=False)[:, 0]] / 255

@@ -43,10 +43,10 @@ class Watch:
         return {"val_log_likelihood": densities.mean(1).max().item()}
 
     def grid(self) -> Tensor:
-        """100 samples in rows of ten; of a conditional generator a row for each class, a column for each of ten z."""
+        """100 samples in rows of ten; of a conditional generator a row for each of 100 classes at most."""
         if not self.classes:
             return self.sample(100)
-        return self.sample(10 * self.classes).unflatten(0, (10, self.classes)).transpose(0, 1).flatten(0, 1)
+        return self.sample(10 * self.classes).unflatten(0, (10, self.classes)).transpose(0, 1)[:100].flatten(0, 1)
 
     def warn(self, row: dict[str, float]) -> None:
         """Print the signs of failure. row: an epoch's metrics."""

@@ -8,12 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import draw_shapes
 from PIL import Image, ImageDraw
 from test_evaluate import call
 
 import evaluate
+import train_classifier
 from datasets import load as load_data
-from datasets import read_image
+from datasets.folder import read_image
 from engine.errors import DataError
 from models import build_network
 from photos import read
@@ -190,6 +192,18 @@ def test_folders_of_one_name_have_results_of_their_own(monkeypatch):
     assert re.fullmatch(r"photos-\w{8}", evaluate.results_name("."))
     assert evaluate.results_name("photos/") == "photos"
     assert evaluate.results_name("./digits") != evaluate.results_name("digits")
+
+
+def test_the_digits_of_scikit_learn_are_not_taken_for_a_runs_own_folder_of_that_name(tmp_path):
+    draw_shapes(tmp_path / "digits", {"train": 20, "test": 8})
+    train_classifier.main(["--dataset", "./digits", "--model", "mlp", "--device", "cpu", "--dry-run"])
+    with pytest.raises(DataError, match="digits has classes that the network does not know"):
+        call("runs/dry-run-mlp-digits", "--dataset", "digits")
+
+
+def test_a_labelled_picture_without_one_digit_is_light_on_black_too():
+    Image.new("L", (90, 90), 255).save("blank.png")
+    assert evaluate.read_one(evaluate.load_model("weights/cnn.pt"), "blank.png").max() == 0
 
 
 def test_a_network_is_scored_on_another_labelled_folder_and_its_mistakes_are_named(capsys):

@@ -11,7 +11,8 @@ from helpers import ROOT, run
 from PIL import Image
 
 import evaluate
-from datasets import load, read_image
+from datasets import load
+from datasets.folder import read_image
 from engine.checkpoint import load_checkpoint
 from engine.errors import DataError, UserError
 from measures.reference import load_reference

@@ -73,6 +73,10 @@ def test_the_grid_of_a_conditional_generator_has_a_row_for_each_class_and_a_colu
     assert watch.validate() == {}
 
 
+def test_the_picture_of_samples_has_at_most_a_hundred_classes():
+    assert len(Watch(Coded(classes=1200), NOTHING, seed=0, digits=False).grid()) == 1000
+
+
 def test_walks_lead_from_z_to_z_in_a_line_for_each_class_and_show_one_noise_as_all():
     grids = {name: images[..., 0, 0, 0] for name, images in walks(Coded(classes=10), seed=0).items()}
     i = torch.arange(10.0)
