@@ -57,9 +57,16 @@ def make_folder(folder: Path) -> None:
         raise UserError(f"{folder} cannot be created ({reason}); {remedy}, or use another folder") from error
 
 
+class HardLock(FileLock):
+    """A lock that ends with its process. filelock's fallback, where there are none, is a file that a kill leaves."""
+
+    def _fallback_to_soft_lock(self) -> None:
+        raise NotImplementedError
+
+
 def lock(folder: Path) -> FileLock:
     """The lock of `folder`, which rank 0 holds until it is released. Raises UserError if another run holds it."""
-    file_lock = FileLock(folder / ".lock")
+    file_lock = HardLock(folder / ".lock")
     try:
         if rank() == 0:
             file_lock.acquire(blocking=False)

@@ -86,7 +86,7 @@ class Run:
         return {name: item for name, item in self.state.items() if isinstance(item, torch.nn.Module)}
 
     def device(self) -> torch.device:
-        tensors = (tensor for network in self.networks().values() for tensor in network.state_dict().values())
+        tensors = tensors_of([[network.state_dict() for network in self.networks().values()], [*self.state.values()]])
         return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
     def buffers(self) -> dict[str, torch.Tensor]:
@@ -114,11 +114,14 @@ class Run:
             raise UserError(f"{maker} changes the structure of {changed[0]}, which a resumed run would not; {remedy}")
 
     def structure(self) -> dict[str, Any]:
-        """The class of each object in `state`, with a network's keys and the sizes of an optimizer's groups."""
+        """The class of each object in `state`, with a network's shapes and types, and an optimizer's group sizes."""
         optimizers = {name: item for name, item in self.state.items() if isinstance(item, Optimizer)}
         groups = {name: [len(group["params"]) for group in item.param_groups] for name, item in optimizers.items()}
-        keys = {name: [*network.state_dict()] for name, network in self.networks().items()}
-        return {name: (kind, groups.get(name), keys.get(name)) for name, kind in self.types().items()}
+        shapes = {
+            name: {key: (getattr(value, "shape", ()), getattr(value, "dtype", None)) for key, value in own.items()}
+            for name, own in ((name, network.state_dict()) for name, network in self.networks().items())
+        }
+        return {name: (kind, groups.get(name), shapes.get(name)) for name, kind in self.types().items()}
 
     def save(self, name: str = "checkpoint.pt") -> None:
         """Write everything that resuming needs. Raises UserError instead if a metric or a weight is not finite."""
@@ -158,6 +161,7 @@ class Run:
         ranks: list[dict[str, Any]] = []
         if self.args.resume:
             checkpoint = load_checkpoint(self.folder)
+            self.choose_as(checkpoint["options"])
             changed = warn_if_code_changed(checkpoint, self.folder)
             remedy = "undo the edit, or train again"
             with matching(f"{self.folder} does not match the code, which has changed since; {remedy}"):
@@ -184,6 +188,15 @@ class Run:
         if self.epoch:
             self.write_metrics()  # a run that was killed may have added a row too many, or half of one
         self.counted = self.saved = time.monotonic()
+
+    def choose_as(self, options: dict[str, Any]) -> None:
+        """Compute with the threads and the library of products that the first steps chose."""
+        for name in ("threads", "products"):
+            if getattr(self.args, name) is None:
+                self.options[name] = options.get(name)
+                setattr(self.args, name, self.options[name])
+        if self.args.threads:
+            torch.set_num_threads(self.args.threads)
 
     def start_from(self, path: str) -> None:
         """Load the networks' weights from another run, of a network with an EMA the EMA's. Raises UserError.

@@ -21,7 +21,7 @@ from torch.utils._pytree import MappingKey, tree_leaves, tree_leaves_with_path, 
 from engine.errors import UserError
 from engine.recorder import NO_LINE, PLAIN, Recorder, address_of, keep_rates, portable_state, storage_of, tensors_of
 
-CONTAINERS = (dict, list, tuple, OrderedDict, torch.Size)  # that a checkpoint may hold
+CONTAINERS = (dict, list, tuple, OrderedDict)  # that a checkpoint may hold
 VALUES = (torch.Tensor, nn.Parameter, *PLAIN, *CONTAINERS)  # a step may replace any of these by another
 
 
@@ -38,7 +38,7 @@ def saved(name: str, item: Any) -> Any:
     foreign = lambda part: isinstance(part, dict | list | tuple | deque) and type(part) not in CONTAINERS  # noqa: E731
     for path, leaf in tree_leaves_with_path(content, foreign):
         for part in (leaf, *tree_leaves([step.key for step in path if isinstance(step, MappingKey)])):
-            if isinstance(part, torch.Tensor) or type(part) in (*PLAIN, Counter):  # as MultiStepLR's milestones
+            if type(part) in (torch.Tensor, nn.Parameter, *PLAIN, Counter):  # as MultiStepLR's milestones
                 continue
             what = f"a {type(item).__name__}" + (f" that holds a {type(part).__name__}" if part is not item else "")
             remedy = "make it tensors, numbers, strings, lists or dicts, or give it state_dict()"
@@ -59,14 +59,15 @@ def restored(item: Any, before: Any, device: torch.device) -> Any:
         item.load_state_dict(before)
         keep_rates(item.param_groups, rates)
     elif isinstance(item, torch.Tensor) and isinstance(before, torch.Tensor):
-        if (item.shape, item.dtype) != (before.shape, before.dtype):
+        is_expanded = item.layout == torch.strided and 0 in item.stride()  # several elements in one place
+        if is_expanded or (item.shape, item.dtype) != (before.shape, before.dtype):
             return before.to(item.device)
         item.data.copy_(before)
     elif hasattr(item, "load_state_dict"):
         item.load_state_dict(before)
     elif type(item) is type(before) is list:
         item[:] = [restored(*pair, device) for pair in itertools.zip_longest(item[: len(before)], before)]
-    elif type(item) is type(before) is dict:
+    elif isinstance(item, dict) and type(item) is type(before):
         content = {key: restored(item.get(key), value, device) for key, value in before.items()}
         item.clear()
         item.update(content)

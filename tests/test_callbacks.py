@@ -70,6 +70,22 @@ def test_a_buffer_that_the_first_step_makes_is_refused(tmp_path):
         utils.train(run, lambda *_: layer.register_buffer("mean", torch.zeros(1)) or {}, ten_images(batch_size=2))
 
 
+def test_a_run_of_tensors_alone_is_on_their_device(tmp_path):
+    assert start(tmp_path / "run", {"weight": torch.zeros(1, device="meta")}).state["step"].device.type == "meta"
+
+
+def test_a_buffer_that_grows_is_refused(tmp_path):
+    layer = torch.nn.Linear(1, 1)
+    layer.register_buffer("bank", torch.zeros(0, 1))
+
+    def train_step(images, labels):
+        layer.bank = torch.cat([layer.bank, images.flatten(1)])
+        return {}
+
+    with pytest.raises(UserError, match="train_step changes the structure of layer"):
+        utils.train(start(tmp_path / "run", {"layer": layer}), train_step, ten_images(batch_size=2))
+
+
 def test_a_layer_that_after_epoch_unfreezes_and_no_optimizer_holds_is_named_once(tmp_path, capsys):
     network = torch.nn.Sequential(torch.nn.Linear(1, 1, bias=False).requires_grad_(False), torch.nn.Linear(1, 1))
     optimizer = torch.optim.SGD(network[1].parameters(), lr=0.1)

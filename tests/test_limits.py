@@ -1,7 +1,10 @@
 """The machine fails: no space, no right to write, no folder, no memory. What was saved stays, and can be resumed."""
 
 import ctypes
+import errno
+import fcntl
 import shutil
+import socket
 import subprocess
 import sys
 
@@ -10,10 +13,24 @@ import torch
 from helpers import DIGITS, ROOT, act_at, assert_one_line, run, train
 
 from engine.errors import UserError
+from engine.folder import lock
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits a process as Linux does")
 
 FLAGS = [*DIGITS, "--model", "mlp", "--save-interval", "1000"]
+
+
+def test_a_file_system_without_locks_is_used_without_one(tmp_path, monkeypatch):
+    """As Lustre often is. A marker, which filelock would leave there, would outlive a job that is killed."""
+
+    def flock(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    killed = []  # neither is released
+    for host in ("one", "two"):
+        monkeypatch.setattr(socket, "gethostname", lambda host=host: host)
+        killed.append(lock(tmp_path))
 
 
 @pytest.fixture(scope="module")

@@ -342,7 +342,6 @@ def test_the_first_steps_choose_the_number_of_threads_and_a_resumed_run_keeps_it
     for resume in (None, str(tmp_path / "run")):
         run = start(tmp_path / "run", {"layer": torch.nn.Linear(1, 1)}, epochs=20, resume=resume)
         if resume:
-            run.args.threads = load(tmp_path / "run" / "checkpoint.pt")["options"]["threads"]
             run.args.epochs = run.epochs = 21
         utils.train(run, train_step, ten_images(2))
     assert used == [6, *[1, 2, 4, 6] * 3, *[2] * (100 - 13), *[2] * 5]

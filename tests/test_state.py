@@ -1,7 +1,7 @@
 """What a step may keep, and what is detected if a resumed run would lose it."""
 
 import random
-from collections import deque
+from collections import OrderedDict, deque
 from itertools import count
 
 import numpy as np
@@ -16,13 +16,20 @@ from engine.errors import UserError
 from engine.recorder import prepare
 from engine.state import restored, saved
 
+
 # How much noise a step adds to its images, from `state` or from `own`, which `state` holds; and how that begins.
+class Own(torch.Tensor):
+    """Such as those of torchvision."""
+
+
 KEPT = {
     "a generator": (lambda state, own: torch.rand((), generator=own), lambda: torch.Generator().manual_seed(3)),
     "a tensor": (lambda state, own: own.mul_(0.9).clone(), lambda: torch.tensor(1.0)),
     "a plain value": (lambda state, own: state.update(own=state["own"] + 1) or 1 / state["own"], lambda: 0),
     "a list": (lambda state, own: own.append(len(own)) or 1 / len(own), lambda: [1]),
     "a dict": (lambda state, own: own.update(n=own["n"] + 1) or 1 / own["n"], lambda: {"n": 1}),
+    "an ordered dict": (lambda state, own: own.update(n=own["n"] + 1) or 1 / own["n"], lambda: OrderedDict(n=1)),
+    "an expanded tensor": (lambda state, own: own.sum(), lambda: torch.ones(1).expand(3)),
     "a dict of pairs": (lambda state, own: own.update({(0, 1): own[0, 1] + 1}) or 1 / own[0, 1], lambda: {(0, 1): 1}),
     "a dict of tensors": (lambda state, own: own["mean"].mul_(0.9).sum(), lambda: {"mean": torch.ones(2)}),
     "a number beside a tensor": (lambda state, own: own.update(n=own["n"] + 1) or own["mean"].sum() / own["n"],
@@ -92,7 +99,7 @@ def test_a_generator_of_another_kind_of_device_starts_anew():
     ("item", "part"),
     [(object(), "a object"), (np.random.default_rng(0), "a Generator"), ({1, 2}, "a set"),
      (deque([1]), "a deque"), ([torch.nn.Linear(1, 1)], "a list that holds a Linear"), (np.float64(0.5), "a float64"),
-     ({np.int64(3): 1}, "a dict that holds a int64")],
+     ({np.int64(3): 1}, "a dict that holds a int64"), (torch.ones(1).as_subclass(Own), "a Own")],
 )  # fmt: skip
 def test_what_cannot_be_saved_is_named_before_the_first_step(tmp_path, item, part):
     with pytest.raises(UserError) as caught:
