@@ -105,12 +105,6 @@ def conditional_accuracy(seeds: list[Row]) -> str:
     return f"{mean_or_range([100 * seed['conditional_accuracy'] for seed in seeds], 2)} %"
 
 
-def named(name: str, row: Row) -> str:
-    """The name of a row, with the number of its seeds if it is not five."""
-    seeds = len(row.get("test_errors", row.get("seeds", [])))
-    return f"{name} ({seeds} seeds)" if seeds != 5 else name
-
-
 def minutes(name: str, row: Row) -> str:
     """Of training, by the seconds of three epochs; empty for a row that continues another."""
     epochs, seconds = statistics.mean(row["epochs_trained"]), read("minutes.json")["seconds"].get(name)
@@ -140,7 +134,7 @@ def results_table() -> str:
     for name, row in read("results.json").items():
         if "test_errors" in row:
             epochs = " to ".join(map(str, sorted({min(row["epochs_trained"]), max(row["epochs_trained"])})))
-            lines.append([named(name, row), epochs, accuracy(row), minutes(name, row), row["published"]])
+            lines.append([name, epochs, accuracy(row), minutes(name, row), row["published"]])
     return table(["name", "epochs", "test accuracy", "minutes", "reference"], lines)
 
 
@@ -150,7 +144,7 @@ def generators_table() -> str:
     lines = []
     for name, row in rows.items():
         cells = [*measures(row["seeds"]), conditional_accuracy(row["seeds"]), minutes(name, row)]
-        lines.append([named(name, row), *cells, row["published"].removeprefix("Parzen ")])
+        lines.append([name, *cells, row["published"].removeprefix("Parzen ")])
     real = [real_images(rows.values())]
     lines.append(["real training images", *measures(real), conditional_accuracy(real), "", ""])
     return table(["name", *MEASURES, "conditional accuracy", "minutes", "reference (Parzen)"], lines)
@@ -161,7 +155,7 @@ def likelihood_table(names: Sequence[str] = ()) -> str:
     rows, lines = read("results.json"), []
     for name in names or [name for name, row in rows.items() if nats(row.get("seeds", [{}]))]:
         seeds, row = rows[name]["seeds"], rows[name]
-        lines.append([named(name, row), nats(seeds), *measures(seeds), minutes(name, row), row["published"]])
+        lines.append([name, nats(seeds), *measures(seeds), minutes(name, row), row["published"]])
     return table(["name", "nats per image", *MEASURES, "minutes", "reference"], lines)
 
 

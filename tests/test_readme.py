@@ -52,9 +52,6 @@ def test_a_deviation_above_half_of_the_mean_is_shown_as_a_range():
     assert tables.mean_or_range([0, 1e-4], 3) == "0.000"
 
 
-FEWER_SEEDS = {"gan-paper": 4}
-
-
 def test_rows_were_made_with_the_options_of_their_commands_and_with_five_seeds():
     rows = tables.read("results.json")
     for name, row in rows.items():
@@ -64,7 +61,7 @@ def test_rows_were_made_with_the_options_of_their_commands_and_with_five_seeds()
         compared = options.keys() - {"compile", "script", "products", "threads"}  # a run chooses the last two itself
         expected = {key: value for key, value in row["options"].items() if key in compared}
         assert expected == {key: options[key] for key in expected}, name
-        assert len(row.get("test_errors", row.get("seeds"))) == FEWER_SEEDS.get(name, 5), name
+        assert len(row.get("test_errors", row.get("seeds"))) == 5, name
         assert not (row["commit"] or "").endswith("-dirty"), name
 
 
