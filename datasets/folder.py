@@ -115,8 +115,9 @@ def parts(folder: Path) -> tuple[Path, Path]:
 
 
 def subfolders(folder: Path) -> list[str]:
-    names, runs = next(os.walk(folder, onerror=refuse))[1], Path("runs").resolve()  # of a user who stands in `folder`
-    return sorted(name for name in names if not is_hidden(name) and (folder / name).resolve() != runs)
+    names = next(os.walk(folder, onerror=refuse))[1]
+    ours = {"runs"} if os.path.samefile(folder, ".") else set[str]()  # the user stands in `folder`
+    return sorted(name for name in names if not is_hidden(name) and name not in ours)
 
 
 def is_hidden(name: str) -> bool:

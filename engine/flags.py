@@ -161,8 +161,6 @@ def start(
     args = parse_args(parser, recipes, variants, argv)
     warn_of_other_tasks()
     device = pick_device(args.device, args.amp)
-    if args.threads:
-        torch.set_num_threads(args.threads)
     seed_all(args.seed)
     return args, device
 

@@ -58,7 +58,7 @@ def make_folder(folder: Path) -> None:
 
 
 class HardLock(FileLock):
-    """A lock that ends with its process. filelock's fallback, where there are none, is a file that a kill leaves."""
+    """A lock that ends with its process. Without flock(), filelock would use a file, which survives a kill."""
 
     def _fallback_to_soft_lock(self) -> None:
         raise NotImplementedError

@@ -110,17 +110,17 @@ class Run:
         """Raise UserError if `maker` has made an object of `state` one that a resumed run would not build."""
         now = self.structure()
         if changed := [name for name in {**self.built, **now} if now.get(name) != self.built.get(name)]:
-            remedy = "build it before the first step; what is to learn later, freeze with requires_grad_(False)"
-            raise UserError(f"{maker} changes the structure of {changed[0]}, which a resumed run would not; {remedy}")
+            remedy = "build it whole before the first step; what is to learn later, freeze with requires_grad_(False)"
+            what = f"the structure of {changed[0]}, or a size or type in it"
+            raise UserError(f"{maker} changes {what}, which a resumed run would not; {remedy}")
 
     def structure(self) -> dict[str, Any]:
         """The class of each object in `state`, with a network's shapes and types, and an optimizer's group sizes."""
         optimizers = {name: item for name, item in self.state.items() if isinstance(item, Optimizer)}
         groups = {name: [len(group["params"]) for group in item.param_groups] for name, item in optimizers.items()}
-        shapes = {
-            name: {key: (getattr(value, "shape", ()), getattr(value, "dtype", None)) for key, value in own.items()}
-            for name, own in ((name, network.state_dict()) for name, network in self.networks().items())
-        }
+        fixed = lambda key, value: None if key.endswith("_extra_state") else (value.shape, value.dtype)  # noqa: E731
+        own = {name: network.state_dict().items() for name, network in self.networks().items()}
+        shapes = {name: {key: fixed(key, value) for key, value in items} for name, items in own.items()}
         return {name: (kind, groups.get(name), shapes.get(name)) for name, kind in self.types().items()}
 
     def save(self, name: str = "checkpoint.pt") -> None:
@@ -161,7 +161,6 @@ class Run:
         ranks: list[dict[str, Any]] = []
         if self.args.resume:
             checkpoint = load_checkpoint(self.folder)
-            self.choose_as(checkpoint["options"])
             changed = warn_if_code_changed(checkpoint, self.folder)
             remedy = "undo the edit, or train again"
             with matching(f"{self.folder} does not match the code, which has changed since; {remedy}"):
@@ -177,6 +176,7 @@ class Run:
             self.begun = self.epoch + self.batch > 0 and not changed and not lazy
             for weight, name in weights_of(self.state).items():  # after_epoch may have unfrozen a layer
                 weight.requires_grad_(checkpoint.get("switched", {}).get(name, weight.requires_grad))
+        self.choose_as(checkpoint["options"] if self.args.resume else {})
         if self.args.resume or world_size() > 1:  # each rank draws its own random numbers
             random = ranks[rank()]["random"] if len(ranks) == world_size() else {}
             with matching(f"{self.folder} has no random state that can be restored; train again"):
@@ -190,9 +190,9 @@ class Run:
         self.counted = self.saved = time.monotonic()
 
     def choose_as(self, options: dict[str, Any]) -> None:
-        """Compute with the threads and the library of products that the first steps chose."""
+        """Compute with the threads and the library of products that the first steps chose, if `options` has them."""
         for name in ("threads", "products"):
-            if getattr(self.args, name) is None:
+            if getattr(self.args, name) is None and world_size() == 1:
                 self.options[name] = options.get(name)
                 setattr(self.args, name, self.options[name])
         if self.args.threads:

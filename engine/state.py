@@ -35,13 +35,15 @@ def saved(name: str, item: Any) -> Any:
         content = item.state_dict()
     else:
         content = item
+    # Counter: MultiStepLR's milestones
+    loadable = (torch.Tensor, nn.Parameter, *PLAIN, Counter, *torch.serialization.get_safe_globals())
     foreign = lambda part: isinstance(part, dict | list | tuple | deque) and type(part) not in CONTAINERS  # noqa: E731
     for path, leaf in tree_leaves_with_path(content, foreign):
         for part in (leaf, *tree_leaves([step.key for step in path if isinstance(step, MappingKey)])):
-            if type(part) in (torch.Tensor, nn.Parameter, *PLAIN, Counter):  # as MultiStepLR's milestones
+            if type(part) in loadable:
                 continue
             what = f"a {type(item).__name__}" + (f" that holds a {type(part).__name__}" if part is not item else "")
-            remedy = "make it tensors, numbers, strings, lists or dicts, or give it state_dict()"
+            remedy = "make it plain tensors, numbers, strings, lists or dicts, or give it state_dict()"
             raise UserError(f"state[{name!r}] is {what}, which cannot be saved; {remedy} and load_state_dict()")
     return content
 
@@ -59,7 +61,7 @@ def restored(item: Any, before: Any, device: torch.device) -> Any:
         item.load_state_dict(before)
         keep_rates(item.param_groups, rates)
     elif isinstance(item, torch.Tensor) and isinstance(before, torch.Tensor):
-        is_expanded = item.layout == torch.strided and 0 in item.stride()  # several elements in one place
+        is_expanded = item.layout == torch.strided and 0 in item.stride()  # elements share memory
         if is_expanded or (item.shape, item.dtype) != (before.shape, before.dtype):
             return before.to(item.device)
         item.data.copy_(before)

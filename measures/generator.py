@@ -114,7 +114,8 @@ def beside_real_images(
     """`measure_images` of samples, and, as `real`, of up to 10,000 training images. The sets: uint8 images, and labels.
 
     Validation images, which choose Parzen's sigma, are the first 1,000 of the last sixth of the training images, as in
-    Goodfellow et al. 2014: the last 10,000 of MNIST's 60,000. The real images come from the others.
+    Goodfellow et al. 2014: the last 10,000 of MNIST's 60,000. The real images come from the others. At most
+    10,000 test images are used.
     """
     (train_images, train_labels), (test_images, test_labels) = train_set, (part[:10_000] for part in test_set)
     cut = len(train_images) * 5 // 6

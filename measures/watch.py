@@ -43,7 +43,7 @@ class Watch:
         return {"val_log_likelihood": densities.mean(1).max().item()}
 
     def grid(self) -> Tensor:
-        """100 samples in rows of ten; of a conditional generator a row for each of 100 classes at most."""
+        """100 samples in rows of ten; for a conditional generator, a row for each class, up to 100."""
         if not self.classes:
             return self.sample(100)
         return self.sample(10 * self.classes).unflatten(0, (10, self.classes)).transpose(0, 1)[:100].flatten(0, 1)

@@ -149,7 +149,7 @@ def test_about_a_fifth_of_each_class_is_the_test_part_of_a_folder_of_one_level(o
     assert set(labels.tolist()) == {0, 1, 2}  # the last images are of all classes
 
 
-def test_the_runs_of_who_stands_in_the_folder_of_images_are_no_class(one_level, monkeypatch):
+def test_runs_in_the_folder_of_images_are_not_a_class(one_level, monkeypatch):
     monkeypatch.chdir(one_level)
     train_classifier.main(["--dataset", ".", *CPU, "--epochs", "1"])
     assert evaluate.main(["runs/mlp-one"])["test_images"] == 11

@@ -2,7 +2,6 @@
 
 import ctypes
 import errno
-import fcntl
 import shutil
 import socket
 import subprocess
@@ -26,7 +25,7 @@ def test_a_file_system_without_locks_is_used_without_one(tmp_path, monkeypatch):
     def flock(*_):
         raise OSError(errno.ENOSYS, "Function not implemented")
 
-    monkeypatch.setattr(fcntl, "flock", flock)
+    monkeypatch.setattr("fcntl.flock", flock)
     killed = []  # neither is released
     for host in ("one", "two"):
         monkeypatch.setattr(socket, "gethostname", lambda host=host: host)

@@ -17,11 +17,11 @@ from engine.recorder import prepare
 from engine.state import restored, saved
 
 
-# How much noise a step adds to its images, from `state` or from `own`, which `state` holds; and how that begins.
 class Own(torch.Tensor):
-    """Such as those of torchvision."""
+    """A subclass, as torchvision has some."""
 
 
+# How much noise a step adds to its images, from `state` or from `own`, which `state` holds; and how that begins.
 KEPT = {
     "a generator": (lambda state, own: torch.rand((), generator=own), lambda: torch.Generator().manual_seed(3)),
     "a tensor": (lambda state, own: own.mul_(0.9).clone(), lambda: torch.tensor(1.0)),
