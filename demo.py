@@ -178,9 +178,7 @@ def serve(runs: Sequence[str], port: int) -> None:
         from PIL import Image
         from starlette.middleware import Middleware
     except ImportError as error:
-        raise UserError(
-            f"demo.py needs Gradio 6 ({error}); install it: pip install -r requirements-demo.txt"
-        ) from error
+        raise UserError(f"demo.py needs Gradio 6 ({error}); run: pip install -r requirements-demo.txt") from error
     Image.MAX_IMAGE_PIXELS = 1_000_000  # half of what Pillow refuses to open
     runs = runs or sorted(f"weights/{path.name}" for path in (ROOT / "weights").glob("*.pt"))
     page = build_page(gr, {run: load_model(run) for run in runs})
@@ -191,9 +189,7 @@ def serve(runs: Sequence[str], port: int) -> None:
     try:
         _, url, _ = page.launch(**where, **limits, share=False, quiet=True, theme=theme)
     except OSError as error:
-        raise UserError(
-            f"port {port} is taken or not allowed; choose another one, or any free one with --port 0"
-        ) from error
+        raise UserError(f"port {port} is taken or forbidden; choose another, or a free one with --port 0") from error
     print(f"open {url} in a browser; Ctrl-C stops the page")
     try:
         while True:

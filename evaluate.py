@@ -215,10 +215,7 @@ def evaluate_generator(network: Any, args: argparse.Namespace, device: torch.dev
     if dataset not in DATASETS:
         warn_of_other_images(args.run, network.options, train_set)
     require_enough(train_set[0], test_set[0])
-    metrics: dict[str, Any] = {
-        "noise_seed": args.seed,
-        "parameters": sum(parameter.numel() for parameter in network.parameters()),
-    }
+    metrics: dict[str, Any] = dict(noise_seed=args.seed, parameters=sum(map(torch.numel, network.parameters())))
     if hasattr(network, "log_likelihood"):
         images = (binarise(test_set[0], TEST_SEED) / 255).to(device)
         metrics.update(likelihood_measures(network, images))

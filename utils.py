@@ -64,10 +64,8 @@ def train(
     validate: returns metrics named val_..., or {}. sample: returns samples [N, 1, H, W] for samples/ and samples.gif.
         Both run after each epoch, on rank 0. after_epoch gets the epoch's metrics, on every rank, and may unfreeze
         layers or set a learning rate. All run in eval mode and without gradients.
-    score: the metric to maximise: best.pt is saved whenever it beats all earlier epochs. Without a validation split
-        there is no best.pt, and the last epoch is the result.
-    should_stop: gets the row of each epoch but the last, on every rank; training ends once it returns True. A resumed
-        run asks it again about the last row, so compute it from `run.history`.
+    score: the metric to maximise; best.pt is its best epoch. Without a validation split, the last epoch is the result.
+    should_stop: gets each row but the last, on every rank; True ends the training. A resumed run asks it again.
     check: runs on rank 0 in eval mode, before the first step and after the last; see measures.trained.check_rebuilt.
 
     Saves checkpoint.pt before the first step, every --save-interval seconds, after each epoch, and on a signal,

@@ -36,9 +36,7 @@ def get_args_parser() -> flags.ArgumentParser:
     parser.prog = "benchmarks/maxout_paper.py"
     parser.describe(__doc__)
     parser.set_defaults(script=parser.prog, kind="classifier", recipe="paper")
-    parser.add_argument(
-        "--first-stage", metavar="RUN", type=flags.run_folder, help="run of train_classifier.py --recipe paper"
-    )
+    parser.add_argument("--first-stage", metavar="RUN", type=flags.run_folder, help="run of the recipe paper")
     return parser
 
 
